@@ -1,0 +1,31 @@
+# make demo   load the small trained model, let it write, score it with lm-eval (about two minutes after the install)
+# make test   the test suite on this machine's CPU; GPU tests run too where there is a GPU
+# make lint   ruff's checks and formatting
+# make sync   copy modeling_rebased/*.py into every folder under checkpoints/, after a change to the model code
+# Each makes .venv first if it is missing. PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint sync
+
+demo: $(READY)
+	@$(BIN)/python -m modeling_rebased.eval.demo
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+sync: $(READY)
+	@$(BIN)/python -m modeling_rebased.training.sync_checkpoints
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Evaluation: lm-eval tasks, speed and quality measurements, and the demo."""

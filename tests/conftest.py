@@ -1,0 +1,46 @@
+"""What every test of the suite needs before torch, triton and transformers are imported."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+# No test may reach for the network: whatever it loads lies in the repository or is made by the test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# transformers copies a checkpoint's code into this cache and imports it from there. A folder of its own keeps
+# tests apart from the user's cache and from one another's runs.
+_MODULES_CACHE = tempfile.mkdtemp(prefix="rebased-tests-")
+os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE
+
+
+def _has_gpu() -> bool:
+    """Look for an NVIDIA GPU without importing torch, which would be too early for triton's interpreter switch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in ("", "-1"):
+        return False
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+# Triton reads this at import. Its interpreter runs the kernels on the CPU: slow, but the same code.
+if not _has_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu`, with the reason, where torch sees no GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU, torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(_MODULES_CACHE, ignore_errors=True)

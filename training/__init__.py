@@ -1,0 +1,1 @@
+"""Training on text and on associative recall, with the transformers Trainer."""
