@@ -1,0 +1,162 @@
+"""Turn English text that is in the public domain into a training file and a held-out file, always the same ones.
+
+    apt-get install bible-kjv dict-gcide            # two optional sources; both come as Debian packages
+    bible -f 'gen1:1-rev22:21' > kjv.txt            # the King James Bible, one verse a line
+    python -m training.prepare_text --text corpus.tar.xz --bible kjv.txt \
+        --dictionary /usr/share/dictd/gcide.dict.dz --output_dir data/english
+
+writes
+    data/english/train.txt        all documents that are not held out, each preceded by <|endoftext|>
+    data/english/heldout.jsonl    the held-out documents, one JSON object a line: title, text
+    data/english/heldout.txt      the same documents in train.txt's form, for the evaluation during training
+
+Whole documents are held out, never parts of one, so nothing of a held-out text is seen in training.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import statistics
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Speeches from Lincoln to Obama, a book of verse and a novel; about 270 KB.
+HELD_OUT = (
+    "inaugural-1865-Lincoln",
+    "inaugural-1933-Roosevelt",
+    "inaugural-1961-Kennedy",
+    "inaugural-2009-Obama",
+    "state_union-1963-Kennedy",
+    "state_union-2001-GWBush-2",
+    "gutenberg-blake-poems",
+    "gutenberg-carroll-alice",
+)
+
+
+def decode(raw: bytes) -> str:
+    """Decode UTF-8, or Latin-1 where it is not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def read_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (name without .txt, text) of every .txt file in a folder, a .zip or a tar archive, sorted by name."""
+    if path.is_dir():
+        files = {file.stem: file.read_bytes() for file in path.rglob("*.txt")}
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            files = {Path(name).stem: archive.read(name) for name in archive.namelist() if name.endswith(".txt")}
+    elif path.is_file() and tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            members = [member for member in archive if member.isfile() and member.name.endswith(".txt")]
+            files = {Path(member.name).stem: archive.extractfile(member).read() for member in members}
+    else:
+        raise ValueError(f"--text {path} is neither a folder nor a zip or tar archive")
+    if not files:
+        raise ValueError(f"--text {path} holds no .txt file")
+    for name in sorted(files):
+        yield name, decode(files[name])
+
+
+def unwrap(paragraph: str) -> str:
+    """Join the lines of a paragraph that was broken at a fixed width; leave verse, lists and headings as they are."""
+    lines = paragraph.split("\n")
+    indented = any(line.startswith((" ", "\t")) for line in lines[1:])
+    if len(lines) < 2 or indented or statistics.median(map(len, lines[:-1])) < 55:
+        return paragraph
+    return " ".join(line.strip() for line in lines)
+
+
+def clean(text: str) -> str:
+    """One newline style, no trailing blanks, no runs of empty lines, no title in brackets, prose unwrapped."""
+    text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"\A\s*\[[^\]\n]{1,120}\]", "", text)
+    text = re.sub(r"[ \t\u00a0]+\n", "\n", text)
+    text = re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+    return "\n\n".join(unwrap(paragraph) for paragraph in text.split("\n\n")) + "\n"
+
+
+def read_bible(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (book, text) from `bible -f` output, lines such as `Ge1:1 In the beginning ...`; a paragraph a chapter."""
+    books: dict[str, dict[str, list[str]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        verse = re.match(r"(\d?[A-Za-z]+)(\d+):\d+ (.+)", line)
+        if verse:
+            book, chapter, words = verse.groups()
+            books.setdefault(book, {}).setdefault(chapter, []).append(words.strip())
+    if not books:
+        raise ValueError(f"--bible {path} holds no line like 'Ge1:1 In the beginning'; make it with `bible -f`")
+    for book, chapters in books.items():
+        yield f"bible-{book}", "\n\n".join(" ".join(verses) for verses in chapters.values()) + "\n"
+
+
+def read_dictionary(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (letter, text) from a dictd file of GCIDE: the definitions of Webster's dictionary of 1913.
+
+    Entries from other, younger sources are left out (each definition carries its source), as are pronunciations,
+    etymologies and anything with markup left in it. Only the first usable definition of an entry is kept, so that
+    the dictionary does not outweigh the prose. One line an entry: `Lark: A frolic; a jolly time.`
+    """
+    raw = gzip.decompress(path.read_bytes()) if path.suffix in (".dz", ".gz") else path.read_bytes()
+    letters: dict[str, list[str]] = {}
+    # An entry starts at the margin, its body is indented.
+    for entry in re.split(r"\n(?=\S)", decode(raw)):
+        head, _, body = entry.partition("\n")
+        word = re.match(r"([A-Z][A-Za-z' -]+) \\", head)
+        sources = set(re.findall(r"\[((?:1913 Webster|WordNet|PJC|Century|RP|AS|JDM)[^\]]*)\]", body))
+        if word is None or sources != {"1913 Webster"}:
+            continue
+        for definition in body.split("[1913 Webster]"):
+            text = re.sub(r"\s+", " ", definition).strip()
+            text = re.sub(r"^(\d+\.|\([a-z]\)|Note:|Syn:) ", "", text)
+            text = re.sub(r"^\([A-Z][A-Za-z. &]*\) ", "", text)  # the subject, such as (Zool.)
+            text = re.sub(r" ?\[(Obs|R|Colloq|Archaic|Poetic|Eng|Scot|Low|Written also)[^\]]*\]", "", text)
+            text = text.replace("{", "").replace("}", "").replace(" --", " -- ").replace("  ", " ").strip()
+            if len(text) >= 40 and text[0].isupper() and text[-1] in ".?!" and not re.search(r"[\[\]\\|_=<>]", text):
+                letters.setdefault(word[1][0].lower(), []).append(f"{word[1]}: {text}")
+                break
+    if not letters:
+        raise ValueError(f"--dictionary {path} holds no entry of Webster's 1913 in GCIDE's dictd form")
+    for letter in sorted(letters):
+        yield f"dictionary-{letter}", "\n".join(letters[letter]) + "\n"
+
+
+def main() -> None:
+    """Read the sources named on the command line and write the three files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="folder, zip or tar archive of .txt files")
+    parser.add_argument("--bible", type=Path, help="output of `bible -f 'gen1:1-rev22:21'`")
+    parser.add_argument("--dictionary", type=Path, help="gcide.dict.dz")
+    parser.add_argument("--held_out", nargs="*", default=list(HELD_OUT), help="names (without .txt) to hold out")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+
+    documents = {name: clean(text) for name, text in read_texts(args.text)}
+    missing = sorted(set(args.held_out) - set(documents))
+    if missing:
+        raise SystemExit(f"--held_out names documents that --text does not hold: {', '.join(missing)}")
+    held_out = {name: documents.pop(name) for name in args.held_out}
+    if args.bible:
+        documents.update(read_bible(args.bible))
+    if args.dictionary:
+        documents.update(read_dictionary(args.dictionary))
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, texts in (("train.txt", documents), ("heldout.txt", held_out)):
+        joined = "".join(END_OF_TEXT + text for text in texts.values())
+        (args.output_dir / name).write_bytes(joined.encode("utf-8"))
+        print(f"{args.output_dir / name}: {len(texts)} documents, {len(joined.encode('utf-8')):,} bytes")
+    lines = [json.dumps({"title": title, "text": text}, ensure_ascii=False) for title, text in held_out.items()]
+    (args.output_dir / "heldout.jsonl").write_bytes(("\n".join(lines) + "\n").encode("utf-8"))
+
+
+if __name__ == "__main__":
+    main()
