@@ -1,0 +1,137 @@
+"""The `mqar` tasks of lm-eval give the same accuracy, to the last digit, as the direct evaluation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from eval import mqar
+from eval.tasks import tasks_path
+
+
+pytest.importorskip("lm_eval")
+
+TASKS = Path(tasks_path())
+
+
+class LookupConfig(PretrainedConfig):
+    model_type = "lookup_for_test"
+
+    def __init__(self, vocab_size: int = 8192, max_position_embeddings: int = 2048, **kwargs):
+        self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
+        super().__init__(**kwargs)
+
+
+class LookupModel(PreTrainedModel):
+    """Answers with the token after the current one's first occurrence, but is wrong about every third value."""
+
+    config_class = LookupConfig
+    base_model_prefix = ""
+
+    def __init__(self, config: LookupConfig):
+        super().__init__(config)
+        self.lm_head = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.lm_head.weight)
+        self.calls = 0
+
+    def forward(self, input_ids: torch.Tensor, labels=None, **kwargs) -> CausalLMOutput:
+        self.calls += 1
+        logits = torch.randn(*input_ids.shape, self.config.vocab_size, generator=torch.Generator().manual_seed(0))
+        for b, row in enumerate(input_ids.tolist()):
+            first: dict[int, int] = {}
+            for t, token in enumerate(row):
+                seen = first.setdefault(token, t)
+                answer = row[seen + 1] if seen < t else 0
+                logits[b, t, answer if answer % 3 else (answer + 1) % self.config.vocab_size] += 30
+        return CausalLMOutput(logits=logits)
+
+    @property
+    def base_model(self):
+        return lambda **kwargs: BaseModelOutput(last_hidden_state=self(**kwargs).logits)
+
+    def get_output_embeddings(self):
+        return torch.nn.Identity()
+
+
+def harness_accuracy(model, tokenizer, task: str, metadata: dict, batch_size: int = 8) -> dict[str, float]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+    results = simple_evaluate(model=lm, tasks=[task], task_manager=manager, bootstrap_iters=0)
+    return {name: values["acc,none"] for name, values in (results["results"] | results.get("groups", {})).items()}
+
+
+def test_harness_and_direct_evaluation_agree_to_the_digit():
+    model, tokenizer = LookupModel(LookupConfig()), mqar.build_tokenizer()
+    metadata = {"num_examples": 6, "queries": 5, "seed": 3}
+    harness = harness_accuracy(model, tokenizer, "mqar_pairs", metadata)
+    direct = []
+    for pairs in (4, 8, 16, 32, 64):
+        spec = mqar.MQARSpec(256, pairs)
+        examples = mqar.make_examples(spec, 6, seed=3, split="test")
+        queries = mqar.query_subset(spec, 6, 5, seed=3)
+        direct.append(mqar.accuracy(model, examples, queries=queries, batch_size=4))
+        assert harness[f"mqar_256_{pairs}"] == direct[-1]
+    assert harness["mqar_pairs"] == pytest.approx(sum(direct) / 5)
+    assert 0.4 < harness["mqar_pairs"] < 0.9  # the model is wrong about a third, so agreement says something
+
+
+def test_a_rebased_model_scores_the_same_both_ways(tmp_path):
+    """Through the model's own folder, as a user runs it: random weights, biased to answer 5 values only."""
+    modeling_rebased = pytest.importorskip("modeling_rebased")
+    torch.manual_seed(0)
+    config = modeling_rebased.ReBasedConfig(
+        vocab_size=8192,
+        hidden_size=24,
+        num_hidden_layers=2,
+        layer_types=["conv", "linear_attention"],
+        num_attention_heads=2,
+        mlp_type="none",
+        position_embedding_type="learned",
+        max_position_embeddings=256,
+        initializer_range=1.0,
+    )
+    model = modeling_rebased.ReBasedForCausalLM(config).eval()
+    tokenizer = mqar.build_tokenizer(model_max_length=256)
+    spec = mqar.MQARSpec(256, 8)
+    examples = mqar.make_examples(spec, 6, split="test")
+    # Make the model right about some: the values it answers become the right ones, in its output weights.
+    hidden = model.model(input_ids=examples.input_ids()).last_hidden_state.detach()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    for n in range(6):
+        answer = hidden[n, examples.positions[n, 0].long()]
+        model.lm_head.weight.data[examples.values[n, 0].long()] = 5 * answer
+    harness = harness_accuracy(model, tokenizer, "mqar_256_8", {"num_examples": 6, "queries": 8})
+    direct = mqar.accuracy(model, examples)
+    assert harness["mqar_256_8"] == direct
+    assert 0 < direct < 1
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in TASKS.glob("mqar_*_*.yaml")))
+def test_a_file_is_the_task_its_name_says(file):
+    from lm_eval.tasks import TaskManager
+
+    task_name = file.removesuffix(".yaml")
+    length, pairs = map(int, task_name.split("_")[1:])
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"num_examples": 2, "queries": 3})
+    task = manager.load([task_name])["tasks"][task_name]
+    docs = list(task.test_docs())
+    assert len(docs) == 6
+    assert (task.config.metadata["length"], task.config.metadata["num_pairs"]) == (length, pairs)
+    text = docs[0]["text"].split()
+    assert 2 * pairs < len(text) <= length and text[-1] in text[0 : 2 * pairs : 2]
+    assert docs[0]["value"] == text[text.index(text[-1]) + 1]
+
+
+def test_figure_1_is_the_group():
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"num_examples": 1, "queries": 1})
+    names = set(manager.load(["mqar"])["tasks"])
+    assert names == {f"mqar_{length}_{pairs}" for length, pairs in mqar.FIGURE_1_PAIRS.items()}
