@@ -3,8 +3,8 @@
     python -m training.byte_tokenizer tokenizer/
 
 writes tokenizer.json and tokenizer_config.json, which `AutoTokenizer` loads without remote code. ByT5's tokenizer is
-byte-level too, but it is made for an encoder: it ends every text with </s>, so that `model.generate(tokenizer(prompt))`
-would continue a text that has just ended. Here a text is encoded as its bytes and nothing else.
+byte-level too, but it is made for an encoder: it ends every text with </s>, so that a language model given
+`tokenizer(prompt)` would continue a text that has just ended. Here a text is encoded as its bytes and nothing else.
 """
 
 import sys
@@ -18,7 +18,7 @@ PAD = "<|pad|>"  # id 257
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: ids 0 to 255 are the bytes of UTF-8, 256 is <|endoftext|> (bos and eos), 257 is <|pad|>."""
+    """Return the tokenizer: ids 0 to 255 are UTF-8's bytes, 256 is <|endoftext|> (bos and eos), 257 is <|pad|>."""
     # The ByteLevel pre-tokenizer writes each byte as one printable character: printable bytes as themselves,
     # the others, in order, as the characters from 256 on (GPT-2's table).
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
