@@ -1,0 +1,108 @@
+"""What gets installed: one top-level name, all modules and data files under it, importable without the checkout."""
+
+import configparser
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDERS = ("modeling_rebased", "configuration", "conversion", "training", "eval")
+
+
+def _run(arguments: list[str], folder: Path, **environment: str) -> str:
+    """Run python in `folder`, outside the checkout, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def unpacked_wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the checkout's sources, unpacked as pip would."""
+    pytest.importorskip("setuptools")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for name in FOLDERS:
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    wheels = tmp_path_factory.mktemp("wheel")
+    _run(["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], source)
+    (wheel,) = wheels.glob("*.whl")
+    site = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(site)
+    return site
+
+
+def test_one_top_level_name(unpacked_wheel):
+    names = {path.name for path in unpacked_wheel.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"modeling_rebased"}
+
+
+def test_every_module_and_data_file_is_installed(unpacked_wheel):
+    for folder in FOLDERS:
+        target = unpacked_wheel / "modeling_rebased" / (folder if folder != "modeling_rebased" else "")
+        for path in (REPOSITORY / folder).rglob("*"):
+            if path.suffix in (".py", ".json", ".jsonl", ".yaml", ".txt"):
+                assert (target / path.relative_to(REPOSITORY / folder)).is_file(), f"{path} is not installed"
+
+
+def test_the_installed_package_works_outside_the_checkout(unpacked_wheel, tmp_path):
+    code = """
+import modeling_rebased.training.train_lm, modeling_rebased.conversion, modeling_rebased.eval
+from modeling_rebased.configuration import config_names, config_path
+from transformers import AutoConfig
+print(AutoConfig.from_pretrained(config_path(config_names()[0])).model_type, modeling_rebased.__file__)
+"""
+    printed = _run(["-c", code], tmp_path, PYTHONPATH=str(unpacked_wheel))
+    assert printed.split() == ["rebased", str(unpacked_wheel / "modeling_rebased" / "__init__.py")]
+    printed = _run(["-m", "modeling_rebased.eval.tasks"], tmp_path, PYTHONPATH=str(unpacked_wheel))
+    assert printed.strip() == str(unpacked_wheel / "modeling_rebased" / "eval" / "tasks")
+
+
+def test_an_editable_install_finds_the_same_modules(tmp_path):
+    """In `make test` the package is installed with `pip install -e`: its folders must not appear at the top."""
+    code = """
+import importlib.util
+print(importlib.util.find_spec("modeling_rebased") is not None)
+print([name for name in ("configuration", "conversion", "training", "eval", "tests") if importlib.util.find_spec(name)])
+import modeling_rebased.training.train_lm as module
+print(module.__file__)
+"""
+    if "True" not in _run(["-c", code.split("print([")[0]], tmp_path):
+        pytest.skip("modeling_rebased is not installed in this environment")
+    _, top_level, path = _run(["-c", code], tmp_path).splitlines()
+    assert top_level == "[]"
+    assert Path(path).parts[-2:] == ("training", "train_lm.py")
+
+
+def test_setup_cfg_lists_every_package():
+    parser = configparser.ConfigParser()
+    parser.read(REPOSITORY / "setup.cfg")
+    listed = set(parser["options"]["packages"].split())
+    found = set()
+    for folder in FOLDERS:
+        for init in (REPOSITORY / folder).rglob("__init__.py"):
+            parts = init.parent.relative_to(REPOSITORY).parts
+            found.add(".".join(parts if folder == "modeling_rebased" else ("modeling_rebased", *parts)))
+    assert listed == found
+
+
+def test_the_model_folder_stays_flat_and_self_contained():
+    """transformers copies a checkpoint's code by following `from .name import`, in one folder."""
+    folder = REPOSITORY / "modeling_rebased"
+    assert [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+    for path in folder.glob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            words = line.split()
+            if words[:1] == ["from"] and words[1].startswith("."):
+                assert (folder / f"{words[1][1:]}.py").is_file(), f"{path.name}: {line.strip()}"
+    assert importlib.util.find_spec("modeling_rebased").submodule_search_locations

@@ -1,0 +1,104 @@
+"""Text preparation: reading, cleaning, and the split by whole documents."""
+
+import gzip
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from training.prepare_text import clean, read_bible, read_dictionary, read_texts
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+DICTIONARY = """00-database-info
+This is a header.
+
+Lark \\Lark\\ (l[aum]rk), n. [Perh fr. AS. l[=a]c play, sport. Cf.
+   {Lake}, v. i.]
+   A frolic; a jolly time, spent in {mirth}
+   with friends. [Colloq.] --Dickens.
+   [1913 Webster]
+
+Byte \\Byte\\ n.
+   A sequence of eight bits, enough to hold one character.
+   [WordNet 1.5]
+
+Oar \\Oar\\, n.
+   (Naut.)
+   An implement for impelling a boat, being a slender piece of
+   timber.
+   [1913 Webster]
+
+   2. An oarsman, and a very good one he is upon the water.
+   [1913 Webster]
+"""
+
+
+def test_clean_unwraps_prose_and_leaves_verse():
+    prose = "A line of prose that was broken at a fixed width of seventy\r\ncharacters, and goes on here.\r\n"
+    verse = "Tyger Tyger, burning bright,\nIn the forests of the night;"
+    text = clean(f"[A Book by Some Author 1900]\n\n\n\n{prose}\n{verse}   \n\n\n")
+    first, second = text.rstrip("\n").split("\n\n")
+    assert first.endswith("a fixed width of seventy characters, and goes on here.") and "\n" not in first
+    assert second == verse
+
+
+def test_read_texts_from_folder_zip_and_tar_alike(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "b.txt").write_bytes("Zürich".encode("latin-1"))
+    (folder / "a.txt").write_bytes("Zürich".encode())
+    (folder / "notes.md").write_text("not read")
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"inner/{file.name}")
+    with tarfile.open(tmp_path / "texts.tar.xz", "w:xz") as archive:
+        archive.add(folder, "inner")
+    expected = [("a", "Zürich"), ("b", "Zürich")]
+    for path in (folder, tmp_path / "texts.zip", tmp_path / "texts.tar.xz"):
+        assert list(read_texts(path)) == expected
+
+
+def test_read_texts_says_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="neither a folder nor"):
+        list(read_texts(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"no \.txt file"):
+        list(read_texts(tmp_path))
+
+
+def test_read_bible(tmp_path):
+    path = tmp_path / "kjv.txt"
+    path.write_text("Ge1:1 In the beginning.\nGe1:2 And the earth.\nGe2:1 Thus.\n1Ti1:1 Paul.\n")
+    assert list(read_bible(path)) == [
+        ("bible-Ge", "In the beginning. And the earth.\n\nThus.\n"),
+        ("bible-1Ti", "Paul.\n"),
+    ]
+
+
+def test_read_dictionary_keeps_webster_1913_only(tmp_path):
+    path = tmp_path / "gcide.dict.dz"
+    path.write_bytes(gzip.compress(DICTIONARY.encode()))
+    assert list(read_dictionary(path)) == [
+        ("dictionary-o", "Oar: An implement for impelling a boat, being a slender piece of timber.\n"),
+    ]
+
+
+def test_whole_documents_are_held_out_and_the_result_is_always_the_same(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("one", "two", "three"):
+        (texts / f"{name}.txt").write_text(f"This is document {name}.\n")
+    outputs = []
+    for run in ("first", "second"):
+        command = [sys.executable, "-m", "training.prepare_text", "--text", str(texts), "--held_out", "two"]
+        subprocess.run([*command, "--output_dir", str(tmp_path / run)], check=True, cwd=REPOSITORY, capture_output=True)
+        outputs.append({path.name: path.read_bytes() for path in (tmp_path / run).iterdir()})
+    assert outputs[0] == outputs[1]
+    assert outputs[0]["train.txt"] == b"<|endoftext|>This is document one.\n<|endoftext|>This is document three.\n"
+    assert outputs[0]["heldout.txt"] == b"<|endoftext|>This is document two.\n"
+    assert json.loads(outputs[0]["heldout.jsonl"]) == {"title": "two", "text": "This is document two.\n"}
