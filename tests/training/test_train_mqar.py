@@ -1,0 +1,235 @@
+"""MQAR training: the fast loop against the Trainer, resuming, sweeping, and what is written."""
+
+import dataclasses
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from eval import mqar
+from training import train_mqar
+from training.train_mqar import MODELS, FastTrainer, Options, Run, append_result, build_model, read_results, sweep
+
+
+TINY = Run(
+    model="rebased",
+    hidden=24,
+    length=32,
+    pairs=4,
+    lr=1e-2,
+    seed=0,
+    epochs=3,
+    batch_size=16,
+    train_examples=90,  # five whole batches and a rest
+    test_examples=24,
+    vocab_size=64,
+    dropout=0.0,
+    stop_at=2.0,
+)
+CPU = Options(device="cpu", bf16=False, compile=False, cuda_graph=False, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("model", ["rebased", "based", "softmax"])
+def test_the_fast_loop_trains_as_the_trainer_does(model, tmp_path):
+    """Same batches in the same order, same losses, same accuracies, same weights at the end, in float32."""
+    run = dataclasses.replace(TINY, model=model)
+    plain, plain_model = train_mqar.train_plain(run, dataclasses.replace(CPU, loop="plain", work_dir=str(tmp_path)))
+    trainer = FastTrainer(run, CPU)
+    fast = trainer.train(run)
+    assert len(fast["history"]) == len(plain["history"]) == 3
+    for ours, theirs in zip(fast["history"], plain["history"]):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["accuracy"] == theirs["accuracy"]
+    start = weights(build_model(run))
+    moved = (weights(plain_model) - start).norm()
+    assert (weights(trainer.model) - weights(plain_model)).norm() < 1e-3 * moved
+    assert fast["history"][2]["loss"] < fast["history"][0]["loss"] - 0.1  # it does learn something
+
+
+def test_a_run_does_not_depend_on_the_one_before():
+    first, second = TINY, dataclasses.replace(TINY, lr=3e-3, seed=1)
+    trainer = FastTrainer(first, CPU)
+    trainer.train(first)
+    after = trainer.train(second)
+    alone = FastTrainer(second, CPU).train(second)
+    assert [e["loss"] for e in after["history"]] == [e["loss"] for e in alone["history"]]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, dropout):
+    run = dataclasses.replace(TINY, dropout=dropout)
+    whole = FastTrainer(run, CPU).train(run)
+    late = dataclasses.replace(CPU, work_dir=str(tmp_path), deadline=time.time() - 1)
+    stopped = FastTrainer(run, late).train(run)
+    assert (stopped["stopped"], stopped["epochs_trained"]) == ("deadline", 1)
+    trainer = FastTrainer(run, dataclasses.replace(late, deadline=None))
+    resumed = trainer.train(run)
+    assert [e["loss"] for e in resumed["history"]] == [e["loss"] for e in whole["history"]]
+    assert [e["epoch"] for e in resumed["history"]] == [1, 2, 3]
+    assert not list(tmp_path.iterdir())  # a finished run leaves nothing behind
+
+
+def test_a_stopped_plain_run_goes_on(tmp_path):
+    options = dataclasses.replace(CPU, loop="plain", work_dir=str(tmp_path / "a"))
+    whole, _ = train_mqar.train_plain(TINY, dataclasses.replace(options, work_dir=str(tmp_path / "b")))
+    stopped, _ = train_mqar.train_plain(TINY, dataclasses.replace(options, deadline=time.time() - 1))
+    assert stopped["epochs_trained"] == 1
+    resumed, _ = train_mqar.train_plain(TINY, options)
+    assert [e["loss"] for e in resumed["history"]] == pytest.approx([e["loss"] for e in whole["history"]], rel=1e-6)
+
+
+def test_a_sweep_skips_what_is_done_and_takes_up_what_is_not(tmp_path):
+    output = tmp_path / "results.jsonl"
+    runs = [dataclasses.replace(TINY, epochs=1, lr=lr) for lr in (1e-3, 1e-2)]
+    assert len(sweep(runs[:1], CPU, str(output))) == 1
+    with output.open("a") as file:
+        file.write('{"name": "cut off by a ki')
+    trained = sweep(runs, CPU, str(output))
+    assert [result["name"] for result in trained] == [runs[1].name]
+    assert sorted(result["name"] for result in read_results(output)) == sorted(run.name for run in runs)
+    # a run that met its deadline is not done
+    append_result(output, {"name": "other", "stopped": "deadline"})
+    assert sweep(runs, CPU, str(output)) == []
+
+
+def test_a_sweep_in_another_process_gives_the_same_numbers(tmp_path):
+    runs = [dataclasses.replace(TINY, epochs=1, lr=lr) for lr in (1e-2, 1e-3)]
+    here = sweep(runs, CPU, str(tmp_path / "a.jsonl"))
+    there = sweep(runs, CPU, str(tmp_path / "b.jsonl"), jobs=2)
+    losses = [{r["name"]: r["history"][0]["loss"] for r in results} for results in (here, there)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_ends_at_the_accuracy_asked_for():
+    run = dataclasses.replace(TINY, stop_at=0.0)
+    assert FastTrainer(run, CPU).train(run)["epochs_trained"] == 1
+
+
+def test_the_recipe_is_the_papers():
+    run = Run(model="rebased", hidden=64, length=512, pairs=128, lr=3e-3, seed=0)
+    assert (run.epochs, run.batch_size, run.train_examples, run.test_examples) == (64, 512, 100_000, 3_000)
+    assert (run.weight_decay, run.dropout, run.stop_at, run.steps_per_epoch) == (0.1, 0.1, 0.99, 195)
+    assert run.lr_at(0) == 3e-3
+    assert run.lr_at(32) == pytest.approx(1.5e-3)
+    assert run.lr_at(63) == pytest.approx(3e-3 * 0.5 * (1 + math.cos(math.pi * 63 / 64)))
+    order = run.order(5)
+    assert order.unique().numel() == order.numel() == 195 * 512
+    assert not torch.equal(order, run.order(6))
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    # embeddings, positions, convolution layer, mixer, norms: of hidden size 64 and length 128
+    [
+        (
+            "rebased",
+            8192 * 64 + 128 * 64 + (64 * 64 + 64 + 3 * 64 + 64) + (2 * 64 * 192 + 2 * 64 * 60) + 10 * 64 + 4 * 192,
+        )
+    ],
+)
+def test_the_model_is_the_papers(model, parameters):
+    run = Run(model=model, hidden=64, length=128, pairs=16, lr=1e-3, seed=0)
+    built = build_model(run)
+    assert sum(p.numel() for p in built.parameters()) == parameters
+    attention = built.model.layers[1].self_attn
+    assert attention.v_proj.weight.shape == (60, 64) and attention.q_proj.weight.shape == (192, 64)
+    assert built.lm_head.weight is built.model.embed_tokens.weight
+    assert built.model.embed_tokens.padding_idx is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_model_is_another_one(model):
+    """The ablation's flags reach the model: its output differs from every other model's with the same weights."""
+    run = dataclasses.replace(TINY, model=model)
+    config = run.config()
+    flags = {
+        "rebased": (0.0, 0.0, 1.0, True, True, True),
+        "based": (1.0, 1.0, 0.5, False, False, False),
+        "x2": (0.0, 0.0, 1.0, False, False, False),
+        "normalized": (0.0, 0.0, 1.0, False, False, True),
+        "gamma": (0.0, 0.0, 1.0, True, False, False),
+        "gamma_beta": (0.0, 0.0, 1.0, True, True, False),
+    }
+    if model == "softmax":
+        assert config.layer_types == ["conv", "full_attention"]
+    else:
+        assert (*config.coefficients, config.use_gamma, config.use_beta, config.normalize) == flags[model]
+    names = {name.split(".")[-1] for name, _ in build_model(run).model.layers[1].self_attn.named_parameters()}
+    assert "weight" in names
+
+
+def test_a_saved_model_is_a_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = dataclasses.replace(TINY, epochs=1)
+    sweep([run], CPU, str(tmp_path / "r.jsonl"), save=str(tmp_path / "models"))
+    folder = tmp_path / "models" / run.name
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_rebased.ReBasedForCausalLM"
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = mqar.to_text(mqar.make_examples(run.spec, 1).input_ids()[0].tolist())
+    assert model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.shape == (1, 32, 64)
+    files = {path.name for path in folder.iterdir()}
+    assert {"modeling_rebased.py", "configuration_rebased.py", "eager_rebased.py", "model.safetensors"} <= files
+
+
+def test_floor_counts_a_layer_by_hand():
+    run = dataclasses.replace(TINY, batch_size=1)
+    floor = train_mqar.floor_seconds(run, bandwidth=1.0, rate=1.0)
+    inner = 24  # 12 heads of 2
+    token = 2 * 24 * 24 + 2 * 24 * 384 + 4 * 24 * inner + 12 * 4 * 136 * 3
+    assert floor["operations"] == 3 * (32 * token + 4 * 2 * 24 * 64)
+    assert floor["bytes"] == 10 * 32 * (5 * 24 + 384 + 2 * inner)
+
+
+def test_wrong_arguments_are_named(capsys):
+    for argv, words in (
+        (["--models", "rebased,mamba"], "mamba"),
+        (["--lengths", "300"], "300"),
+        (["--batch-size", "9", "--train-examples", "5"], "--batch-size 9"),
+    ):
+        with pytest.raises(SystemExit):
+            train_mqar.parse(argv)
+        assert words in capsys.readouterr().err
+
+
+def test_results_are_json_lines(tmp_path):
+    append_result(tmp_path / "a" / "r.jsonl", {"name": "x"})
+    append_result(tmp_path / "a" / "r.jsonl", {"name": "y"})
+    assert [json.loads(line) for line in (tmp_path / "a" / "r.jsonl").read_text().splitlines()] == [
+        {"name": "x"},
+        {"name": "y"},
+    ]
+
+
+@pytest.mark.gpu
+def test_graph_and_compiled_code_train_as_eager_code_does():
+    """On a GPU: the CUDA graph replays what the plain calls do, and fused loss and bf16 stay near fp32."""
+    run = dataclasses.replace(
+        TINY, hidden=64, length=128, pairs=16, batch_size=32, train_examples=320, vocab_size=8192
+    )
+    losses = {}
+    for name, options in {
+        "eager": Options(compile=False, cuda_graph=False, bf16=False, progress=False),
+        "graph": Options(compile=False, cuda_graph=True, bf16=False, progress=False),
+        "fast": Options(progress=False),
+    }.items():
+        losses[name] = [entry["loss"] for entry in FastTrainer(run, options).train(run)["history"]]
+    assert losses["graph"] == pytest.approx(losses["eager"], rel=1e-4)
+    assert losses["fast"] == pytest.approx(losses["eager"], rel=1e-2)
