@@ -1,0 +1,361 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The Triton kernels against float64, through Triton's interpreter on the CPU or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+triton_rebased = pytest.importorskip("modeling_rebased.triton_rebased")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REASON = triton_rebased.triton_unavailable_reason(torch.device(DEVICE), torch.float32, 16, 64)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")
+
+REBASED, BASED = (0.0, 0.0, 1.0), (1.0, 1.0, 0.5)
+# relative to the norm of the float64 result: what rounding of inputs, features and weights to the dtype leaves
+BARS = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 1e-2}
+
+
+def oracle(q, k, v, coefficients, scale, eps, mask=None, cu=None, initial=None):
+    """The definition, quadratic in T and in float64; returns o and the state after the last token of each sequence."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[2] // k.shape[2]
+    if cu is not None:
+        parts = [
+            oracle(
+                *(x[:, a:b] for x in (q, k, v)), coefficients, scale, eps,
+                None if mask is None else mask[:, a:b], None, None if initial is None else initial[n : n + 1],
+            )
+            for n, (a, b) in enumerate(itertools.pairwise(cu.tolist()))
+        ]  # fmt: skip
+        return torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts], 0)
+    length, width, dim = q.shape[1], k.shape[3], v.shape[3]
+    c0, c1, c2 = coefficients
+    keep = torch.ones(q.shape[0], length, dtype=torch.bool, device=q.device) if mask is None else mask
+    k, v = k * keep[:, :, None, None], v * keep[:, :, None, None]
+    kq, vq = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    s = torch.einsum("bihf,bjhf->bhij", q, kq) * scale
+    w = (c0 + c1 * s + c2 * s * s).tril() * keep[:, None, None, :]
+    ones = torch.cat([vq, torch.ones_like(vq[..., :1])], -1)
+    sums = torch.einsum("bhij,bjhd->bihd", w, ones)
+
+    def features(x):
+        a, b = torch.triu_indices(width, width, 1, device=x.device)
+        parts = [x * x, math.sqrt(2) * x[..., a] * x[..., b]] if c2 else []
+        parts += [x] if c1 else []
+        parts += [torch.ones_like(x[..., :1])] if c0 else []
+        return torch.cat(parts, -1)
+
+    kept_ones = keep.double()[:, :, None, None].expand(*v.shape[:3], 1)
+    state = torch.einsum("bthn,bthd->bhnd", features(k), torch.cat([v, kept_ones], -1))
+    if c0:  # a dropped key has the feature 1 too, and 0 values
+        assert state.shape[-1] == dim + 1
+    if initial is not None:
+        initial = initial.double()
+        quad, lin = width * (width + 1) // 2 * bool(c2), width * bool(c1)
+        weights = torch.tensor([c2 * scale**2] * quad + [c1 * scale] * lin + [c0] * bool(c0), dtype=torch.float64)
+        phi = features(q) * weights.to(q.device)
+        sums = sums + torch.einsum("bthn,bhnd->bthd", phi, initial.repeat_interleave(group, 1))
+        state = state + initial
+    total = sums[..., dim:] + eps
+    return torch.where(total == 0, 0.0, sums[..., :dim] / total), state
+
+
+def relative(x, reference):
+    assert x.shape == reference.shape
+    return ((x.double() - reference).norm() / reference.norm().clamp(min=1e-12)).item()
+
+
+def make(batch, length, heads, kv_heads, width, dim, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    shapes = (batch, length, heads, width), (batch, length, kv_heads, width), (batch, length, kv_heads, dim)
+    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+
+
+def check(q, k, v, coefficients=REBASED, eps=1e-12, mask=None, cu=None, initial=None, final=True, bar=None):
+    """Forward and backward of the kernels against autograd through the oracle."""
+    bar = BARS[q.dtype] if bar is None else bar
+    scale = q.shape[-1] ** -0.5
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v) + ((initial,) if initial is not None else ())]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    o, state = triton_rebased.triton_rebased_attention(
+        *leaves[:3], coefficients=coefficients, scale=scale, eps=eps, attention_mask=mask, cu_seqlens=cu,
+        initial_state=leaves[3] if initial is not None else None, output_final_state=final,
+    )  # fmt: skip
+    o_ref, state_ref = oracle(
+        *exact[:3], coefficients, scale, eps, mask, cu, exact[3] if initial is not None else None
+    )
+    assert o.dtype == q.dtype
+    assert o.isfinite().all()
+    assert relative(o, o_ref) < bar
+    grad = torch.randn_like(o_ref)
+    loss, loss_ref = (o.double() * grad).sum(), (o_ref * grad).sum()
+    if final:
+        assert state.dtype == torch.float32
+        assert relative(state, state_ref) < bar
+        grad_state = torch.randn_like(state_ref) * 0.1
+        loss, loss_ref = loss + (state.double() * grad_state).sum(), loss_ref + (state_ref * grad_state).sum()
+    grads = torch.autograd.grad(loss, leaves)
+    grads_ref = torch.autograd.grad(loss_ref, exact)
+    for name, x, reference in zip("qkvs", grads, grads_ref):
+        assert x.isfinite().all(), name
+        assert relative(x, reference) < 2 * bar, f"d{name}: {relative(x, reference)}"
+
+
+SHAPES = [
+    # batch, length, heads, kv_heads, F, D
+    (2, 1, 1, 1, 1, 1),
+    (1, 37, 2, 2, 5, 10),
+    (2, 150, 2, 1, 16, 21),
+    (1, 200, 1, 1, 8, 42),
+    (1, 129, 3, 1, 20, 5),
+    (1, 130, 1, 1, 33, 70),
+]
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED, (0.0, 2.0, 0.0), (0.5, 0.0, 1.0)])
+@pytest.mark.parametrize("shape", SHAPES[1:4])
+def test_coefficients(shape, coefficients):
+    q, k, v = make(*shape)
+    eps = 1e-6
+    if coefficients == (0.0, 2.0, 0.0):  # signed weights may cancel: keep the normaliser away from 0
+        q, k = q.abs(), k.abs()
+    check(q, k, v, coefficients, eps)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape):
+    # no final state: the path that training takes
+    check(*make(*shape), final=False, eps=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("final", [False, True])
+def test_half_precision(dtype, final):
+    q, k, v = make(1, 150, 2, 1, 16, 32, dtype)
+    check(q, k, v, final=final, eps=1e-2)
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED])
+def test_mask_and_initial_state(coefficients):
+    q, k, v = make(2, 140, 2, 1, 6, 9)
+    mask = torch.rand(2, 140, device=DEVICE) > 0.3
+    mask[0, :70] = False
+    mask[1, 135:] = False
+    check(q, k, v, coefficients, 1e-4, mask)
+    rows = triton_rebased.n_features(6, coefficients)
+    initial = torch.rand(2, 1, rows, 10, device=DEVICE)
+    initial[:, :, :6] += 4  # squares outweigh the cross terms: a normaliser as real keys would make it
+    check(q, k, v, coefficients, 1e-4, mask, initial=initial)
+    check(q[:, :20], k[:, :20], v[:, :20], coefficients, 1e-4, mask[:, :20], initial=initial)
+
+
+def test_dropped_keys_do_not_count_whatever_they_hold():
+    q, k, v = make(1, 100, 1, 1, 8, 8)
+    mask = torch.ones(1, 100, dtype=torch.bool, device=DEVICE)
+    mask[:, 10:80] = False
+    arguments = dict(coefficients=REBASED, scale=1.0, eps=1e-6, attention_mask=mask, output_final_state=True)
+    o, state = triton_rebased.triton_rebased_attention(q, k, v, **arguments)
+    k[:, 10:80], v[:, 10:80] = float("nan"), float("inf")
+    o2, state2 = triton_rebased.triton_rebased_attention(q, k, v, **arguments)
+    assert torch.equal(o, o2) and torch.equal(state, state2)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_packed(with_state):
+    cu = torch.tensor([0, 3, 3, 70, 198, 199], dtype=torch.int32, device=DEVICE)
+    q, k, v = make(1, 199, 2, 1, 7, 6)
+    mask = torch.rand(1, 199, device=DEVICE) > 0.2
+    initial = None
+    if with_state:
+        initial = torch.rand(5, 1, 28, 7, device=DEVICE)
+        initial[:, :, :7] += 4
+    check(q, k, v, eps=1e-4, cu=cu, mask=mask, initial=initial, final=with_state)
+
+
+def test_packed_equals_separate_bit_for_bit():
+    q, k, v = make(1, 150, 1, 1, 8, 8)
+    arguments = dict(coefficients=REBASED, scale=1.0, eps=1e-6)
+    cu = torch.tensor([0, 64, 150], dtype=torch.int32, device=DEVICE)
+    packed, _ = triton_rebased.triton_rebased_attention(q, k, v, cu_seqlens=cu, **arguments)
+    for a, b in ((0, 64), (64, 150)):
+        alone, _ = triton_rebased.triton_rebased_attention(q[:, a:b], k[:, a:b], v[:, a:b], **arguments)
+        assert torch.equal(packed[:, a:b], alone)
+
+
+def test_strides():
+    """Heads-first storage, and slices of one fused projection, give the bits of contiguous tensors."""
+    fused = torch.randn(2, 80, 2 * (8 + 8 + 12), device=DEVICE)
+    q, k, v = (x.unflatten(-1, (2, -1)) for x in fused.split([16, 16, 24], -1))
+    assert not v.is_contiguous()
+    arguments = dict(coefficients=REBASED, scale=1.0, eps=1e-6)
+    o, _ = triton_rebased.triton_rebased_attention(q, k, v, **arguments)
+    dense, _ = triton_rebased.triton_rebased_attention(*(x.contiguous() for x in (q, k, v)), **arguments)
+    heads_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    swapped, _ = triton_rebased.triton_rebased_attention(*heads_first, **arguments)
+    assert torch.equal(o, dense) and torch.equal(o, swapped)
+
+
+def test_expanded_gradient():
+    q, k, v = (x.requires_grad_() for x in make(1, 70, 1, 1, 8, 8))
+    o, _ = triton_rebased.triton_rebased_attention(q, k, v, coefficients=REBASED, scale=1.0, eps=1e-6)
+    first = torch.autograd.grad(o.sum(), (q, k, v), retain_graph=True)
+    second = torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_pieces_equal_the_whole():
+    q, k, v = make(1, 160, 1, 1, 9, 7)
+    arguments = dict(coefficients=BASED, scale=1 / 3, eps=1e-6, output_final_state=True)
+    whole, last = triton_rebased.triton_rebased_attention(q, k, v, **arguments)
+    state, pieces = None, []
+    for a, b in ((0, 1), (1, 90), (90, 160)):
+        o, state = triton_rebased.triton_rebased_attention(
+            q[:, a:b], k[:, a:b], v[:, a:b], initial_state=state, **arguments
+        )
+        pieces.append(o)
+    assert relative(torch.cat(pieces, 1), whole.double()) < 1e-5
+    assert relative(state, last.double()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, dim, coefficients",
+    [(2, 2, 16, 20, REBASED), (4, 1, 5, 7, BASED), (3, 1, 1, 1, REBASED), (2, 1, 4, 4, (1.0, 1.0, 0.0))],
+)
+def test_decode(heads, kv_heads, width, dim, coefficients):
+    """Token by token from an empty state gives what the whole sequence gives; masked rows keep their state."""
+    batch, length = 2, 6
+    q, k, v = make(batch, length, heads, kv_heads, width, dim)
+    if coefficients == (1.0, 1.0, 0.0):
+        q, k = q.abs(), k.abs()
+    mask = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
+    mask[0, 0] = mask[1, 3] = False
+    arguments = dict(coefficients=coefficients, scale=width**-0.5, eps=1e-6)
+    reference, last = oracle(q, k, v, coefficients, width**-0.5, 1e-6, mask)
+    rows = triton_rebased.n_features(width, coefficients)
+    # a state whose last dims are not where a dense tensor has them
+    state = torch.zeros(batch, dim + 1, kv_heads, rows, device=DEVICE).permute(0, 2, 3, 1)
+    for t in range(length):
+        step = slice(t, t + 1)
+        before = state.clone()
+        o = triton_rebased.triton_rebased_decode(
+            q[:, step], k[:, step], v[:, step], state, attention_mask=mask[:, step], **arguments
+        )
+        assert relative(o, reference[:, step]) < 2e-5
+        for b in range(batch):
+            if not mask[b, t]:
+                assert torch.equal(state[b], before[b])
+    assert relative(state, last) < 2e-5
+
+
+def test_decode_continues_a_prefill():
+    q, k, v = make(1, 101, 2, 1, 16, 8)
+    arguments = dict(coefficients=REBASED, scale=0.25, eps=1e-6)
+    reference, _ = oracle(q, k, v, REBASED, 0.25, 1e-6)
+    _, state = triton_rebased.triton_rebased_attention(
+        q[:, :100], k[:, :100], v[:, :100], output_final_state=True, **arguments
+    )
+    o = triton_rebased.triton_rebased_decode(q[:, 100:], k[:, 100:], v[:, 100:], state, **arguments)
+    assert relative(o, reference[:, 100:]) < 2e-5
+
+
+def test_extreme_inputs_stay_finite():
+    q, k, v = make(1, 130, 1, 1, 16, 8, torch.float16)
+    k = (k / k.float().norm(dim=-1, keepdim=True) * 1e4).half()
+    check(q, k, v, final=False, eps=1e-2, bar=2e-2)
+    # nothing to attend to: 0, not NaN; and gradients of 0
+    q, k, v = (x.requires_grad_() for x in make(1, 70, 1, 1, 8, 8))
+    mask = torch.zeros(1, 70, dtype=torch.bool, device=DEVICE)
+    for eps in (0.0, 1e-12):
+        o, _ = triton_rebased.triton_rebased_attention(
+            q, k, v, coefficients=REBASED, scale=1.0, eps=eps, attention_mask=mask
+        )
+        assert (o == 0).all()
+        assert all((x == 0).all() for x in torch.autograd.grad(o.sum(), (q, k, v)))
+
+
+def test_deterministic():
+    q, k, v = (x.requires_grad_() for x in make(1, 200, 4, 2, 16, 16))
+
+    def run():
+        o, _ = triton_rebased.triton_rebased_attention(q, k, v, coefficients=REBASED, scale=0.25, eps=1e-6)
+        return o, *torch.autograd.grad(o.square().sum(), (q, k, v))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def test_operators_are_well_formed():
+    """Schemas, fake implementations and autograd registrations as torch.compile and torch.export rely on them."""
+    q, k, v = (x.requires_grad_() for x in make(1, 70, 2, 1, 4, 4))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    op = triton_rebased._OPS.forward.default
+    initial = torch.rand(1, 1, 10, 5, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(op, (q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.5, 1e-3, False), test_utils=tests)
+    torch.library.opcheck(op, (q, k, v, None, None, initial, 0.0, 0.0, 1.0, 0.5, 1e-3, True), test_utils=tests)
+    state = torch.rand(1, 1, 10, 5, device=DEVICE)
+    one = [x[:, :1].detach() for x in (q, k, v)]
+    torch.library.opcheck(
+        triton_rebased._OPS.decode.default, (*one, state, None, 0.0, 0.0, 1.0, 0.5, 1e-3), test_utils=tests
+    )
+
+
+def test_export_with_any_length():
+    """One exported graph serves sequences of one segment and of several: no guard on T's size against a segment."""
+
+    class Mixer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return triton_rebased.triton_rebased_attention(q, k, v, coefficients=REBASED, scale=0.5, eps=1e-6)[0]
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = tuple({1: length} for _ in range(3))
+    program = torch.export.export(Mixer(), tuple(make(1, 40, 1, 1, 4, 4)), dynamic_shapes=shapes)
+    for size in (3, 150):
+        q, k, v = make(1, size, 1, 1, 4, 4)
+        assert torch.equal(program.module()(q, k, v), Mixer()(q, k, v))
+
+
+def load_copy(path: Path, name: str):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_copies_of_the_module_live_together(tmp_path):
+    """A reloaded copy, and an edited one, work beside the first, forward and backward, in any order."""
+    source = Path(triton_rebased.__file__).read_text()
+    same, other = tmp_path / "same.py", tmp_path / "other.py"
+    same.write_text(source)
+    other.write_text(source + "\n# another version\n")
+    q, k, v = (x.requires_grad_() for x in make(1, 70, 1, 1, 4, 4))
+
+    def run(module):
+        o, _ = module.triton_rebased_attention(q, k, v, coefficients=REBASED, scale=0.5, eps=1e-6)
+        return o, *torch.autograd.grad(o.sum(), (q, k, v))
+
+    expected = run(triton_rebased)
+    copies = [load_copy(same, "copy_a"), load_copy(other, "copy_b"), load_copy(same, "copy_a")]
+    assert copies[1]._OPS.forward is not triton_rebased._OPS.forward
+    for module in (copies[1], copies[0], triton_rebased, copies[2]):
+        assert all(torch.equal(a, b) for a, b in zip(run(module), expected))
+    del copies, sys.modules["copy_a"], sys.modules["copy_b"]
+    assert all(torch.equal(a, b) for a, b in zip(run(triton_rebased), expected))
+
+
+def test_reasons():
+    reason = triton_rebased.triton_unavailable_reason
+    device = torch.device(DEVICE)
+    assert reason(device, torch.bfloat16, 16, 64) is None
+    assert "129" in reason(device, torch.bfloat16, 129, 64)
+    assert "257" in reason(device, torch.bfloat16, 16, 257)
+    assert "float64" in reason(device, torch.float64, 16, 64)
+    assert "meta" in reason(torch.device("meta"), torch.float32, 16, 64)
