@@ -1,6 +1,8 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
 """ReBased attention: the one public function, its checks, and the choice of a backend."""
 
+import itertools
+
 import torch
 
 from .eager_rebased import eager_rebased_attention, eager_rebased_decode, num_features
@@ -248,7 +250,7 @@ def _eager_by_sequence(
     outputs, states = [], []
     bounds = cu_seqlens.tolist()
     state_shape = (1, k.shape[2], num_features(q.shape[3], options["coefficients"]), v.shape[3] + 1)
-    for i, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         state = initial_state[i : i + 1] if initial_state is not None else None
         if stop > start:
             output, state = eager_rebased_attention(

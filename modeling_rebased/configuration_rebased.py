@@ -184,6 +184,15 @@ class ReBasedConfig(PreTrainedConfig):
                 self.mlp_bias = not swiglu
         super().__post_init__(**kwargs)
 
+    def convert_rope_params_to_dict(self, **kwargs):
+        """Part of the library's initialisation: leaves `rope_parameters` alone where nothing is rotated."""
+        return super().convert_rope_params_to_dict(**kwargs) if self.position_embedding_type == "rope" else kwargs
+
+    def validate_rope(self):
+        """Part of `@strict`-powered validation. The library's checks are about softmax layers' `head_dim`."""
+        if self.position_embedding_type == "rope" and set(self.layer_types) & set(SOFTMAX_LAYER_TYPES):
+            super().validate_rope()
+
     @property
     def coefficients(self) -> tuple[float, float, float]:
         """(c0, c1, c2) of the kernel."""
@@ -263,8 +272,8 @@ class ReBasedConfig(PreTrainedConfig):
                 and self.num_key_value_heads != self.num_attention_heads
             ),
             "`qk_norm_shared=True` with `qk_norm_scope='all_heads'` needs as many `num_key_value_heads` "
-            f"({self.num_key_value_heads}) as `num_attention_heads` ({self.num_attention_heads}): queries and keys have "
-            "different sizes.",
+            f"({self.num_key_value_heads}) as `num_attention_heads` ({self.num_attention_heads}): queries and keys "
+            "have different sizes.",
         )
         softmax = sorted(set(self.layer_types) & set(SOFTMAX_LAYER_TYPES))
         windowed = [t for t in softmax if t != "full_attention"]
@@ -276,6 +285,13 @@ class ReBasedConfig(PreTrainedConfig):
         require(
             not (rope and softmax) or self.head_dim % 2 == 0,
             f"`position_embedding_type='rope'` needs an even `head_dim` in softmax layers, but it is {self.head_dim}.",
+        )
+        require(
+            not rope
+            or {"rope_type", "rope_theta"} <= set(self.rope_parameters)
+            and self.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0,
+            "`rope_parameters` must be one flat set of parameters without a `partial_rotary_factor`, but they are "
+            f"{self.rope_parameters}.",
         )
         require(
             rope or not self.rope_linear_attention,

@@ -59,10 +59,10 @@ def build_norm(config: ReBasedConfig) -> nn.Module:
 
 
 class ReBasedQKNorm(nn.Module):
-    """The learnable part of the kernel (paper, section 4.2): x -> gamma * (x - mean) / std + beta, each step optional.
+    """The learnable part of the kernel (paper, section 4.2): gamma * (x - mean) / std + beta, each step optional.
 
-    With all three it is LayerNorm; with none the identity, which leaves the plain x^2 kernel. Where gamma and beta move
-    the minimum of (q.k)^2, a token can be ignored.
+    With all three it is LayerNorm; with none the identity, which leaves the plain x^2 kernel. Gamma and beta move the
+    minimum of (q.k)^2, so that a token can be ignored.
     """
 
     def __init__(self, size: int, config: ReBasedConfig):
@@ -161,8 +161,8 @@ class ReBasedShortConv(nn.Module):
         """
         Args:
             hidden_states (`torch.Tensor`): [B, T, hidden_size].
-            attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding, which may stand anywhere: the convolution
-                passes over it.
+            attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding, which may stand anywhere: the
+                convolution passes over it.
             past_key_values (`Cache`, *optional*): holds the last `kernel_size` inputs, [B, hidden_size, kernel_size].
             segment_ids (`torch.Tensor`, *optional*): [B, T], the number of each token's packed sequence.
             counts (`torch.Tensor`, *optional*): int64 [B, 2, 1], what the cache shall count after these tokens.
@@ -212,7 +212,7 @@ class ReBasedShortConv(nn.Module):
 
 
 class ReBasedLinearAttention(nn.Module):
-    """Linear attention with the kernel of the configuration: ReBased's (q.k)^2 with learnt normalisation, or Based's."""
+    """Linear attention with the configured kernel: ReBased's (q.k)^2 of learnt normalisation, or Based's."""
 
     def __init__(self, config: ReBasedConfig, layer_idx: int):
         super().__init__()
@@ -595,7 +595,7 @@ class ReBasedPreTrainedModel(PreTrainedModel):
 
         Returns:
             `dict[str, torch.Tensor | None]`: "linear_attention" [B, T], for all recurrent layers;
-            "full_attention" and "sliding_attention", whatever the attention implementation takes. `None` masks nothing.
+            "full_attention" and "sliding_attention", as the attention implementation takes them. `None` masks nothing.
         """
         types = set(config.layer_types)
         masks = {}
@@ -869,7 +869,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         r"""
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in `ReBasedModel`.
-            labels (`torch.LongTensor`, *optional*): [B, T], ids of the tokens themselves (the shift is the loss's), -100
+            labels (`torch.LongTensor`, *optional*): [B, T], ids of the tokens themselves (the loss shifts them), -100
                 where there is nothing to learn.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): compute the logits of the last so many
                 tokens only, or of the tokens at these indices; 0 is all.
