@@ -1,0 +1,327 @@
+"""Perplexity by slice: tokens that can be recalled from the context, against all others.
+
+A token is a recall token if it completes a bigram that occurred before in its context: the token before it was there
+already, and was followed by the same token then (Zoology, arXiv 2312.04927, section 3.1; the ReBased paper splits its
+language-model results the same way, section 5.2). Linear-attention models lose most of what they lose there.
+
+Zoology leaves out bigrams that are frequent in the training text, since a model may know those by heart. Give that
+text with `--known-text` and a third slice, "known", takes them up.
+
+    python -m eval.recall_slices --models DIR_A DIR_B --text book.txt --context 2048 --output eval/results/slices
+
+Memory does not grow with the length of a document's window times the vocabulary: a window goes through the model in
+chunks that continue a cache, or, where a model has none (`--mode hidden`), its last hidden states go through the
+output layer in chunks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+
+SLICES = ("recall", "known", "other")
+
+
+def last_occurrence(tokens: np.ndarray) -> np.ndarray:
+    """For each token, how far back its bigram occurred last, 0 if it did not: [T] int64.
+
+    Entry t is d > 0 if (tokens[t - 1], tokens[t]) == (tokens[t - 1 - d], tokens[t - d]) with the smallest such d.
+    """
+    tokens = np.asarray(tokens, dtype=np.int64)
+    distance = np.zeros(len(tokens), dtype=np.int64)
+    if len(tokens) < 3:
+        return distance
+    bigrams = tokens[:-1] * (tokens.max() + 1) + tokens[1:]
+    order = np.argsort(bigrams, kind="stable")
+    same = bigrams[order[1:]] == bigrams[order[:-1]]
+    distance[order[1:][same] + 1] = (order[1:] - order[:-1])[same]
+    return distance
+
+
+def count_bigrams(tokens: np.ndarray, vocab_size: int) -> dict[int, int]:
+    """Count bigrams, keyed by first * vocab_size + second."""
+    tokens = np.asarray(tokens, dtype=np.int64)
+    ids, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
+    return dict(zip(ids.tolist(), counts.tolist()))
+
+
+@dataclass
+class Slices:
+    """Sums over the tokens of each slice, and over recall tokens by the distance to the bigram's last occurrence."""
+
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SLICES, 0))
+    loss: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SLICES, 0.0))
+    correct: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SLICES, 0))
+    # bin b holds distances from 2**b to 2**(b + 1) - 1: [count, summed loss]
+    by_distance: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, losses: np.ndarray, correct: np.ndarray, distance: np.ndarray, known: np.ndarray) -> None:
+        """Add tokens; all four are [N]. `known` marks frequent bigrams, which matter where distance > 0 only."""
+        recall = distance > 0
+        for name, mask in (("recall", recall & ~known), ("known", recall & known), ("other", ~recall)):
+            self.tokens[name] += int(mask.sum())
+            self.loss[name] += float(losses[mask].sum())
+            self.correct[name] += int(correct[mask].sum())
+        mask = recall & ~known
+        bins = np.floor(np.log2(distance[mask])).astype(int)
+        for b in np.unique(bins).tolist():
+            entry = self.by_distance.setdefault(b, [0, 0.0])
+            entry[0] += int((bins == b).sum())
+            entry[1] += float(losses[mask][bins == b].sum())
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a slice that holds tokens, and "all"."""
+        total = sum(self.tokens.values())
+        rows = [(name, self.tokens[name], self.loss[name], self.correct[name]) for name in SLICES]
+        rows.append(("all", total, sum(self.loss.values()), sum(self.correct.values())))
+        return [
+            {
+                "slice": name,
+                "tokens": count,
+                "share": count / total,
+                "loss": loss / count,
+                "perplexity": math.exp(loss / count) if loss / count < 700 else math.inf,
+                "accuracy": correct / count,
+            }
+            for name, count, loss, correct in rows
+            if count
+        ]
+
+
+def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Losses in float32 and whether the best token is right, for logits [N, V] and targets [N]."""
+    logits = logits.float()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses.cpu().numpy().astype(np.float64), (logits.argmax(-1) == targets).cpu().numpy()
+
+
+@torch.no_grad()
+def score_windows(
+    model: torch.nn.Module, windows: torch.Tensor, *, chunk: int = 512, mode: str = "auto"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score every token of some windows but the first, each window with all of itself as its context.
+
+    Args:
+        model: any causal language model of transformers.
+        windows: [B, T] int64, T > 1.
+        chunk: tokens of a window whose logits exist at once: B * chunk * vocabulary floats.
+        mode: "cache" (chunks continue a cache), "hidden" (hidden states at once, logits in chunks), or "auto": cache
+            if the model returns one, else hidden.
+
+    Returns:
+        losses [B, T - 1] float64 and correct [B, T - 1] bool; column t is about token t + 1.
+    """
+    if mode not in ("auto", "cache", "hidden"):
+        raise ValueError(f"mode must be auto, cache or hidden, got {mode!r}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be positive, got {chunk}")
+    device = next(model.parameters()).device
+    windows = windows.to(device)
+    batch, length = windows.shape
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    losses = np.empty((batch, length - 1))
+    correct = np.empty((batch, length - 1), dtype=bool)
+
+    def put(first: int, logits: torch.Tensor) -> None:
+        size = logits.shape[1]
+        scored = _score(logits.flatten(0, 1), targets[:, first : first + size].flatten())
+        for where, what in zip((losses, correct), scored):
+            where[:, first : first + size] = what.reshape(batch, size)
+
+    if mode in ("auto", "cache"):
+        cache = None
+        for first in range(0, length - 1, chunk):
+            output = model(input_ids=inputs[:, first : first + chunk], past_key_values=cache, use_cache=True)
+            put(first, output.logits)
+            cache = getattr(output, "past_key_values", None)
+            if cache is None and first + chunk < length - 1:
+                if mode == "cache":
+                    raise ValueError(f"{type(model).__name__} returns no cache; use mode='hidden'")
+                break
+        else:
+            return losses, correct
+    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # [B, T - 1, hidden]
+    head = model.get_output_embeddings()
+    for first in range(0, length - 1, chunk):
+        put(first, head(hidden[:, first : first + chunk]))
+    return losses, correct
+
+
+def windows_of(tokens: list[int], context: int) -> Iterator[list[int]]:
+    """Cut a document into consecutive windows of `context` tokens; a rest of one token is left out."""
+    for first in range(0, len(tokens), context):
+        if len(window := tokens[first : first + context]) > 1:
+            yield window
+
+
+def evaluate(
+    model: torch.nn.Module,
+    documents: Iterable[list[int]],
+    *,
+    context: int = 2048,
+    chunk: int = 512,
+    batch_size: int = 1,
+    mode: str = "auto",
+    known: dict[int, int] | None = None,
+    known_from: int = 1250,
+    vocab_size: int | None = None,
+    progress: bool = False,
+) -> Slices:
+    """Split the losses of a model on some documents into slices.
+
+    Args:
+        model: any causal language model.
+        documents: token ids of each.
+        context: tokens of a window; nothing is carried over from one window to the next.
+        chunk, mode: see `score_windows`.
+        batch_size: windows of equal length scored together.
+        known: counts of bigrams in the training text, from `count_bigrams` with this `vocab_size`.
+        known_from: a bigram seen at least this often there is known (Zoology's 1,250).
+    """
+    model.eval()
+    vocab_size = vocab_size or model.config.vocab_size
+    frequent = np.array(sorted(k for k, n in (known or {}).items() if n >= known_from), dtype=np.int64)
+    slices = Slices()
+    windows = [window for document in documents for window in windows_of(document, context)]
+    windows.sort(key=len, reverse=True)  # equal lengths side by side; sums do not mind the order
+    bar = tqdm(total=sum(map(len, windows)), unit="token", disable=not progress)
+    first = 0
+    while first < len(windows):
+        size = len(windows[first])
+        batch = [w for w in windows[first : first + batch_size] if len(w) == size]
+        first += len(batch)
+        losses, correct = score_windows(model, torch.tensor(batch), chunk=chunk, mode=mode)
+        for tokens, loss, right in zip(np.array(batch), losses, correct):
+            bigrams = tokens[:-1] * vocab_size + tokens[1:]
+            slices.add(loss, right, last_occurrence(tokens)[1:], np.isin(bigrams, frequent))
+        bar.update(size * len(batch))
+    bar.close()
+    return slices
+
+
+def markdown(results: dict[str, Slices]) -> str:
+    lines = [
+        "| model | slice | tokens | share | loss | perplexity | accuracy |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
+    ]
+    for name, slices in results.items():
+        for row in slices.table():
+            lines.append(
+                f"| {name} | {row['slice']} | {row['tokens']:,} | {row['share']:.1%} | {row['loss']:.4f} "
+                f"| {row['perplexity']:.3f} | {row['accuracy']:.1%} |"
+            )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Slices], path: str | Path) -> None:
+    """Draw the loss of each slice, and of recall tokens over the distance to the bigram's last occurrence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    names = [row["slice"] for row in next(iter(results.values())).table()]
+    width = 0.8 / len(results)
+    for i, (label, slices) in enumerate(results.items()):
+        loss = {row["slice"]: row["loss"] for row in slices.table()}
+        places = [x + (i - (len(results) - 1) / 2) * width for x in range(len(names))]
+        left.bar(places, [loss.get(name, math.nan) for name in names], width, label=label)
+        bins = sorted(slices.by_distance)
+        right.plot(
+            [2**b for b in bins],
+            [slices.by_distance[b][1] / slices.by_distance[b][0] for b in bins],
+            "o-",
+            label=label,
+        )
+    left.set(xticks=range(len(names)), xticklabels=names, ylabel="loss, nats a token", title="by slice")
+    right.set(
+        xscale="log", xlabel="tokens since the bigram's last occurrence", ylabel="loss, nats a token", title="recall"
+    )
+    right.set_xscale("log", base=2)
+    left.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--models",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="checkpoint folders or Hub names; NAME=DIR labels one",
+    )
+    add("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, a document each")
+    add("--known-text", nargs="+", default=[], metavar="FILE", help="training text, whose frequent bigrams are known")
+    add("--known-from", type=int, default=1250, help="how often a bigram occurs there to be known")
+    add("--context", type=int, default=2048, help="tokens of a window")
+    add("--chunk", type=int, default=512, help="tokens whose logits exist at once")
+    add("--batch-size", type=int, default=1)
+    add("--mode", choices=("auto", "cache", "hidden"), default="auto")
+    add("--max-tokens", type=int, help="stop reading a document here")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    add("--trust-remote-code", action="store_true", help="run the code that lies in a checkpoint's folder")
+    add("--output", metavar="DIR", help="write slices.json, slices.md and slices.png there")
+    args = parser.parse_args(argv)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    results: dict[str, Slices] = {}
+    for item in args.models:
+        label, _, folder = item.rpartition("=")
+        label = label or Path(folder).name
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=args.trust_remote_code, dtype=args.dtype
+        ).to(args.device)
+
+        def encode(path: str, tokenizer=tokenizer) -> list[int]:
+            text = Path(path).read_text(encoding="utf-8")
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+        known: dict[int, int] = {}
+        for path in args.known_text:
+            for bigram, count in count_bigrams(np.array(encode(path)), model.config.vocab_size).items():
+                known[bigram] = known.get(bigram, 0) + count
+        results[label] = evaluate(
+            model,
+            [encode(path)[: args.max_tokens] for path in args.text],
+            context=args.context,
+            chunk=args.chunk,
+            batch_size=args.batch_size,
+            mode=args.mode,
+            known=known,
+            known_from=args.known_from,
+            progress=True,
+        )
+    table = markdown(results)
+    print(table)
+    if args.output:
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "slices.md").write_text(table + "\n", encoding="utf-8")
+        report = {
+            label: {"slices": slices.table(), "by_distance": {2**b: v for b, v in sorted(slices.by_distance.items())}}
+            for label, slices in results.items()
+        }
+        (folder / "slices.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        plot(results, folder / "slices.png")
+
+
+if __name__ == "__main__":
+    main()
