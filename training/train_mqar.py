@@ -154,6 +154,7 @@ class Options:
     progress: bool = True
     work_dir: str | None = None
     save_seconds: float = 30.0
+    race_epoch: int | None = None
     deadline: float | None = None  # a time.time() after which runs stop at the end of their epoch
 
     def autocast(self) -> torch.autocast:
@@ -374,6 +375,7 @@ class FastTrainer:
             for _ in range(3):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
+        stream.synchronize()
         if self.options.cuda_graph:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
@@ -420,8 +422,8 @@ class FastTrainer:
         torch.cuda.set_rng_state(random) if self.on_gpu else torch.set_rng_state(random)
         return state["history"], state["seconds"]
 
-    def train(self, run: Run, position: int = 0) -> dict[str, Any]:
-        """Train one run to its end, or from its last saved epoch on."""
+    def train(self, run: Run, position: int = 0, until: int | None = None) -> dict[str, Any]:
+        """Train one run to its end, or from its last saved epoch on; with `until`, stop and save after that epoch."""
         if kind_of(run) != self.kind:
             raise ValueError(f"this trainer was built for {self.kind}, the run is {kind_of(run)}")
         if self.on_gpu and self.setup_seconds == 0.0:
@@ -457,11 +459,14 @@ class FastTrainer:
             history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": round(seconds, 2)})
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
             late = self.options.deadline is not None and time.time() > self.options.deadline
-            if self.options.work_dir and (late or time.perf_counter() - last_save > self.options.save_seconds):
+            early = until is not None and epoch + 1 >= until
+            if self.options.work_dir and (
+                late or early or time.perf_counter() - last_save > self.options.save_seconds
+            ):
                 self._save(run, history, seconds)
                 last_save = time.perf_counter()
-            if late and epoch + 1 < run.epochs:
-                stopped = "deadline"
+            if (late or early) and epoch + 1 < run.epochs and accuracy < run.stop_at:
+                stopped = "deadline" if late else f"epoch {until}"
                 break
             if not math.isfinite(loss):
                 stopped = "loss is not finite"
@@ -583,12 +588,32 @@ def save_model(model: ReBasedForCausalLM, run: Run, folder: str | Path) -> None:
 # ---------------------------------------------------------------- the sweep
 
 
+def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tuple[list[Run], list[dict[str, Any]]]:
+    """Train the first seed's runs to an epoch, and keep the learning rate with the lowest loss there.
+
+    Returns the runs that remain (that rate, every seed) and the results of those given up.
+    """
+    first = [run for run in runs if run.seed == runs[0].seed]
+    results = {run: trainer.train(run, worker, until=epoch) for run in first}
+
+    def rank(run: Run) -> float:
+        history = results[run]["history"]
+        return history[-1]["loss"] if history and math.isfinite(history[-1]["loss"]) else math.inf
+
+    best = min(first, key=rank)
+    return [run for run in runs if run.lr == best.lr], [results[run] for run in first if run is not best]
+
+
 def run_group(
     runs: list[Run], options: Options, output: str, save: str | None, worker: int = 0
 ) -> list[dict[str, Any]]:
     """Train runs of one kind one after another; every one is in `output` as soon as it ends."""
     results = []
     trainer = FastTrainer(runs[0], options) if options.loop == "fast" else None
+    if trainer is not None and options.race_epoch is not None:
+        runs, given_up = _race(trainer, runs, options.race_epoch, worker)
+        for result in given_up:
+            append_result(output, result)
     for run in runs:
         if options.deadline is not None and time.time() > options.deadline:
             break
@@ -660,6 +685,12 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--save", metavar="DIR", help="write every trained model to DIR/NAME")
     add("--work-dir", metavar="DIR", help="where unfinished runs are kept; default: beside OUTPUT")
     add("--jobs", type=int, default=1, help="kinds of model trained at once on the GPU")
+    add(
+        "--race",
+        type=int,
+        metavar="EPOCH",
+        help="fast loop: train the first seed to this epoch at every rate, then go on with the best rate only",
+    )
     add("--loop", choices=("fast", "plain"), default="fast")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--kernel-backend", choices=("auto", "eager", "triton"), default="auto")
@@ -709,6 +740,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         cuda_graph=on_gpu and not args.no_cuda_graph,
         progress=not args.no_progress,
         work_dir=args.work_dir or str(Path(args.output).with_suffix("")) + "-unfinished",
+        race_epoch=args.race,
         deadline=time.time() + args.max_seconds if args.max_seconds else None,
     )
     return runs, options, args

@@ -114,6 +114,20 @@ def test_a_sweep_in_another_process_gives_the_same_numbers(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_race_goes_on_with_the_best_rate_only(tmp_path):
+    output = tmp_path / "results.jsonl"
+    runs = [dataclasses.replace(TINY, seed=seed, lr=lr) for seed in (0, 1) for lr in (1e-5, 1e-2)]
+    options = dataclasses.replace(CPU, race_epoch=1, work_dir=str(tmp_path / "work"))
+    trained = sweep(runs, options, str(output))
+    assert [result["name"] for result in trained] == [runs[1].name, runs[3].name]
+    lines = {result["name"]: result for result in read_results(output)}
+    assert (lines[runs[0].name]["stopped"], lines[runs[0].name]["epochs_trained"]) == ("epoch 1", 1)
+    assert runs[2].name not in lines
+    # the winner is the run it would have been without the race
+    alone = FastTrainer(runs[1], CPU).train(runs[1])
+    assert [e["loss"] for e in trained[0]["history"]] == [e["loss"] for e in alone["history"]]
+
+
 def test_a_run_ends_at_the_accuracy_asked_for():
     run = dataclasses.replace(TINY, stop_at=0.0)
     assert FastTrainer(run, CPU).train(run)["epochs_trained"] == 1
