@@ -20,7 +20,7 @@ from .tasks import tasks_path
 
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "english-6m"
-PROMPTS = ("The old man looked at the sea, and", "My fellow citizens, we", '"I do not understand you," said')
+PROMPTS = ("The old man looked at the sea, and", "My fellow citizens, ")
 
 
 def write(checkpoint: Path, prompts: list[str], new_tokens: int) -> None:
@@ -40,14 +40,14 @@ def write(checkpoint: Path, prompts: list[str], new_tokens: int) -> None:
         print(f"[{produced} bytes, {produced / (time.perf_counter() - started):.0f} a second]\n")
 
 
-def score(checkpoint: Path, limit: int | None) -> dict[str, float]:
+def score(checkpoint: Path, limit: int) -> dict[str, float]:
     """Run lm-eval's command line on the task heldout_english, offline, and return its three figures."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf"]
         command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True,dtype=float32"]
-        command += ["--include_path", tasks_path(), "--tasks", "heldout_english", "--output_path", folder]
-        command += [] if limit is None else ["--limit", str(limit)]
+        command += ["--include_path", tasks_path(), "--tasks", "heldout_english", "--limit", str(limit)]
         print("$ lm-eval", *command[3:])
+        command += ["--output_path", folder]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--prompt", nargs="*", default=list(PROMPTS))
     parser.add_argument("--new_tokens", type=int, default=300)
-    parser.add_argument("--limit", type=int, default=None, help="documents to score; default: all eight")
+    parser.add_argument("--limit", type=int, default=7, help="documents to score; 8 takes in the novel: all there is")
     args = parser.parse_args()
 
     write(args.checkpoint, args.prompt, args.new_tokens)

@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import modeling_rebased  # registers the configuration and the model with the Auto classes
+import modeling_rebased  # noqa: F401  registers the configuration and the model with the Auto classes
 
 from .byte_tokenizer import byte_tokenizer
 
@@ -107,24 +107,30 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, LMT
 # ---------------------------------------------------------------- data
 
 
-def tokenize_files(files: list[str], tokenizer: PreTrainedTokenizerBase, cache_dir: str) -> np.memmap:
-    """Encode text files into one flat file of token ids, once, and return it memory-mapped.
+def read_documents(files: list[str]) -> list[str]:
+    """Return the documents of some text files, in order."""
+    texts = (Path(name).read_bytes().decode("utf-8") for name in files)
+    return [document for text in texts for document in text.split("<|endoftext|>") if document]
+
+
+def encode(documents: list[str], tokenizer: PreTrainedTokenizerBase, cache_dir: str) -> np.memmap:
+    """Encode documents into one flat file of token ids, once, and return it memory-mapped.
 
     The file (uint16, or uint32 for a vocabulary above 65,536) is named after a hash of text and tokenizer, and appears
     under that name only when it is complete. Each document is preceded by the end-of-text token.
     """
-    texts = [Path(name).read_bytes() for name in files]
-    identity = hashlib.sha256(b"".join([tokenizer.backend_tokenizer.to_str().encode(), *texts])).hexdigest()[:16]
-    path = Path(cache_dir) / f"tokens-{identity}.bin"
+    identity = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    for document in documents:
+        identity.update(b"<|endoftext|>" + document.encode())
+    path = Path(cache_dir) / f"tokens-{identity.hexdigest()[:16]}.bin"
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         with open(unfinished, "wb") as out:
-            for text in texts:
-                for document in filter(None, text.decode("utf-8").split("<|endoftext|>")):
-                    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-                    np.array([tokenizer.eos_token_id, *ids], dtype=dtype).tofile(out)
+            for document in documents:
+                ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+                np.array([tokenizer.eos_token_id, *ids], dtype=dtype).tofile(out)
         os.replace(unfinished, path)
     return np.memmap(path, dtype=dtype, mode="r")
 
@@ -137,8 +143,9 @@ class TokenBlocks(torch.utils.data.Dataset):
     """
 
     def __init__(self, files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, cache_dir: str) -> None:
-        self.tokens = tokenize_files(files, tokenizer, cache_dir)
-        self.num_bytes = sum(os.path.getsize(name) for name in files)
+        documents = read_documents(files)
+        self.tokens = encode(documents, tokenizer, cache_dir)
+        self.num_bytes = sum(len(document.encode()) for document in documents)
         self.length = length
         if len(self.tokens) < length:
             raise ValueError(f"context_length is {length}, but {files} hold only {len(self.tokens)} tokens")
@@ -147,6 +154,8 @@ class TokenBlocks(torch.utils.data.Dataset):
         return len(self.tokens) // self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
         block = self.tokens[index * self.length : (index + 1) * self.length]
         input_ids = torch.from_numpy(block.astype(np.int64))
         return {"input_ids": input_ids, "labels": input_ids}
@@ -244,10 +253,6 @@ def export(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, figures: dict[str, float], folder: Path
 ) -> None:
     """Write the folder that `from_pretrained(folder, trust_remote_code=True)` loads: all that the Hub would get."""
-    if isinstance(model, modeling_rebased.ReBasedForCausalLM):
-        # Tells save_pretrained to put the model's code beside the weights and to name it in config.json's auto_map.
-        type(model.config).register_for_auto_class()
-        type(model).register_for_auto_class("AutoModelForCausalLM")
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         do_sample=True,

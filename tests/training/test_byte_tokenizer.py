@@ -15,7 +15,8 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "plain text", "  two  blanks , and\ttabs\r\n\n", "naïve café, 東京, 🙂", "".join(map(chr, range(256)))]
+    "text",
+    ["", "plain text", "  two  blanks , and\ttabs\r\n\n", "naïve café, 東京, 🙂", "".join(map(chr, range(256)))],
 )
 def test_ids_are_the_bytes_and_decode_to_the_text(tokenizer, text):
     ids = tokenizer(text)["input_ids"]

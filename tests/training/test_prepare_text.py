@@ -96,7 +96,9 @@ def test_whole_documents_are_held_out_and_the_result_is_always_the_same(tmp_path
     outputs = []
     for run in ("first", "second"):
         command = [sys.executable, "-m", "training.prepare_text", "--text", str(texts), "--held_out", "two"]
-        subprocess.run([*command, "--output_dir", str(tmp_path / run)], check=True, cwd=REPOSITORY, capture_output=True)
+        subprocess.run(
+            [*command, "--output_dir", str(tmp_path / run)], check=True, cwd=REPOSITORY, capture_output=True
+        )
         outputs.append({path.name: path.read_bytes() for path in (tmp_path / run).iterdir()})
     assert outputs[0] == outputs[1]
     assert outputs[0]["train.txt"] == b"<|endoftext|>This is document one.\n<|endoftext|>This is document three.\n"

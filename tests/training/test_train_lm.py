@@ -1,0 +1,175 @@
+"""Language-model training: the finished folder, and exact resume after kill -9."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from training.train_lm import TokenBlocks, latest_complete_checkpoint, parse_arguments, read_documents
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """A configuration, a text and a recipe for a run of a few seconds. Dropout makes the random state matter."""
+    folder = tmp_path_factory.mktemp("recipe")
+    config = {"model_type": "rebased", "vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "feature_dim": 4, "max_position_embeddings": 64, "residual_dropout": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+    line = "The quick brown fox jumps over the lazy dog, and number {} is the next.\n"
+    documents = ["".join(line.format(i * j) for i in range(40)) for j in range(8)]
+    (folder / "train.txt").write_text("<|endoftext|>".join(documents))
+    (folder / "heldout.txt").write_text(
+        "<|endoftext|>A quick brown dog jumps over the lazy fox. " + "Dogs are slow. " * 50
+    )
+    (folder / "recipe.yaml").write_text(f"""
+config: {folder}
+train_file: [{folder / "train.txt"}]
+eval_file: [{folder / "heldout.txt"}]
+max_steps: {STEPS}
+save_steps: 6
+logging_steps: 1
+per_device_train_batch_size: 2
+learning_rate: 0.01
+use_cpu: true
+disable_tqdm: true
+""")
+    return folder / "recipe.yaml"
+
+
+def _command(recipe: Path, output: Path) -> list[str]:
+    return [sys.executable, "-m", "training.train_lm", str(recipe), "--output_dir", str(output)]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _train(recipe: Path, output: Path) -> str:
+    """Run the training script to its end and return what it wrote to stderr."""
+    done = subprocess.run(
+        _command(recipe, output), cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    """The output of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("finished")
+    _train(recipe, output)
+    return output
+
+
+def _losses(output: Path) -> dict[int, float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_training_learns_and_reports_bits_per_byte(recipe, finished):
+    losses = _losses(finished)
+    assert losses[STEPS] < losses[1] - 0.5
+    figures = json.loads((finished / "final" / "training_figures.json").read_text())
+    assert figures["steps"] == STEPS
+    assert figures["tokens_per_step"] == 2 * 64
+    # A token is a byte, but for the one token that stands before the document.
+    size = len(read_documents([str(recipe.parent / "heldout.txt")])[0].encode())
+    expected = figures["eval_loss"] / math.log(2) * (size + 1) / size
+    assert figures["eval_bits_per_byte"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_finished_folder_is_what_a_user_loads(finished):
+    final = finished / "final"
+    names = {path.name for path in final.iterdir()}
+    assert names >= {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (REPOSITORY / "modeling_rebased").glob("*_rebased.py")} <= names
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(final / "model.safetensors").values())
+    # A process that does not know the package, in a folder where it cannot be imported.
+    code = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(final)!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({str(final)!r})
+output = model.generate(**tokenizer("The quick", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+print(type(model).__module__.split(".")[0], output.shape[1])
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=finished, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].split() == ["transformers_modules", "14"]
+
+
+def test_a_run_killed_by_sigkill_resumes_exactly(recipe, finished, tmp_path):
+    output = tmp_path / "killed"
+    log = tmp_path / "log"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            _command(recipe, output), cwd=REPOSITORY, env=_environment(), stdout=out, stderr=subprocess.STDOUT
+        )
+    # Kill it while it trains on, after its first checkpoint and before its last.
+    deadline = time.monotonic() + 240
+    while latest_complete_checkpoint(str(output)) is None:
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "final").exists()
+    # What a kill in the middle of saving would leave: the newest folder, without its last file's end.
+    torn = output / "checkpoint-18"
+    torn.mkdir(exist_ok=True)
+    (torn / "trainer_state.json").write_text('{"global_step": 18, "log_hist')
+
+    messages = _train(recipe, output)
+    assert "checkpoint-18 is incomplete and is ignored" in messages
+    assert "Resuming from" in messages
+    expected, got = (load_file(folder / "final" / "model.safetensors") for folder in (finished, output))
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+    assert _losses(output) == _losses(finished)
+
+
+def test_latest_complete_checkpoint(tmp_path):
+    assert latest_complete_checkpoint(str(tmp_path / "missing")) is None
+    for step in (9, 10, 200):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (folder / "rng_state.pth").touch()
+    assert latest_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-200")
+    (tmp_path / "checkpoint-200" / "trainer_state.json").write_text("")
+    assert latest_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    # Two processes trained, one of them was killed before it saved its random state.
+    assert latest_complete_checkpoint(str(tmp_path), world_size=2) is None
+
+
+def test_the_command_line_wins_over_the_recipe(recipe, tmp_path):
+    _, data_args, args = parse_arguments([str(recipe), "--max_steps", "7", "--output_dir", str(tmp_path)])
+    assert args.max_steps == 7
+    assert args.save_steps == 6
+    assert args.use_cpu is True
+    assert data_args.train_file[0].endswith("train.txt")
+
+
+def test_blocks_hold_the_text_in_order(tmp_path, finished):
+    tokenizer = AutoTokenizer.from_pretrained(finished / "final")
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>abc<|endoftext|>defgh")
+    blocks = TokenBlocks([str(text)], tokenizer, 4, str(tmp_path))
+    assert [block["input_ids"].tolist() for block in blocks] == [[256, 97, 98, 99], [256, 100, 101, 102]]
+    assert [path.suffix for path in tmp_path.glob("tokens-*")] == [".bin"]
+    with pytest.raises(ValueError, match="context_length is 400"):
+        TokenBlocks([str(text)], tokenizer, 400, str(tmp_path))
