@@ -369,19 +369,64 @@ class FastTrainer:
         begin = time.perf_counter()
         self.model.train()
         self.order.copy_(run.order(0))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        stream.synchronize()
+        try:
+            self._warm_up()
+        except Exception as error:  # whatever the compiler raises: the run is worth more than its speed
+            if self.backbone is self.model.model:
+                raise
+            tqdm.write(f"{run.name}: trains without torch.compile, which failed: {str(error)[:2000]}")
+            self.backbone = self.model.model
+            self.optimizer.zero_grad(set_to_none=True)
+            self._warm_up()
         if self.options.cuda_graph:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.step()
         torch.cuda.synchronize()
         self.setup_seconds = time.perf_counter() - begin
+
+    def _warm_up(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        self.cursor.zero_()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+
+    def time_steps(self, run: Run, steps: int = 20) -> dict[str, Any]:
+        """Seconds of one training step, nothing else running, and the kernels that take longest."""
+        self.prepare(run)
+        self.reset(run)
+
+        def go() -> float:
+            self.cursor.zero_()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(steps):
+                self.graph.replay() if self.graph is not None else self.step()
+            torch.cuda.synchronize()
+            return (time.perf_counter() - begin) / steps
+
+        go()
+        seconds = sorted(go() for _ in range(3))[1]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            go()
+        kernels = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)[:25]
+        return {
+            "name": run.name,
+            "step_seconds": seconds,
+            "tokens_per_second": run.batch_size * run.length / seconds,
+            "floor": floor_seconds(run),
+            "setup_seconds": self.setup_seconds,
+            "compiled": self.backbone is not self.model.model,
+            "cuda_graph": self.graph is not None,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "kernels_ms_a_step": {
+                event.key[:90]: round(event.device_time_total / 1000 / steps, 4) for event in kernels
+            },
+        }
 
     def accuracy(self) -> float:
         with self.options.autocast():
@@ -697,6 +742,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--fp32", action="store_true", help="no bf16 autocast")
     add("--no-compile", action="store_true")
     add("--no-cuda-graph", action="store_true")
+    add("--time-steps", action="store_true", help="train nothing: time a step of each kind of model, fast loop, GPU")
     add("--no-progress", action="store_true")
     add("--max-seconds", type=float, help="stop runs at the end of their epoch after so long; they stay unfinished")
     args = parser.parse_args(argv)
@@ -748,6 +794,12 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
 
 def main(argv: list[str] | None = None) -> None:
     runs, options, args = parse(argv)
+    if args.time_steps:
+        for run in {kind_of(run): run for run in runs}.values():
+            report = FastTrainer(run, options).time_steps(run)
+            append_result(args.output, report)
+            print(json.dumps(report, indent=1))
+        return
     results = sweep(runs, options, args.output, args.jobs, args.save)
     print(f"{len(results)} runs trained, all results in {args.output}")
 

@@ -1,0 +1,235 @@
+"""Figure 1 of the ReBased paper from our results: accuracy on MQAR over the hidden size, a panel a length.
+
+    python -m eval.plot_mqar eval/results/mqar/h100.jsonl --output eval/results/mqar
+
+A point is the mean over seeds of the best learning rate's accuracy (the rate with the highest mean), a bar the lowest
+and highest seed. Points read off the authors' figure stand beside ours, hollow. Runs with fewer epochs than the
+paper's 64 that did not reach their goal are marked: they do not reproduce a cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+LENGTHS = (128, 256, 512, 1024, 2048)
+HIDDEN = (64, 128, 256, 512)
+
+# Read off the authors' Figure 1. The cells that are not listed are 0.97 or above for both; those are not drawn, since
+# nothing more exact is known of them.
+PUBLISHED: dict[str, dict[tuple[int, int], float]] = {
+    "rebased": {
+        (512, 64): 0.89,
+        (1024, 64): 0.55,
+        (1024, 128): 0.98,
+        (2048, 64): 0.07,
+        (2048, 128): 0.66,
+        (2048, 256): 0.98,
+    },
+    "based": {
+        (512, 64): 0.90,
+        (1024, 64): 0.33,
+        (1024, 128): 0.98,
+        (2048, 64): 0.14,
+        (2048, 128): 0.49,
+        (2048, 256): 0.99,
+    },
+    "softmax": {(length, hidden): 1.0 for length in LENGTHS for hidden in HIDDEN},
+}
+PAPER_EPOCHS = 64
+
+
+@dataclass
+class Cell:
+    """One model at one length and hidden size."""
+
+    model: str
+    length: int
+    hidden: int
+    lr: float
+    accuracies: list[float]  # one a seed
+    epochs: int  # the most that a seed trained
+    complete: bool  # every seed trained the paper's epochs or reached its goal
+
+    @property
+    def mean(self) -> float:
+        return sum(self.accuracies) / len(self.accuracies)
+
+
+def read_runs(paths: list[str | Path]) -> list[dict[str, Any]]:
+    """Read results, the newest line of each run."""
+    runs: dict[tuple, dict[str, Any]] = {}
+    for path in paths:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                run = json.loads(line)
+            except json.JSONDecodeError:  # a line cut off by a kill
+                continue
+            if run.get("accuracy") is not None:
+                runs[run["name"], run.get("loop")] = run
+    return list(runs.values())
+
+
+def cells(runs: list[dict[str, Any]]) -> list[Cell]:
+    """Choose each cell's best learning rate, among runs of the longest training that the cell has.
+
+    Runs given up in a race or at a deadline count only where the cell has nothing else.
+    """
+    by_cell: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by_cell[run["model"], run["length"], run["hidden"]].append(run)
+    result = []
+    for (model, length, hidden), group in sorted(by_cell.items()):
+        finished = [run for run in group if not run.get("stopped")] or group
+        epochs = max(run["epochs"] for run in finished)
+        by_rate: dict[float, list[dict[str, Any]]] = defaultdict(list)
+        for run in finished:
+            if run["epochs"] == epochs:
+                by_rate[run["lr"]].append(run)
+
+        def mean(lr: float, by_rate=by_rate) -> float:
+            return sum(run["accuracy"] for run in by_rate[lr]) / len(by_rate[lr])
+
+        lr = max(by_rate, key=mean)
+        chosen = by_rate[lr]
+        complete = all(
+            run["epochs_trained"] >= PAPER_EPOCHS or run["accuracy"] >= run.get("stop_at", 0.99) for run in chosen
+        )
+        accuracies = [run["accuracy"] for run in chosen]
+        trained = max(run["epochs_trained"] for run in chosen)
+        result.append(Cell(model, length, hidden, lr, accuracies, trained, complete))
+    return result
+
+
+def markdown(found: list[Cell]) -> str:
+    """Our cells as a table, the authors' number beside each."""
+    lines = [
+        "| length | hidden | model | ours, mean | lowest to highest | seeds | epochs | best rate | paper |",
+        "| --: | --: | --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for cell in sorted(found, key=lambda c: (c.length, c.hidden, c.model)):
+        paper = PUBLISHED.get(cell.model, {}).get((cell.length, cell.hidden))
+        if paper is not None:
+            text = f"{paper:.2f}"
+        else:
+            text = "≥ 0.97" if cell.model in ("rebased", "based") else ""
+        spread = f"{min(cell.accuracies):.3f} to {max(cell.accuracies):.3f}" if len(cell.accuracies) > 1 else ""
+        epochs = f"{cell.epochs}" if cell.complete else f"{cell.epochs} of {PAPER_EPOCHS}"
+        lines.append(
+            f"| {cell.length} | {cell.hidden} | {cell.model} | {cell.mean:.3f} | {spread} | {len(cell.accuracies)} "
+            f"| {epochs} | {cell.lr:g} | {text} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(found: list[Cell], path: str | Path, models: tuple[str, ...] = ("rebased", "based", "softmax")) -> None:
+    """Draw the figure: ours filled, the authors' hollow and dashed, incomplete cells as triangles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = {"rebased": "tab:red", "based": "tab:blue", "softmax": "tab:gray"}
+    lengths = sorted(
+        {cell.length for cell in found} | {length for points in PUBLISHED.values() for length, _ in points}
+    )
+    figure, axes = pyplot.subplots(1, len(lengths), figsize=(3 * len(lengths), 3.4), sharey=True, layout="constrained")
+    for axis, length in zip(axes, lengths):
+        for model in models:
+            color = colors.get(model)
+            points = {h: a for (n, h), a in PUBLISHED.get(model, {}).items() if n == length}
+            axis.plot(
+                sorted(points), [points[h] for h in sorted(points)], "--o", color=color, mfc="white", alpha=0.6, lw=1
+            )
+            ours = sorted((c for c in found if c.model == model and c.length == length), key=lambda c: c.hidden)
+            for shape, complete in (("o", True), ("^", False)):
+                part = [cell for cell in ours if cell.complete == complete]
+                axis.errorbar(
+                    [cell.hidden for cell in part],
+                    [cell.mean for cell in part],
+                    yerr=[
+                        [cell.mean - min(cell.accuracies) for cell in part],
+                        [max(cell.accuracies) - cell.mean for cell in part],
+                    ],
+                    fmt=shape,
+                    color=color,
+                    capsize=3,
+                )
+        axis.set_xscale("log", base=2)
+        axis.set(title=f"length {length}", xlabel="hidden size", xticks=HIDDEN, xticklabels=HIDDEN, ylim=(-0.03, 1.05))
+        axis.set_xlim(HIDDEN[0] / 1.3, HIDDEN[-1] * 1.3)
+    axes[0].set_ylabel("accuracy")
+    handles = [pyplot.Line2D([], [], color=colors.get(m), marker="o", ls="", label=m) for m in models]
+    handles += [
+        pyplot.Line2D([], [], color="black", marker="o", ls="", label="ours"),
+        pyplot.Line2D([], [], color="black", marker="^", ls="", label=f"ours, fewer than {PAPER_EPOCHS} epochs"),
+        pyplot.Line2D([], [], color="black", marker="o", mfc="white", ls="--", label="paper, read off its figure"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw accuracy over epochs, a panel a length and hidden size, a line a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(run["length"], run["hidden"]) for run in runs})
+    models = sorted({run["model"] for run in runs})
+    colors = dict(zip(models, pyplot.get_cmap("tab10").colors))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.5 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, (length, hidden) in zip(axes.flat, panels):
+        labelled = set()
+        for run in sorted(runs, key=lambda r: r["name"]):
+            if (run["length"], run["hidden"]) != (length, hidden):
+                continue
+            label = None if run["model"] in labelled else run["model"]
+            labelled.add(run["model"])
+            axis.plot(
+                [entry["epoch"] for entry in run["history"]],
+                [entry["accuracy"] for entry in run["history"]],
+                color=colors[run["model"]],
+                alpha=0.4 if run.get("stopped") else 1,
+                label=label,
+            )
+        axis.set(title=f"length {length}, hidden size {hidden}", xlabel="epoch", ylabel="accuracy", ylim=(-0.03, 1.03))
+        axis.legend(fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", metavar="JSONL", help="what train_mqar wrote")
+    parser.add_argument("--output", default=".", metavar="DIR", help="for figure_1.png, curves.png and figure_1.md")
+    args = parser.parse_args(argv)
+    runs = read_runs(args.results)
+    if not runs:
+        parser.error(f"no finished run in {', '.join(args.results)}")
+    found = cells(runs)
+    table = markdown(found)
+    print(table)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figure_1.md").write_text(table + "\n", encoding="utf-8")
+    plot(found, folder / "figure_1.png")
+    plot_curves(runs, folder / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
