@@ -135,3 +135,18 @@ def test_figure_1_is_the_group():
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"num_examples": 1, "queries": 1})
     names = set(manager.load(["mqar"])["tasks"])
     assert names == {f"mqar_{length}_{pairs}" for length, pairs in mqar.FIGURE_1_PAIRS.items()}
+
+
+def test_two_processes_ask_every_query_once():
+    """What each process of `accelerate launch` gets, and that it makes the same documents without a word."""
+    from lm_eval.tasks import TaskManager
+
+    def documents(rank: int, world_size: int) -> list[tuple[int, str]]:
+        metadata = {"num_examples": 5, "queries": 3}
+        manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+        task = manager.load(["mqar_256_8"])["tasks"]["mqar_256_8"]
+        return [(i, doc["text"]) for i, doc in task.doc_iterator(rank=rank, world_size=world_size)]
+
+    parts = [documents(rank, 2) for rank in range(2)]
+    assert [len(part) for part in parts] == [8, 7]
+    assert sorted(parts[0] + parts[1]) == sorted(documents(0, 1))
