@@ -288,8 +288,10 @@ class ReBasedConfig(PreTrainedConfig):
         )
         require(
             not rope
-            or {"rope_type", "rope_theta"} <= set(self.rope_parameters)
-            and self.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0,
+            or (
+                {"rope_type", "rope_theta"} <= set(self.rope_parameters)
+                and self.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0
+            ),
             "`rope_parameters` must be one flat set of parameters without a `partial_rotary_factor`, but they are "
             f"{self.rope_parameters}.",
         )

@@ -295,7 +295,7 @@ def eager_rebased_decode(
     eps: float,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One token: `state += phi(k) [v, 1]^T` in place, then the query reads it.
+    """One token: the query reads the state and the token itself, then `state += phi(k) [v, 1]^T` in place.
 
     Args:
         q (`torch.Tensor`): [B, 1, H_q, F].
@@ -312,9 +312,13 @@ def eager_rebased_decode(
         values = torch.cat([v[:, 0].to(state.dtype), torch.ones_like(v[:, 0, :, :1], dtype=state.dtype)], dim=-1)
         if attention_mask is not None:
             values = values * attention_mask[:, -1, None, None].to(state.dtype)
-        phi_k = feature_map(k[:, 0].to(state.dtype), coefficients)  # [B, H_kv, features]
-        state += phi_k[..., None] * values[:, :, None, :]
+        keys = k[:, 0].to(state.dtype)  # [B, H_kv, F]
         queries = q[:, 0].to(state.dtype).unflatten(1, (kv_heads, -1)) * scale  # [B, H_kv, G, F]
+        # The token's own weight by its formula: as a sum of products of features it is less exact where it is small.
+        s = queries @ keys[..., None]  # [B, H_kv, G, 1]
+        c0, c1, c2 = coefficients
         out = _query_features(queries, coefficients, coefficients) @ state  # [B, H_kv, G, D + 1]
+        out = out + (c0 + c1 * s + c2 * s.square()) * values[:, :, None, :]
+        state += feature_map(keys, coefficients)[..., None] * values[:, :, None, :]
         out = out[..., :-1] / (out[..., -1:] + eps)
     return out.flatten(1, 2)[:, None].to(q.dtype)

@@ -481,6 +481,9 @@ class ReBasedMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if config.mlp_type == "swiglu" else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        # Read by _init_weights. The library does not hand it custom modules without parameters of their own, such as
+        # this one.
+        self.down_proj.scaled_by_depth = True
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -564,9 +567,9 @@ class ReBasedPreTrainedModel(PreTrainedModel):
             bound = 1 / math.sqrt(module.kernel_size[0])
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, ReBasedMLP):
+        elif isinstance(module, nn.Linear) and getattr(module, "scaled_by_depth", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.down_proj.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, ReBasedQKNorm):
             if module.weight is not None:
                 init.ones_(module.weight)

@@ -1,0 +1,251 @@
+"""The operator against its definition in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from modeling_rebased import rebased_attention
+from modeling_rebased.attention_rebased import rebased_attention_decode
+from modeling_rebased.eager_rebased import feature_map, naive_rebased_attention, num_features
+
+
+REBASED, BASED = (0.0, 0.0, 1.0), (1.0, 1.0, 0.5)
+
+
+def make_qkv(batch=2, length=100, q_heads=4, kv_heads=2, feature_dim=16, head_dim=20, dtype=torch.float32):
+    return (
+        torch.randn(batch, length, q_heads, feature_dim, dtype=dtype),
+        torch.randn(batch, length, kv_heads, feature_dim, dtype=dtype),
+        torch.randn(batch, length, kv_heads, head_dim, dtype=dtype),
+    )
+
+
+def oracle(q, k, v, **options):
+    return naive_rebased_attention(q.double(), k.double(), v.double(), **options)
+
+
+def error(actual, expected):
+    """Relative Frobenius error; NaN never passes."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED, (0.0, 0.0, 0.3), (1.0, 0.0, 2.0)])
+@pytest.mark.parametrize("feature_dim", [1, 5, 16])
+def test_features_have_the_kernel_as_inner_product(coefficients, feature_dim):
+    x, y = torch.randn(7, feature_dim, dtype=torch.double), torch.randn(7, feature_dim, dtype=torch.double)
+    present = tuple(float(c != 0) for c in coefficients)
+    phi_x, phi_y = feature_map(x, coefficients), feature_map(y, coefficients)
+    assert phi_x.shape[-1] == num_features(feature_dim, coefficients)
+    s = (x * y).sum(-1)
+    torch.testing.assert_close((phi_x * phi_y).sum(-1), present[0] + present[1] * s + present[2] * s**2)
+
+
+def test_feature_layout():
+    x = torch.tensor([2.0, 3.0, 5.0])
+    root = 2**0.5
+    expected = torch.tensor([4.0, 9, 25, 6 * root, 10 * root, 15 * root, 2, 3, 5, 1])
+    torch.testing.assert_close(feature_map(x, BASED), expected)
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+@pytest.mark.parametrize(
+    ("length", "feature_dim", "head_dim"),
+    [(1, 16, 64), (2, 1, 1), (63, 5, 10), (300, 16, 21), (513, 16, 42), (700, 3, 5), (1100, 33, 7)],
+)
+def test_forward_and_backward(length, feature_dim, head_dim, heads, coefficients):
+    q, k, v = make_qkv(2, length, *heads, feature_dim, head_dim)
+    mask = torch.rand(2, length) > 0.2
+    mask[:, 0] = True
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    o, state = rebased_attention(*inputs, coefficients=coefficients, attention_mask=mask)
+    expected = naive_rebased_attention(*exact, coefficients=coefficients, attention_mask=mask)
+    assert state is None
+    assert o.dtype == torch.float32
+    assert error(o, expected) < 1e-5
+    grad = torch.randn_like(o)
+    o.backward(grad)
+    expected.backward(grad.double())
+    for actual, reference in zip(inputs, exact):
+        if length <= 2:
+            # One key's weight cancels where it is all there is: the exact gradient of q and k is then zero, and what
+            # is left is rounding of terms as large as grad * v / s.
+            assert (actual.grad - reference.grad).norm() < 1e-4 * (grad.norm() + reference.grad.norm())
+        else:
+            assert error(actual.grad, reference.grad) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    q, k, v = (x.requires_grad_() for x in make_qkv(length=500, dtype=dtype))
+    o, _ = rebased_attention(q, k, v)
+    assert o.dtype == dtype
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = naive_rebased_attention(*exact)
+    assert error(o, expected) < 5e-3
+    grad = torch.randn_like(o)
+    o.backward(grad)
+    expected.backward(grad.double())
+    for actual, reference in zip((q, k, v), exact):
+        assert error(actual.grad, reference.grad) < 1e-2
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED])
+@pytest.mark.parametrize("sizes", [(200,), (1,) * 5 + (195,), (64, 64, 72), (130, 1, 1, 68), (7, 193)])
+def test_pieces_equal_the_whole(sizes, coefficients):
+    q, k, v = make_qkv(length=200)
+    mask = torch.rand(2, 200) > 0.2
+    expected = oracle(q, k, v, coefficients=coefficients, attention_mask=mask)
+    outputs, state, start = [], None, 0
+    for size in sizes:
+        piece = slice(start, start + size)
+        o, state = rebased_attention(
+            q[:, piece],
+            k[:, piece],
+            v[:, piece],
+            coefficients=coefficients,
+            attention_mask=mask[:, piece],
+            initial_state=state,
+            output_final_state=True,
+        )
+        outputs.append(o)
+        start += size
+    assert state.dtype == torch.float32
+    assert state.shape == (2, 2, num_features(16, coefficients), 21)
+    assert error(torch.cat(outputs, 1), expected) < 1e-5
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED])
+def test_one_token_at_a_time(coefficients):
+    q, k, v = make_qkv(length=40)
+    mask = torch.rand(2, 40) > 0.3
+    expected, final = rebased_attention(
+        q, k, v, coefficients=coefficients, attention_mask=mask, output_final_state=True
+    )
+    state = torch.zeros_like(final)
+    outputs = [
+        rebased_attention_decode(
+            *(x[:, i : i + 1] for x in (q, k, v)),
+            state,
+            coefficients=coefficients,
+            attention_mask=mask[:, i : i + 1],
+        )
+        for i in range(40)
+    ]
+    # (q.k)**2 near zero is a difference of large products in the state's form: element by element it is less exact.
+    assert error(torch.cat(outputs, 1), expected.double()) < 2e-5
+    assert error(state, final.double()) < 1e-6
+
+
+def test_gradients_of_states():
+    q, k, v = (x.double().requires_grad_() for x in make_qkv(1, 70, 2, 1, 3, 2))
+    initial = torch.rand(1, 1, 6, 3, dtype=torch.double, requires_grad=True)
+
+    def function(q, k, v, initial):
+        return rebased_attention(q, k, v, initial_state=initial, output_final_state=True)
+
+    assert torch.autograd.gradcheck(function, (q, k, v, initial), fast_mode=True)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_packed_sequences_equal_separate_ones(with_state):
+    lengths = [1, 7, 100, 64, 3, 350, 60]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = make_qkv(1, int(bounds[-1]))
+    expected = torch.cat([oracle(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(bounds)], 1)
+    o, state = rebased_attention(q, k, v, cu_seqlens=bounds.int(), output_final_state=with_state)
+    assert error(o, expected) < 1e-5
+    if with_state:
+        last = slice(int(bounds[-2]), None)
+        _, alone = rebased_attention(q[:, last], k[:, last], v[:, last], output_final_state=True)
+        torch.testing.assert_close(state[-1:], alone, rtol=1e-5, atol=1e-4)
+
+
+def test_long_sequence_in_pieces_does_not_drift():
+    """1,000,000 tokens, fp32 against float64."""
+    length, piece = 1_000_000, 250_000
+    q, k, v = (x[0].transpose(0, 1) for x in make_qkv(1, length, 1, 1, 4, 2))
+    state = None
+    for start in range(0, length, piece):
+        part = [x[None, :, start : start + piece].transpose(1, 2) for x in (q, k, v)]
+        o, state = rebased_attention(*part, initial_state=state, output_final_state=True)
+    scale = 4**-0.5
+    s = torch.einsum("f,tf->t", q[0, -1].double() * scale, k[0].double())
+    expected = (s.square() @ v[0].double()) / s.square().sum()
+    assert error(o[0, -1, 0], expected) < 1e-5 * max(1.0, 1e-2 / expected.norm().item())
+    phi = feature_map(k[0].double(), REBASED)
+    exact = phi.T @ torch.cat([v[0].double(), torch.ones(length, 1, dtype=torch.double)], 1)
+    assert error(state[0, 0], exact) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 1e4), (torch.float32, 1e15), (torch.bfloat16, 1e18), (torch.float32, 1e-15)]
+)
+def test_extreme_inputs_stay_finite(dtype, size):
+    q, k, v = make_qkv(1, 300, 2, 2, 8, 8)
+    q, k, v = [(q / 4).to(dtype), (k / k.norm(dim=-1, keepdim=True) * size).to(dtype), (v * 100).to(dtype)]
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    o, _ = rebased_attention(*inputs)
+    assert error(o, oracle(q, k, v)) < (1e-5 if dtype == torch.float32 else 5e-3)
+    o.float().sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED])
+def test_nothing_to_attend_to_is_zero(coefficients):
+    q, k, v = make_qkv(length=10)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[0, :4] = False
+    o, _ = rebased_attention(q, k, v, coefficients=coefficients, attention_mask=mask)
+    assert (o[0, :4] == 0).all()
+    assert o.isfinite().all()
+
+
+def test_sums_stay_fp32_under_autocast():
+    q, k, v = make_qkv(length=300)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, _ = rebased_attention(q, k, v)
+    assert error(o, oracle(q, k, v)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 16)}, "`q` must be"),
+        ({"q": torch.zeros(2, 9, 3, 16)}, "multiple"),
+        ({"q": torch.zeros(2, 9, 4, 8)}, "agree in size"),
+        ({"k": torch.zeros(2, 8, 2, 16)}, "agree in batch and tokens"),
+        ({"v": torch.zeros(2, 9, 4, 20)}, "same number of heads"),
+        ({"v": torch.zeros(2, 9, 2, 257)}, "1 to 256"),
+        ({"v": torch.zeros(2, 9, 2, 20, dtype=torch.half)}, "one dtype"),
+        ({"coefficients": (0, 0, 0)}, "`coefficients`"),
+        ({"eps": 0.0}, "`eps`"),
+        ({"attention_mask": torch.ones(2, 8)}, "`attention_mask`"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, "`cu_seqlens` packs"),
+        ({"initial_state": torch.zeros(2, 2, 10, 21)}, "`initial_state`"),
+        ({"backend": "cuda"}, "`backend`"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    q, k, v = make_qkv(length=9)
+    with pytest.raises(ValueError, match=message):
+        rebased_attention(**{"q": q, "k": k, "v": v, **change})
+
+
+def test_cu_seqlens_must_cover_the_tokens():
+    q, k, v = make_qkv(1, 9)
+    with pytest.raises(ValueError, match="must rise from 0 to the number of tokens"):
+        rebased_attention(q, k, v, cu_seqlens=torch.tensor([0, 5, 8]))
+
+
+def test_triton_that_cannot_run_says_why():
+    q, k, v = make_qkv(dtype=torch.double)
+    with pytest.raises(RuntimeError, match="cannot run here"):
+        rebased_attention(q, k, v, backend="triton")

@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+
+
+CONFIGURATIONS = Path(__file__).parents[2] / "configuration"
+
+
+def test_defaults():
+    config = ReBasedConfig()
+    assert config.layer_types == ["conv", "linear_attention"] * 6
+    assert config.head_dim == 64
+    assert config.coefficients == (0.0, 0.0, 1.0)
+    assert config.normalize and config.use_gamma and config.use_beta
+    assert ReBasedConfig(kernel="based").coefficients == (1.0, 1.0, 0.5)
+    assert not ReBasedConfig(kernel="based").normalize
+
+
+def test_round_trip(tmp_path):
+    config = ReBasedConfig(num_hidden_layers=3, kernel_coefficients=[0, 0, 2.0], position_embedding_type="rope")
+    config.save_pretrained(tmp_path)
+    assert ReBasedConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_key_value_heads": 5}, ["num_attention_heads", "num_key_value_heads"]),
+        ({"hidden_size": 8}, ["head_dim", "hidden_size", "num_attention_heads"]),
+        ({"layer_types": ["conv"]}, ["layer_types", "num_hidden_layers"]),
+        ({"layer_types": ["rwkv"] * 12}, ["layer_types", "rwkv"]),
+        ({"layer_types": ["sliding_attention"] * 12, "sliding_window": None}, ["sliding_window", "layer_types"]),
+        ({"rope_linear_attention": True}, ["rope_linear_attention", "position_embedding_type"]),
+        (
+            {"rope_linear_attention": True, "position_embedding_type": "rope", "feature_dim": 5},
+            ["rope_linear_attention", "feature_dim"],
+        ),
+        (
+            {"layer_types": ["full_attention"] * 12, "position_embedding_type": "rope", "head_dim": 5},
+            ["head_dim"],
+        ),
+        (
+            {"position_embedding_type": "rope", "rope_parameters": {"partial_rotary_factor": 0.5}},
+            ["rope_parameters", "partial_rotary_factor"],
+        ),
+        ({"qk_norm_shared": True, "num_key_value_heads": 4}, ["qk_norm_shared", "qk_norm_scope"]),
+        ({"kernel_coefficients": [0, 1, 0]}, ["kernel_coefficients"]),
+        ({"kernel_coefficients": [1, 1]}, ["kernel_coefficients"]),
+        ({"feature_dim": 129}, ["feature_dim"]),
+        ({"attention_eps": 0.0}, ["attention_eps"]),
+        ({"embedding_dropout": 1.0}, ["embedding_dropout"]),
+        ({"kernel": "softmax"}, ["kernel"]),
+        ({"mlp_type": "moe"}, ["mlp_type"]),
+        ({"vocab_size": 0}, ["vocab_size"]),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(fields, named):
+    with pytest.raises(StrictDataclassError) as info:
+        ReBasedConfig(**fields)
+    for name in named:
+        assert name in str(info.value)
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in CONFIGURATIONS.glob("*/config.json")))
+def test_ready_configurations_load(folder):
+    config = AutoConfig.from_pretrained(CONFIGURATIONS / folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, ReBasedForCausalLM)
+    parameters = model.num_parameters()
+    sizes = {"150m": 150e6, "360m": 360e6, "1.3b": 1.3e9}
+    for prefix, size in sizes.items():
+        if folder.startswith(prefix):
+            assert abs(parameters / size - 1) < 0.03
+
+
+def test_the_150m_twins_are_of_equal_size():
+    sizes = []
+    for folder in sorted(CONFIGURATIONS.glob("150m-*")):
+        with torch.device("meta"):
+            sizes.append(ReBasedForCausalLM(AutoConfig.from_pretrained(folder)).num_parameters())
+    assert len(sizes) == 4
+    assert max(sizes) / min(sizes) < 1.005
+
+
+def test_mqar_configurations_are_the_papers():
+    for hidden_size, head_dim in ((64, 5), (128, 10), (256, 21), (512, 42)):
+        config = AutoConfig.from_pretrained(CONFIGURATIONS / f"mqar-d{hidden_size}")
+        assert (config.hidden_size, config.head_dim, config.feature_dim) == (hidden_size, head_dim, 16)
+        assert config.layer_types == ["conv", "linear_attention"]
+        assert config.mlp_type == "none" and config.position_embedding_type == "learned"

@@ -1,0 +1,334 @@
+"""The model: its blocks as the authors define them, caches, padding, packing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+
+from modeling_rebased import (
+    ReBasedConfig,
+    ReBasedForCausalLM,
+    ReBasedForQuestionAnswering,
+    ReBasedForSequenceClassification,
+    ReBasedForTokenClassification,
+)
+from modeling_rebased.eager_rebased import naive_rebased_attention
+from modeling_rebased.modeling_rebased import ReBasedQKNorm
+from tests.modeling_rebased.cases import MODELS, RECURRENT, make_config, make_ids, make_model
+
+
+LENGTH = 23
+
+
+def assert_same_logits(actual, expected):
+    """fp32 bar, as a relative Frobenius error: where (q.k)**2 is near zero single elements are less exact."""
+    assert ((actual - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def run_pieces(model, ids, sizes, cache, mask=None):
+    outputs, start = [], 0
+    for size in sizes:
+        stop = start + size
+        options = {} if mask is None else {"attention_mask": mask[:, :stop]}
+        outputs.append(model(ids[:, start:stop], past_key_values=cache, **options).logits)
+        start = stop
+    return torch.cat(outputs, dim=1)
+
+
+def cache_bytes(cache):
+    tensors = [
+        x for layer in cache.layers for states in (layer.conv_states, layer.recurrent_states) for x in states.values()
+    ]
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+@torch.no_grad()
+def test_the_authors_block_and_its_traps():
+    """The MQAR model in plain PyTorch, from the paper's description."""
+    config = ReBasedConfig(
+        vocab_size=30,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        mlp_type="none",
+        position_embedding_type="learned",
+        max_position_embeddings=32,
+    )
+    assert config.head_dim == 5
+    torch.manual_seed(0)
+    model = ReBasedForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = torch.randint(0, 30, (2, 20))
+    backbone = model.model
+    conv_layer, attention_layer = backbone.layers
+
+    x = backbone.embed_tokens.weight[ids] + backbone.embed_positions.weight[:20]
+
+    def norm(module, x):
+        return F.layer_norm(x, (64,), module.weight, module.bias, 1e-5)
+
+    # BaseConv has a residual of its own.
+    u = norm(conv_layer.input_layernorm, x)
+    weight, bias = conv_layer.conv.conv.weight[:, 0], conv_layer.conv.conv.bias
+    padded = F.pad(u, (0, 0, 2, 0))
+    conv = sum(padded[:, i : i + 20] * weight[:, i] for i in range(3)) + bias
+    mixed = conv * (u @ conv_layer.conv.proj.weight.T + conv_layer.conv.proj.bias) + u
+    x = x + mixed
+    # An identity MLP leaves x + norm(x), not x.
+    x = x + norm(conv_layer.post_attention_layernorm, x)
+    u = norm(attention_layer.input_layernorm, x)
+    attention = attention_layer.self_attn
+    assert attention.v_proj.weight.shape == (60, 64)
+    # One LayerNorm over all heads for q, another for k.
+    q = F.layer_norm(u @ attention.q_proj.weight.T, (192,), attention.q_norm.weight, attention.q_norm.bias, 1e-5)
+    k = F.layer_norm(u @ attention.k_proj.weight.T, (192,), attention.k_norm.weight, attention.k_norm.bias, 1e-5)
+    v = u @ attention.v_proj.weight.T
+    o = naive_rebased_attention(q.view(2, 20, 12, 16), k.view(2, 20, 12, 16), v.view(2, 20, 12, 5))
+    x = x + o.reshape(2, 20, 60) @ attention.o_proj.weight.T
+    x = x + norm(attention_layer.post_attention_layernorm, x)
+    logits = norm(backbone.norm, x) @ backbone.embed_tokens.weight.T
+
+    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("use_gamma", [True, False])
+@pytest.mark.parametrize("use_beta", [True, False])
+def test_every_normalisation(normalize, use_gamma, use_beta):
+    norm = ReBasedQKNorm(6, ReBasedConfig(normalize=normalize, use_gamma=use_gamma, use_beta=use_beta))
+    x = torch.randn(3, 6)
+    expected = x
+    if normalize:
+        expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert len(list(norm.parameters())) == use_gamma + use_beta
+    with torch.no_grad():
+        if use_gamma:
+            norm.weight.copy_(torch.arange(6.0))
+            expected = expected * norm.weight
+        if use_beta:
+            norm.bias.copy_(torch.arange(6.0))
+            expected = expected + norm.bias
+        torch.testing.assert_close(norm(x), expected)
+
+
+def test_head_scope_normalises_each_head():
+    model = make_model("pure", qk_norm_scope="head")
+    attention = model.model.layers[0].self_attn
+    assert attention.q_norm.weight.shape == (8,)
+    shared = make_model("pure", qk_norm_scope="head", qk_norm_shared=True).model.layers[0].self_attn
+    assert shared.k_norm is None
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    config = ReBasedConfig(hidden_size=256, vocab_size=500, num_hidden_layers=8)
+    model = ReBasedForCausalLM(config)
+    layer = model.model.layers[1]
+    assert abs(layer.self_attn.q_proj.weight.std() / 0.02 - 1) < 0.05
+    assert abs(layer.mlp.up_proj.weight.std() / 0.02 - 1) < 0.05
+    assert abs(layer.mlp.down_proj.weight.std() / (0.02 / 4) - 1) < 0.05
+    assert (layer.self_attn.q_norm.weight == 1).all()
+    assert 0.5 < model.model.layers[0].conv.conv.weight.abs().max() <= 3**-0.5
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sizes", [(23,), (1,) * 23, (5, 7, 1, 10), (2, 21)], ids=str)
+def test_pieces_equal_the_whole(name, sizes):
+    model, ids = make_model(name), make_ids()
+    expected = model(ids, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    assert_same_logits(run_pieces(model, ids, sizes, cache), expected)
+    assert cache.get_seq_length() == LENGTH
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_static_cache_and_reset(name):
+    model, ids = make_model(name), make_ids()
+    expected = model(ids, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    for _ in range(2):
+        assert_same_logits(run_pieces(model, ids, (5, 7, 1, 10), cache), expected)
+        cache.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("sizes", [(23,), (10, 13), (1,) * 23], ids=str)
+def test_padded_rows_equal_lone_ones(name, side, sizes):
+    model, ids = make_model(name), make_ids()
+    real = slice(8, None) if side == "left" else slice(None, 15)
+    mask = torch.zeros_like(ids)
+    mask[0] = 1
+    mask[1, real] = 1
+    lone = model(ids[1:, real], use_cache=False).logits[0]
+    whole = model(ids[:1], use_cache=False).logits[0]
+    padded = run_pieces(model, ids, sizes, DynamicCache(config=model.config), mask)
+    assert_same_logits(padded[0], whole)
+    assert_same_logits(padded[1, real], lone)
+    one = run_pieces(model, ids[1:], sizes, DynamicCache(config=model.config), mask[1:])
+    assert_same_logits(one[0, real], lone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "mqar", "conv"])
+def test_padding_between_turns(name):
+    """Two rows of a chat, the second with a shorter first turn: padding in the middle once the cache goes on."""
+    model, ids = make_model(name), make_ids()
+    mask = torch.ones_like(ids)
+    mask[1, 6:14] = 0
+    lone = model(ids[1:][mask[1:] == 1][None], use_cache=False).logits[0]
+    for sizes in ((23,), (14, 9), (7, 1, 8, 7)):
+        padded = run_pieces(model, ids, sizes, DynamicCache(config=model.config), mask)
+        assert_same_logits(padded[1, mask[1] == 1], lone)
+
+
+@torch.no_grad()
+def test_cache_is_of_constant_size():
+    model = make_model("paper")
+    cache = DynamicCache(config=model.config)
+    model(make_ids(1, 1), past_key_values=cache)
+    size = cache_bytes(cache)
+    for _ in range(10):
+        model(make_ids(1, 10_000), past_key_values=cache, logits_to_keep=1)
+    assert cache.get_seq_length() == 100_001
+    assert cache_bytes(cache) == size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "every_type"])
+def test_copied_and_reordered_caches_go_on(name):
+    model, ids = make_model(name), make_ids()
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :10], past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    model(ids[:, 10:], past_key_values=cache)
+    assert (cache.get_seq_length(), twin.get_seq_length()) == (23, 10)
+    twin.reorder_cache(torch.tensor([1, 0]))
+    swapped = model(ids.flip(0)[:, 10:], past_key_values=twin).logits
+    expected = model(ids, use_cache=False).logits[:, 10:].flip(0)
+    assert_same_logits(swapped, expected)
+
+
+def test_a_foreign_cache_is_refused():
+    model = make_model("paper")
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        model(make_ids(), past_key_values=DynamicCache())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("with_bounds", [False, True])
+def test_packed_sequences_equal_separate_ones(name, with_bounds):
+    model = make_model(name)
+    rows = [{"input_ids": make_ids(1, length)[0].tolist()} for length in (7, 1, 12, 3)]
+    batch = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=with_bounds)(rows)
+    batch.pop("labels")
+    packed = model(**batch).logits[0]
+    separate = [model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0] for row in rows]
+    assert_same_logits(packed, torch.cat(separate))
+
+
+def test_packed_sequences_train_as_separate_ones():
+    model = make_model("paper")
+    rows = [{"input_ids": make_ids(1, length)[0].tolist()} for length in (7, 12, 3)]
+    batch = DataCollatorWithFlattening(return_tensors="pt")(rows)
+    model(**batch).loss.backward()
+    packed = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    tokens = sum(len(row["input_ids"]) - 1 for row in rows)
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        (model(ids, labels=ids).loss * (ids.shape[1] - 1) / tokens).backward()
+    for grad, parameter in zip(packed, model.parameters()):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_inputs_embeds_and_logits_to_keep():
+    model, ids = make_model("every_type"), make_ids()
+    expected = model(ids).logits
+    embeds = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected)
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, expected[:, -2:])
+    kept = torch.tensor([0, 5])
+    torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, expected[:, kept])
+
+
+@torch.no_grad()
+def test_labels_of_minus_100_are_not_learnt():
+    model, ids = make_model("paper"), make_ids()
+    labels = ids.clone()
+    labels[:, :10] = -100
+    out = model(ids, labels=labels)
+    expected = F.cross_entropy(out.logits[:, 9:-1].flatten(0, 1), ids[:, 10:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions():
+    model, ids = make_model("every_type", attn_implementation="eager"), make_ids()
+    out = model(ids, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 6
+    # The softmax layers' and the window of the hybrid; linear layers have no weights to show.
+    assert len(out.attentions) == 3
+    for weights in out.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, LENGTH))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["every_type", "based"])
+def test_attention_implementations_agree(name):
+    ids = make_ids()
+    expected = make_model(name, attn_implementation="eager")(ids).logits
+    torch.testing.assert_close(
+        make_model(name, attn_implementation="sdpa")(ids).logits, expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_bad_inputs_are_named():
+    model, ids = make_model("mqar"), make_ids()
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="`attention_mask`"):
+        model(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="`attention_mask`"):
+        model(ids, attention_mask=torch.ones(2, 1, 23, 23), position_ids=torch.arange(23)[None])
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        model(make_ids(1, 65))
+    with pytest.raises(ValueError, match="position_ids"):
+        model(ids, position_ids=torch.tensor([[*range(10), *range(13)]] * 2))
+
+
+@pytest.mark.parametrize("name", ["paper", "every_type"])
+@pytest.mark.parametrize(
+    ("head", "labels", "shape"),
+    [
+        (ReBasedForSequenceClassification, torch.tensor([0, 2]), (2, 3)),
+        (ReBasedForTokenClassification, torch.ones(2, LENGTH, dtype=torch.long), (2, LENGTH, 3)),
+    ],
+)
+def test_classification_heads(name, head, labels, shape):
+    model = head(make_config(name, num_labels=3, pad_token_id=0))
+    out = model(make_ids(), labels=labels)
+    assert out.logits.shape == shape
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.model.layers.parameters())
+
+
+def test_question_answering_head():
+    model = ReBasedForQuestionAnswering(make_config("paper"))
+    out = model(make_ids(), start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 4]))
+    assert out.start_logits.shape == (2, LENGTH)
+    out.loss.backward()
+
+
+def test_recurrent_models_say_so():
+    assert all(make_model(name)._is_stateful for name in RECURRENT)
+    assert not make_model("softmax")._is_stateful
