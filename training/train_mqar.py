@@ -618,16 +618,53 @@ def floor_seconds(run: Run, bandwidth: float = 3.0e12, rate: float = 700e12) -> 
     }
 
 
-def save_model(model: ReBasedForCausalLM, run: Run, folder: str | Path) -> None:
-    """Write a checkpoint folder: bf16 safetensors, config, the model's code, the WordLevel tokenizer."""
+def save_model(model: ReBasedForCausalLM, run: Run, folder: str | Path, result: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint folder: bf16 safetensors, config, the model's code, the WordLevel tokenizer, a model card."""
     model = model.to("cpu", torch.bfloat16).eval()
-    model.config.dtype = torch.bfloat16
     model.config.kernel_backend = "auto"
-    for auto_class, cls in (("AutoConfig", ReBasedConfig), ("AutoModelForCausalLM", ReBasedForCausalLM)):
-        if cls._auto_class is None:
-            cls.register_for_auto_class(*(() if cls is ReBasedConfig else (auto_class,)))
+    folder = Path(folder)
     model.save_pretrained(folder)
     mqar.build_tokenizer(run.vocab_size, run.length).save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(run, result), encoding="utf-8")
+
+
+def model_card(run: Run, result: dict[str, Any] | None) -> str:
+    """The README of a checkpoint, with what its training measured."""
+    task = f"mqar_{run.length}_{run.pairs}"
+    trained = ""
+    if result is not None:
+        trained = (
+            f"It was trained for {result['epochs_trained']} epochs of {run.steps_per_epoch * run.batch_size:,} examples "
+            f"(batch {run.batch_size}, AdamW, learning rate {run.lr:g}, weight decay {run.weight_decay:g}, cosine over "
+            f"{run.epochs} epochs, seed {run.seed}) on one {result['device']} in {result['seconds']:.0f} seconds, and then "
+            f"answered {result['accuracy']:.2%} of the queries of {run.test_examples:,} test sequences.\n"
+        )
+    return f"""---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: text-generation
+tags: [rebased, linear-attention, associative-recall, mqar]
+---
+# {run.model} for multi-query associative recall, hidden size {run.hidden}
+
+A model of two layers, a short gated convolution and one layer of {run.model} linear attention (arXiv 2402.10644), trained
+on multi-query associative recall (MQAR): a sequence of {run.length} tokens starts with {run.pairs} key-value pairs, the
+keys come again in another order, and the model says each one's value. Its tokens are the task's symbols: "_" the filler,
+"1" to "{run.vocab_size // 2 - 1}" keys, "{run.vocab_size // 2}" to "{run.vocab_size - 1}" values. It knows nothing else.
+
+{trained}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+Score it with lm-eval:
+
+    lm-eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True \\
+        --include_path "$(rebased-tasks)" --tasks {task} --batch_size 32
+"""
 
 
 # ---------------------------------------------------------------- the sweep
@@ -672,7 +709,7 @@ def run_group(
         if save:
             copy = build_model(run, options.kernel_backend)
             copy.load_state_dict(model.state_dict())
-            save_model(copy, run, Path(save) / run.name)
+            save_model(copy, run, Path(save) / run.name, result)
         shown = {key: result[key] for key in ("name", "accuracy", "epochs_trained", "seconds", "tokens_per_second")}
         tqdm.write(json.dumps(shown))
     return results
