@@ -631,14 +631,17 @@ def save_model(model: ReBasedForCausalLM, run: Run, folder: str | Path, result: 
 def model_card(run: Run, result: dict[str, Any] | None) -> str:
     """The README of a checkpoint, with what its training measured."""
     task = f"mqar_{run.length}_{run.pairs}"
+    first_value = run.vocab_size // 2
     trained = ""
     if result is not None:
-        trained = (
-            f"It was trained for {result['epochs_trained']} epochs of {run.steps_per_epoch * run.batch_size:,} examples "
-            f"(batch {run.batch_size}, AdamW, learning rate {run.lr:g}, weight decay {run.weight_decay:g}, cosine over "
-            f"{run.epochs} epochs, seed {run.seed}) on one {result['device']} in {result['seconds']:.0f} seconds, and then "
-            f"answered {result['accuracy']:.2%} of the queries of {run.test_examples:,} test sequences.\n"
-        )
+        trained = f"""
+## Training
+
+{result["epochs_trained"]} epochs of {run.steps_per_epoch * run.batch_size:,} examples, batch {run.batch_size}, AdamW
+with learning rate {run.lr:g} (a cosine over {run.epochs} epochs) and weight decay {run.weight_decay:g}, seed {run.seed}:
+{result["seconds"]:.0f} seconds on one {result["device"]}. It then answered {result["accuracy"]:.2%} of the queries of
+{run.test_examples:,} test sequences.
+"""
     return f"""---
 library_name: transformers
 license: apache-2.0
@@ -647,24 +650,21 @@ tags: [rebased, linear-attention, associative-recall, mqar]
 ---
 # {run.model} for multi-query associative recall, hidden size {run.hidden}
 
-A model of two layers, a short gated convolution and one layer of {run.model} linear attention (arXiv 2402.10644), trained
-on multi-query associative recall (MQAR): a sequence of {run.length} tokens starts with {run.pairs} key-value pairs, the
-keys come again in another order, and the model says each one's value. Its tokens are the task's symbols: "_" the filler,
-"1" to "{run.vocab_size // 2 - 1}" keys, "{run.vocab_size // 2}" to "{run.vocab_size - 1}" values. It knows nothing else.
+Two layers, a short gated convolution and one layer of {run.model} attention (arXiv 2402.10644), trained on multi-query
+associative recall (MQAR): a sequence of {run.length} tokens starts with {run.pairs} key-value pairs, the keys come
+again in another order, and the model says each one's value. Its tokens are the task's symbols: "_" the filler, "1" to
+"{first_value - 1}" keys, "{first_value}" to "{run.vocab_size - 1}" values. It knows nothing else.
 
-{trained}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
 Score it with lm-eval:
 
     lm-eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True \\
         --include_path "$(rebased-tasks)" --tasks {task} --batch_size 32
-"""
+{trained}"""
 
 
 # ---------------------------------------------------------------- the sweep
