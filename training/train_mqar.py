@@ -379,9 +379,14 @@ class FastTrainer:
             self.optimizer.zero_grad(set_to_none=True)
             self._warm_up()
         if self.options.cuda_graph:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.step()
+                self.graph = graph
+            except RuntimeError as error:  # an operation that cannot be recorded
+                tqdm.write(f"{run.name}: trains without a CUDA graph, which failed: {str(error)[:2000]}")
+                self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         self.setup_seconds = time.perf_counter() - begin
 
@@ -638,8 +643,8 @@ def model_card(run: Run, result: dict[str, Any] | None) -> str:
 ## Training
 
 {result["epochs_trained"]} epochs of {run.steps_per_epoch * run.batch_size:,} examples, batch {run.batch_size}, AdamW
-with learning rate {run.lr:g} (a cosine over {run.epochs} epochs) and weight decay {run.weight_decay:g}, seed {run.seed}:
-{result["seconds"]:.0f} seconds on one {result["device"]}. It then answered {result["accuracy"]:.2%} of the queries of
+with learning rate {run.lr:g} (a cosine over {run.epochs} epochs) and weight decay {run.weight_decay:g}, seed {run.seed}. It
+took {result["seconds"]:.0f} seconds on one {result["device"]}. It then answered {result["accuracy"]:.2%} of the queries of
 {run.test_examples:,} test sequences.
 """
     return f"""---
