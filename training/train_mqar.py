@@ -643,9 +643,9 @@ def model_card(run: Run, result: dict[str, Any] | None) -> str:
 ## Training
 
 {result["epochs_trained"]} epochs of {run.steps_per_epoch * run.batch_size:,} examples, batch {run.batch_size}, AdamW
-with learning rate {run.lr:g} (a cosine over {run.epochs} epochs) and weight decay {run.weight_decay:g}, seed {run.seed}. It
-took {result["seconds"]:.0f} seconds on one {result["device"]}. It then answered {result["accuracy"]:.2%} of the queries of
-{run.test_examples:,} test sequences.
+with learning rate {run.lr:g} (a cosine over {run.epochs} epochs) and weight decay {run.weight_decay:g}, seed {run.seed}.
+It took {result["seconds"]:.0f} seconds on one {result["device"]}. The model then answered {result["accuracy"]:.2%} of
+the queries of {run.test_examples:,} test sequences.
 """
     return f"""---
 library_name: transformers
