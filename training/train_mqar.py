@@ -642,8 +642,8 @@ def model_card(run: Run, result: dict[str, Any] | None) -> str:
         trained = f"""
 ## Training
 
-{result["epochs_trained"]} epochs of {run.steps_per_epoch * run.batch_size:,} examples, batch {run.batch_size}, AdamW
-with learning rate {run.lr:g} (a cosine over {run.epochs} epochs) and weight decay {run.weight_decay:g}, seed {run.seed}.
+{result["epochs_trained"]} epochs of {run.steps_per_epoch * run.batch_size:,} examples, batch {run.batch_size}, AdamW,
+learning rate {run.lr:g} (a cosine over {run.epochs} epochs), weight decay {run.weight_decay:g}, seed {run.seed}.
 It took {result["seconds"]:.0f} seconds on one {result["device"]}. The model then answered {result["accuracy"]:.2%} of
 the queries of {run.test_examples:,} test sequences.
 """
