@@ -33,19 +33,25 @@ from tqdm.auto import tqdm
 SLICES = ("recall", "known", "other")
 
 
-def last_occurrence(tokens: np.ndarray) -> np.ndarray:
-    """For each token, how far back its bigram occurred last, 0 if it did not: [T] int64.
+def last_occurrence(tokens: np.ndarray, order: int = 2) -> np.ndarray:
+    """For each token, how far back its n-gram occurred last, 0 if it did not: [T] int64.
 
-    Entry t is d > 0 if (tokens[t - 1], tokens[t]) == (tokens[t - 1 - d], tokens[t - d]) with the smallest such d.
+    Entry t is the smallest d > 0 such that the `order` tokens that end at t are those that end at t - d.
     """
+    if order < 2:
+        raise ValueError(f"order must be at least 2, got {order}")
     tokens = np.asarray(tokens, dtype=np.int64)
     distance = np.zeros(len(tokens), dtype=np.int64)
-    if len(tokens) < 3:
+    if len(tokens) <= order:
         return distance
-    bigrams = tokens[:-1] * (tokens.max() + 1) + tokens[1:]
-    order = np.argsort(bigrams, kind="stable")
-    same = bigrams[order[1:]] == bigrams[order[:-1]]
-    distance[order[1:][same] + 1] = (order[1:] - order[:-1])[same]
+    symbols = np.unique(tokens, return_inverse=True)[1]
+    grams = symbols  # grams[i] numbers the n-gram that starts at i
+    for n in range(1, order):
+        grams = grams[:-1] * len(tokens) + symbols[n:]
+        grams = np.unique(grams, return_inverse=True)[1]
+    by_gram = np.argsort(grams, kind="stable")
+    same = grams[by_gram[1:]] == grams[by_gram[:-1]]
+    distance[by_gram[1:][same] + order - 1] = (by_gram[1:] - by_gram[:-1])[same]
     return distance
 
 
@@ -176,6 +182,7 @@ def evaluate(
     known: dict[int, int] | None = None,
     known_from: int = 1250,
     vocab_size: int | None = None,
+    order: int = 2,
     progress: bool = False,
 ) -> Slices:
     """Split the losses of a model on some documents into slices.
@@ -188,7 +195,10 @@ def evaluate(
         batch_size: windows of equal length scored together.
         known: counts of bigrams in the training text, from `count_bigrams` with this `vocab_size`.
         known_from: a bigram seen at least this often there is known (Zoology's 1,250).
+        order: tokens of the n-gram that must have occurred, 2 in the papers. Where a token is a byte, two say nothing.
     """
+    if known and order != 2:
+        raise ValueError(f"known bigrams go with order 2, got order {order}")
     model.eval()
     vocab_size = vocab_size or model.config.vocab_size
     frequent = np.array(sorted(k for k, n in (known or {}).items() if n >= known_from), dtype=np.int64)
@@ -204,7 +214,7 @@ def evaluate(
         losses, correct = score_windows(model, torch.tensor(batch), chunk=chunk, mode=mode)
         for tokens, loss, right in zip(np.array(batch), losses, correct):
             bigrams = tokens[:-1] * vocab_size + tokens[1:]
-            slices.add(loss, right, last_occurrence(tokens)[1:], np.isin(bigrams, frequent))
+            slices.add(loss, right, last_occurrence(tokens, order)[1:], np.isin(bigrams, frequent))
         bar.update(size * len(batch))
     bar.close()
     return slices
@@ -246,9 +256,7 @@ def plot(results: dict[str, Slices], path: str | Path) -> None:
             label=label,
         )
     left.set(xticks=range(len(names)), xticklabels=names, ylabel="loss, nats a token", title="by slice")
-    right.set(
-        xscale="log", xlabel="tokens since the bigram's last occurrence", ylabel="loss, nats a token", title="recall"
-    )
+    right.set(xscale="log", xlabel="tokens since the last occurrence", ylabel="loss, nats a token", title="recall")
     right.set_xscale("log", base=2)
     left.legend()
     figure.savefig(path, dpi=150)
@@ -268,6 +276,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, a document each")
     add("--known-text", nargs="+", default=[], metavar="FILE", help="training text, whose frequent bigrams are known")
     add("--known-from", type=int, default=1250, help="how often a bigram occurs there to be known")
+    add(
+        "--order",
+        type=int,
+        default=2,
+        help="tokens of the n-gram that must have occurred; more where tokens are bytes",
+    )
     add("--context", type=int, default=2048, help="tokens of a window")
     add("--chunk", type=int, default=512, help="tokens whose logits exist at once")
     add("--batch-size", type=int, default=1)
@@ -278,6 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--trust-remote-code", action="store_true", help="run the code that lies in a checkpoint's folder")
     add("--output", metavar="DIR", help="write slices.json, slices.md and slices.png there")
     args = parser.parse_args(argv)
+    if args.known_text and args.order != 2:
+        parser.error(f"--known-text counts bigrams, so it goes with --order 2, not {args.order}")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -307,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             mode=args.mode,
             known=known,
             known_from=args.known_from,
+            order=args.order,
             progress=True,
         )
     table = markdown(results)

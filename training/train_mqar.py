@@ -138,7 +138,11 @@ class Run:
             # one head for every 64 channels: 12 heads of 5 channels are no fair softmax baseline
             heads = max(1, self.hidden // 64)
             options.update(num_attention_heads=heads, head_dim=self.hidden // heads)
-        return ReBasedConfig(**options | MODELS[self.model])
+        options |= MODELS[self.model]
+        config = ReBasedConfig(**options)
+        if config.layer_types != options["layer_types"]:  # a library that renames layers would train another model
+            raise RuntimeError(f"layer_types became {config.layer_types}, they must stay {options['layer_types']}")
+        return config
 
 
 @dataclass(frozen=True)

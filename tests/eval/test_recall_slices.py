@@ -11,22 +11,25 @@ from eval import recall_slices
 from eval.recall_slices import Slices, count_bigrams, evaluate, last_occurrence, score_windows
 
 
-def brute_force(tokens: list[int]) -> list[int]:
+def brute_force(tokens: list[int], order: int = 2) -> list[int]:
     distances = [0] * len(tokens)
-    for t in range(1, len(tokens)):
-        for d in range(1, t):
-            if tokens[t - 1 - d] == tokens[t - 1] and tokens[t - d] == tokens[t]:
+    for t in range(order - 1, len(tokens)):
+        for d in range(1, t - order + 2):
+            if tokens[t - d - order + 1 : t - d + 1] == tokens[t - order + 1 : t + 1]:
                 distances[t] = d
                 break
     return distances
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 200])
-def test_recall_tokens_against_brute_force(size):
+@pytest.mark.parametrize("order", [2, 3, 6])
+def test_recall_tokens_against_brute_force(size, order):
     rng = np.random.default_rng(size)
     for vocab in (1, 2, 7, 50):
         tokens = rng.integers(vocab, size=size)
-        assert last_occurrence(tokens).tolist() == brute_force(tokens.tolist())
+        assert last_occurrence(tokens, order).tolist() == brute_force(tokens.tolist(), order)
+    with pytest.raises(ValueError, match="order"):
+        last_occurrence(tokens, 1)
 
 
 def test_a_sentence_by_hand():
