@@ -22,7 +22,7 @@ timeout 150 python3 -m pytest -q -p no:cacheprovider tests/training/test_fused_l
     tests/training/test_train_mqar.py -m gpu -k "not kernels_at" > "$out/tests.log" 2>&1 &
 
 # Length 1,024, hidden size 64: ReBased against Based.
-$train --models rebased,based --hidden 64 --lengths 1024 --lrs 1e-3,3e-3,1e-2 --race 4 --epochs 24 --jobs 2 \
+$train --models rebased,based --hidden 64 --lengths 1024 --lrs 1e-3,3e-3,1e-2 --race 3 --epochs 20 --jobs 2 \
     --max-seconds $(($(left) - 30)) --work-dir "$work/runs" --output "$out/h100.jsonl" 2>&1
 wait
 tail -n 5 "$work/checkpoint.log" "$out/tests.log"
@@ -33,9 +33,9 @@ tar czf "$out/checkpoint.tgz" -C "$work" models
 tail -n 40 "$work/steps.log"
 
 # Length 512, hidden size 64: the same, then the parts of the normalisation at the rate that did best most often.
-[ "$(left)" -gt 40 ] && $train --models rebased,based --hidden 64 --lengths 512 --lrs 1e-3,3e-3,1e-2 --race 4 --epochs 24 --jobs 2 \
+[ "$(left)" -gt 40 ] && $train --models rebased,based --hidden 64 --lengths 512 --lrs 1e-3,3e-3,1e-2 --race 3 --epochs 20 --jobs 2 \
     --max-seconds $(($(left) - 15)) --work-dir "$work/runs" --output "$out/h100.jsonl" 2>&1
-[ "$(left)" -gt 40 ] && $train --models x2,normalized,gamma,gamma_beta --hidden 64 --lengths 512 --lrs 3e-3 --epochs 24 --jobs 2 \
+[ "$(left)" -gt 40 ] && $train --models x2,normalized,gamma,gamma_beta --hidden 64 --lengths 512 --lrs 3e-3 --epochs 20 --jobs 2 \
     --max-seconds $(($(left) - 15)) --work-dir "$work/runs" --output "$out/h100.jsonl" 2>&1
 [ -d "$work/runs" ] && tar czf "$out/unfinished.tgz" -C "$work" runs
 ls -la "$out"
