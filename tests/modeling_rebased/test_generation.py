@@ -1,0 +1,181 @@
+"""generate() and everything around it, as a user of transformers calls it."""
+
+import pytest
+import torch
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+
+from modeling_rebased import ReBasedForCausalLM
+from tests.modeling_rebased.cases import BASE, MODELS, RECURRENT, make_ids, make_model
+
+
+def greedy_reference(model, ids, steps):
+    """Greedy decoding without any cache."""
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def generate(model, ids=None, **options):
+    return model.generate(ids, **{"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options})
+
+
+class NumberTokenizer:
+    """The least that a streamer asks of a tokenizer."""
+
+    def decode(self, ids, **kwargs):
+        return "".join(f"{int(i)} " for i in ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy(name):
+    model, ids = make_model(name), make_ids()
+    expected = greedy_reference(model, ids, 6)
+    assert torch.equal(generate(model, ids), expected)
+    assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
+    assert torch.equal(generate(model, ids, past_key_values=DynamicCache(config=model.config)), expected)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    assert torch.equal(generate(model, ids, past_key_values=cache), expected)
+    assert torch.equal(generate(model, ids, use_cache=False), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_left_padded_rows_generate_as_lone_ones(name):
+    model, ids = make_model(name), make_ids()
+    mask = torch.ones_like(ids)
+    mask[1, :8] = 0
+    out = generate(model, ids, attention_mask=mask)
+    assert torch.equal(out[:1], greedy_reference(model, ids[:1], 6))
+    assert torch.equal(out[1:, 8:], greedy_reference(model, ids[1:, 8:], 6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_going_on_from_a_returned_cache(name):
+    model, ids = make_model(name), make_ids()
+    expected = greedy_reference(model, ids, 6)
+    first = generate(model, ids, max_new_tokens=3, return_dict_in_generate=True)
+    out = generate(model, first.sequences, past_key_values=first.past_key_values, max_new_tokens=3)
+    assert torch.equal(out, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "every_type"])
+def test_a_prompt_prefilled_by_hand(name):
+    model, ids = make_model(name), make_ids()
+    cache = model(ids[:, :-1]).past_key_values
+    assert torch.equal(generate(model, ids, past_key_values=cache), greedy_reference(model, ids, 6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "every_type"])
+def test_chunked_prefill(name):
+    model, ids = make_model(name), make_ids()
+    assert torch.equal(generate(model, ids, prefill_chunk_size=5), greedy_reference(model, ids, 6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_beam_search(name):
+    model, ids = make_model(name), make_ids()
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    out = generate(model, ids, **options)
+    assert out.shape == (4, 29)
+    assert torch.equal(out, generate(model, ids, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_sampling_and_num_return_sequences():
+    model, ids = make_model("paper"), make_ids()
+    torch.manual_seed(0)
+    out = generate(model, ids, do_sample=True, top_k=5, num_return_sequences=3)
+    assert out.shape == (6, 29)
+    torch.manual_seed(0)
+    assert torch.equal(out, generate(model, ids, do_sample=True, top_k=5, num_return_sequences=3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "mqar", "every_type"])
+def test_inputs_embeds(name):
+    model, ids = make_model(name), make_ids()
+    out = generate(model, inputs_embeds=model.get_input_embeddings()(ids))
+    assert torch.equal(out, greedy_reference(model, ids, 6)[:, 23:])
+
+
+@torch.no_grad()
+def test_stopping_and_streaming(capsys):
+    model, ids = make_model("paper"), make_ids(1)
+    expected = greedy_reference(model, ids, 6)
+    out = generate(model, ids, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(26)]))
+    assert torch.equal(out, expected[:, :26])
+    stop = int(expected[0, 25])
+    assert generate(model, ids, eos_token_id=stop)[0, -1] == stop
+
+    generate(model, ids, streamer=TextStreamer(NumberTokenizer(), skip_prompt=True))
+    assert capsys.readouterr().out.split() == [str(int(i)) for i in expected[0, 23:]]
+    streamer = TextIteratorStreamer(NumberTokenizer(), skip_prompt=True)
+    generate(model, ids, streamer=streamer)
+    assert "".join(streamer).split() == [str(int(i)) for i in expected[0, 23:]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "every_type"])
+def test_static_cache_compiled(name):
+    model, ids = make_model(name), make_ids()
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    out = generate(model, ids, cache_implementation="static", compile_config=config)
+    assert torch.equal(out, greedy_reference(model, ids, 6))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_what_a_recurrent_state_cannot_do_is_refused(name):
+    model, ids = make_model(name), make_ids(1)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        generate(model, ids, prompt_lookup_num_tokens=3)
+    cache = model(ids).past_key_values
+    with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
+        cache.crop(-2)
+
+
+def test_the_softmax_twin_can_be_assisted():
+    model, ids = make_model("softmax"), make_ids(1)
+    out = generate(model, ids, prompt_lookup_num_tokens=3)
+    assert torch.equal(out, greedy_reference(model, ids, 6))
+
+
+@torch.no_grad()
+def test_generation_config_of_the_checkpoint(tmp_path):
+    model, ids = make_model("paper"), make_ids()
+    model.generation_config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    loaded = ReBasedForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(ids), greedy_reference(model, ids, 4))
+
+
+def test_text_generation_pipeline(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(BASE["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w1", eos_token="w2")
+    tokenizer.padding_side = "left"
+    model = make_model("paper")
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    texts = generator(["w3 w4 w5 w6", "w7"], batch_size=2, **options)
+    expected = greedy_reference(model, torch.tensor([[7]]), 4)[0, 1:]
+    assert texts[1][0]["generated_text"] == "w7" + tokenizer.decode(expected)
