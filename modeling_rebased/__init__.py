@@ -24,7 +24,7 @@ from .modeling_rebased import (
 
 # What save_pretrained writes into auto_map, and copies the code for: the heads by their Auto classes.
 ReBasedConfig.register_for_auto_class()
-AutoConfig.register(ReBasedConfig.model_type, ReBasedConfig)
+AutoConfig.register(ReBasedConfig.model_type, ReBasedConfig, exist_ok=True)
 for _auto_class, _model_class in (
     (AutoModel, ReBasedModel),
     (AutoModelForCausalLM, ReBasedForCausalLM),
@@ -33,7 +33,7 @@ for _auto_class, _model_class in (
     (AutoModelForQuestionAnswering, ReBasedForQuestionAnswering),
 ):
     _model_class.register_for_auto_class(_auto_class.__name__)
-    _auto_class.register(ReBasedConfig, _model_class)
+    _auto_class.register(ReBasedConfig, _model_class, exist_ok=True)
 
 __all__ = [
     "ReBasedConfig",

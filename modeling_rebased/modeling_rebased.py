@@ -6,12 +6,14 @@ the MLP, the layer, the model and its heads. Shapes: B batch, T tokens, H heads,
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -541,6 +543,16 @@ class ReBasedDecoderLayer(GradientCheckpointingLayer):
         return residual + F.dropout(hidden_states, self.residual_dropout, self.training)
 
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_rebased.ReBasedConfig",
+    "AutoModel": "modeling_rebased.ReBasedModel",
+    "AutoModelForCausalLM": "modeling_rebased.ReBasedForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_rebased.ReBasedForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_rebased.ReBasedForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_rebased.ReBasedForQuestionAnswering",
+}
+
+
 class ReBasedPreTrainedModel(PreTrainedModel):
     config: ReBasedConfig
     config_class = ReBasedConfig
@@ -558,6 +570,15 @@ class ReBasedPreTrainedModel(PreTrainedModel):
         "hidden_states": ReBasedDecoderLayer,
         "attentions": [ReBasedSoftmaxAttention, ReBasedHybridAttention],
     }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As the library's. The code beside the weights has every head, so every Auto class shall find its own.
+
+        By itself the library names only the class that is saved.
+        """
+        if self.is_remote_code():
+            self.config.auto_map = AUTO_MAP | (getattr(self.config, "auto_map", None) or {})
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -918,16 +939,28 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         )
 
 
-class ReBasedForSequenceClassification(GenericForSequenceClassification, ReBasedPreTrainedModel):
-    pass
+class ReBasedGenericHead:
+    """Lets the library's generic heads find their base model.
+
+    They make it by `AutoModel.from_config`. In a checkpoint's own code that must be this file's model, whichever copy
+    of the configuration file `config` comes from, without asking once more whether to trust the code.
+    """
+
+    def __init__(self, config: ReBasedConfig):
+        AutoModel.register(type(config), ReBasedModel, exist_ok=True)
+        super().__init__(config)
 
 
-class ReBasedForTokenClassification(GenericForTokenClassification, ReBasedPreTrainedModel):
-    pass
+class ReBasedForSequenceClassification(ReBasedGenericHead, GenericForSequenceClassification, ReBasedPreTrainedModel):
+    """ReBased with a classifier on the last token that is not padding."""
 
 
-class ReBasedForQuestionAnswering(GenericForQuestionAnswering, ReBasedPreTrainedModel):
-    pass
+class ReBasedForTokenClassification(ReBasedGenericHead, GenericForTokenClassification, ReBasedPreTrainedModel):
+    """ReBased with a classifier on every token."""
+
+
+class ReBasedForQuestionAnswering(ReBasedGenericHead, GenericForQuestionAnswering, ReBasedPreTrainedModel):
+    """ReBased with the start and end of a span as outputs."""
 
 
 __all__ = [

@@ -1,0 +1,251 @@
+"""Checkpoints that carry their code: what from_pretrained(..., trust_remote_code=True) meets on the Hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import modeling_rebased
+from modeling_rebased import ReBasedForCausalLM
+from tests.modeling_rebased.cases import make_ids, make_model
+
+
+CODE = sorted(p.name for p in Path(modeling_rebased.__file__).parent.glob("*_rebased.py"))
+
+# A process in which only torch and transformers, and what they need themselves, can be imported.
+STRANGER = """
+import importlib.util
+import sys
+
+ABSENT = {"modeling_rebased", "conversion", "training", "eval", "tests", "triton", "accelerate", "peft", "datasets",
+          "lm_eval", "matplotlib", "fla"}
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] in ABSENT else find_spec(name, *args)
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+source, destination = sys.argv[1:3]
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+ids = torch.load(source + "/ids.pt", weights_only=True)
+out = model.generate(ids, max_new_tokens=3, do_sample=False)
+model.train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+losses = []
+for _ in range(3):
+    optimizer.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+model.save_pretrained(destination)
+again = AutoModelForCausalLM.from_pretrained(destination, trust_remote_code=True).eval()
+with torch.no_grad():
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+classifier = AutoModelForSequenceClassification.from_pretrained(destination, trust_remote_code=True, num_labels=3)
+assert classifier.config.num_labels == 3
+torch.save(out, destination + "/out.pt")
+"""
+
+
+def run_stranger(tmp_path, source, destination):
+    script = tmp_path / "stranger.py"
+    script.write_text(STRANGER)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    done = subprocess.run(
+        [sys.executable, str(script), str(source), str(destination)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", ["paper", "every_type"])
+def test_a_saved_folder_is_all_a_stranger_needs(tmp_path, name):
+    model, ids = make_model(name), make_ids()
+    source, first, second = tmp_path / "source", tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(source)
+    torch.save(ids, source / "ids.pt")
+    assert sorted(p.name for p in source.glob("*.py")) == CODE
+    run_stranger(tmp_path, source, first)
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(torch.load(first / "out.pt", weights_only=True), expected)
+    # What was saved by the stranger serves the next one.
+    shutil.copy(source / "ids.pt", first)
+    assert sorted(p.name for p in first.glob("*.py")) == CODE
+    run_stranger(tmp_path, first, second)
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, monkeypatch):
+    """Offline: the calls to the Hub are caught, the folder that would be uploaded is looked at."""
+    from huggingface_hub import HfApi, RepoUrl
+    from transformers.utils import hub
+
+    model = make_model("paper")
+    model.save_pretrained(tmp_path / "saved")
+    uploaded = {}
+
+    def catch(self, working_dir, repo_id, files_timestamps, **kwargs):
+        uploaded[repo_id] = sorted(p.name for p in Path(working_dir).iterdir())
+
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", catch)
+
+    def create_repo(*args, **kwargs):
+        return RepoUrl("https://hub.example/somebody/rebased", endpoint="https://hub.example")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(hub, "create_repo", create_repo, raising=False)
+    monkeypatch.setattr(
+        hub, "create_and_tag_model_card", lambda *args, **kwargs: type("Card", (), {"save": lambda *a: None})()
+    )
+    model.push_to_hub("somebody/rebased")
+    saved = sorted(p.name for p in (tmp_path / "saved").iterdir())
+    assert [name for name in uploaded["somebody/rebased"] if name != "README.md"] == saved
+    assert set(CODE) | {"config.json", "model.safetensors"} <= set(saved)
+
+
+def test_auto_map_names_every_head(tmp_path):
+    make_model("paper").save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoConfig"] == "configuration_rebased.ReBasedConfig"
+    for kind in ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+        name = f"ReBased{kind or 'Model'}"
+        assert auto_map[f"AutoModel{kind}"] == f"modeling_rebased.{name}"
+        assert hasattr(modeling_rebased, name)
+
+
+def test_with_the_package_no_remote_code_is_needed(tmp_path):
+    model, ids = make_model("paper"), make_ids()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is ReBasedForCausalLM
+    torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), modeling_rebased.ReBasedModel)
+    head = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert isinstance(head, modeling_rebased.ReBasedForSequenceClassification)
+
+
+def save_with_another_version(model, folder):
+    """A checkpoint whose code doubles the logits."""
+    model.save_pretrained(folder)
+    code = folder / "modeling_rebased.py"
+    source = code.read_text()
+    changed = source.replace(
+        "logits = self.lm_head(hidden_states[:, kept])", "logits = 2 * self.lm_head(hidden_states[:, kept])"
+    )
+    assert changed != source
+    code.write_text(changed)
+
+
+def test_code_of_different_versions_side_by_side(tmp_path):
+    """The package and two checkpoints, one of them with another version of the code, in one process.
+
+    Where the package is imported the Auto classes prefer it, by the library's rule, so the checkpoints' classes are
+    fetched as the library does.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    model, ids = make_model("paper"), make_ids()
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "one")
+    save_with_another_version(model, tmp_path / "two")
+    loaded = [model]
+    for version in ("one", "two"):
+        folder = str(tmp_path / version)
+        cls = get_class_from_dynamic_module("modeling_rebased.ReBasedForCausalLM", folder)
+        loaded.append(cls.from_pretrained(folder).eval())
+    assert len({type(m) for m in loaded}) == 3
+    for _ in range(2):
+        for factor, each in zip((1, 1, 2), loaded):
+            logits = each(ids, use_cache=False).logits
+            torch.testing.assert_close(logits, factor * expected)
+            logits.sum().backward()
+            assert all(p.grad is not None for p in each.parameters())
+    outs = [each.generate(ids, max_new_tokens=3, do_sample=False) for each in loaded]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_remote_code_first_then_the_package(tmp_path):
+    """The package is installed but not yet imported: trust_remote_code=True loads each checkpoint's own code."""
+    model, ids = make_model("paper"), make_ids()
+    model.save_pretrained(tmp_path / "one")
+    save_with_another_version(model, tmp_path / "two")
+    torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "expected.pt")
+    script = tmp_path / "order.py"
+    script.write_text(
+        """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+expected = torch.load(folder + "/expected.pt", weights_only=True)
+one = AutoModelForCausalLM.from_pretrained(folder + "/one", trust_remote_code=True).eval()
+two = AutoModelForCausalLM.from_pretrained(folder + "/two", trust_remote_code=True).eval()
+assert "modeling_rebased" not in sys.modules
+import modeling_rebased
+assert modeling_rebased.__file__.startswith(sys.argv[2])
+three = AutoModelForCausalLM.from_pretrained(folder + "/two").eval()
+assert type(three) is modeling_rebased.ReBasedForCausalLM
+for factor, model in ((1, one), (2, two), (1, three)):
+    logits = model(expected["ids"]).logits
+    torch.testing.assert_close(logits, factor * expected["logits"])
+    logits.sum().backward()
+"""
+    )
+    root = Path(modeling_rebased.__file__).parents[1]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(root)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sharded_safetensors_and_dtype(tmp_path, dtype):
+    model, ids = make_model("paper").to(dtype), make_ids()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert not list(tmp_path.glob("*.bin"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_missing_and_unknown_keys_are_reported(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make_model("paper")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.unknown"] = torch.zeros(1)
+    del weights["model.layers.1.self_attn.q_norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = ReBasedForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"model.layers.1.self_attn.q_norm.weight"}
+    assert set(info["unexpected_keys"]) == {"model.layers.0.unknown"}
+    assert (loaded.model.layers[1].self_attn.q_norm.weight == 1).all()
