@@ -60,9 +60,9 @@ MAX_HEAD_DIM = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Pieces shared by the kernels
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -108,10 +108,12 @@ def _selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, TRANSPOSED: tl.constexp
         source = n // 8 + OFFSET
     else:
         source = n % 8 + OFFSET
+    # one return for all branches: Triton goes on compiling behind a `return` in a branch that is always taken
     if TRANSPOSED:
-        return (source[:, None] == d[None, :]).to(DTYPE)
+        chosen = source[:, None] == d[None, :]
     else:
-        return (d[:, None] == source[None, :]).to(DTYPE)
+        chosen = d[:, None] == source[None, :]
+    return chosen.to(DTYPE)
 
 
 @triton.jit
@@ -119,13 +121,14 @@ def _load_rows(base, rows, ok, stride, cols, COLS: tl.constexpr, EVEN: tl.conste
     """Rows x columns of a tensor with unit column stride, [rows, cols]; 0 where `ok` is false or cols >= COLS."""
     pointers = base + rows[:, None] * stride + cols[None, :]
     if CHECK and EVEN:
-        return tl.load(pointers, mask=ok[:, None], other=0.0)
+        x = tl.load(pointers, mask=ok[:, None], other=0.0)
     elif CHECK:
-        return tl.load(pointers, mask=ok[:, None] & (cols < COLS)[None, :], other=0.0)
+        x = tl.load(pointers, mask=ok[:, None] & (cols < COLS)[None, :], other=0.0)
     elif EVEN:
-        return tl.load(pointers)
+        x = tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(cols < COLS)[None, :], other=0.0)
+        x = tl.load(pointers, mask=(cols < COLS)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
@@ -133,22 +136,14 @@ def _load_columns(base, rows, ok, stride, cols, COLS: tl.constexpr, EVEN: tl.con
     """The transpose of `_load_rows`: [cols, rows]."""
     pointers = base + rows[None, :] * stride + cols[:, None]
     if CHECK and EVEN:
-        return tl.load(pointers, mask=ok[None, :], other=0.0)
+        x = tl.load(pointers, mask=ok[None, :], other=0.0)
     elif CHECK:
-        return tl.load(pointers, mask=ok[None, :] & (cols < COLS)[:, None], other=0.0)
+        x = tl.load(pointers, mask=ok[None, :] & (cols < COLS)[:, None], other=0.0)
     elif EVEN:
-        return tl.load(pointers)
+        x = tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(cols < COLS)[:, None], other=0.0)
-
-
-@triton.jit
-def _load_vector(base, rows, ok, CHECK: tl.constexpr):
-    """One fp32 a row, of rz or delta, whose rows are padded (with 0) to whole blocks unless sequences are packed."""
-    if CHECK:
-        return tl.load(base + rows, mask=ok, other=0.0)
-    else:
-        return tl.load(base + rows)
+        x = tl.load(pointers, mask=(cols < COLS)[:, None], other=0.0)
+    return x
 
 
 @triton.jit
@@ -192,125 +187,168 @@ def _tile_of(t, NB: tl.constexpr):
 
 
 @triton.jit
-def _query_state(
-    acc, z, x, x_base, rows, ok, x_stride, state, norm, d_cols, weight_lin, weight_const,
-    F: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr,
-    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, NORM: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """acc [C, BD] += phi(x) @ state, and with NORM z [C] += phi(x) . norm.  x: [C, FP], C rows."""
+def _norm_tile(norm, ok, CT: tl.constexpr):
+    """The norms of 64 features as a matrix [64, 16] for the matrix units: columns high, low, high, 0, ...
+
+    high + low is the fp32 value to 16 bits of mantissa where CT is bfloat16 (exact with fp32). Column 2 serves
+    `_gradient_state`.
+    """
     n = tl.arange(0, 64)
-    NT: tl.constexpr = NB * (NB + 1) // 2
-    if QUAD:
-        if NB <= 2:
-            # F <= 16: one x tile [C, 16] holds all dims, three tiles at most, unrolled
-            outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC)  # [C, 64]
-            inner = tl.dot(x, _selector(0, False, False, x.dtype), input_precision=PREC)
-            phi = outer * inner
-            s = tl.load(state + n[:, None] * DP + d_cols[None, :])
-            acc = tl.dot(phi.to(CT), s.to(CT), acc, input_precision=PREC)
+    f = tl.arange(0, 16)
+    value = tl.load(norm + n[:, None] + f[None, :] * 0, mask=(f < 3)[None, :] & ok, other=0.0)
+    high = value.to(CT).to(tl.float32)
+    return tl.where((f == 1)[None, :], value - high, high).to(CT)
+
+
+@triton.jit
+def _state_tile(state, d_cols, ok, DP: tl.constexpr, CT: tl.constexpr):
+    """One tile of a state, [64, BD]."""
+    n = tl.arange(0, 64)
+    return tl.load(state + n[:, None] * DP + d_cols[None, :], mask=ok & (d_cols < DP)[None, :], other=0.0).to(CT)
+
+
+@triton.jit
+def _query_tiles(
+    acc, zacc, x, s0, s1, s2, n0, n1, n2, NB: tl.constexpr, NORM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
+):
+    """F <= 16: acc [C, BD] += phi(x) @ state, and with NORM zacc [C, 16] += phi(x) @ norms; x [C, 16]."""
+    outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC)  # [C, 64]
+    inner = tl.dot(x, _selector(0, False, False, x.dtype), input_precision=PREC)
+    phi = (outer * inner).to(CT)
+    acc = tl.dot(phi, s0, acc, input_precision=PREC)
+    if NORM:
+        zacc = tl.dot(phi, n0, zacc, input_precision=PREC)
+    if NB == 2:
+        # an off-diagonal tile counts twice
+        inner = tl.dot(x, _selector(8, False, False, x.dtype), input_precision=PREC)
+        phi = (outer * (2.0 * inner)).to(CT)
+        acc = tl.dot(phi, s1, acc, input_precision=PREC)
+        if NORM:
+            zacc = tl.dot(phi, n1, zacc, input_precision=PREC)
+        outer = tl.dot(x, _selector(8, True, False, x.dtype), input_precision=PREC)
+        phi = (outer * inner).to(CT)
+        acc = tl.dot(phi, s2, acc, input_precision=PREC)
+        if NORM:
+            zacc = tl.dot(phi, n2, zacc, input_precision=PREC)
+    return acc, zacc
+
+
+@triton.jit
+def _query_loop(
+    acc, zacc, x_base, rows, ok, x_stride, state, norm, d_cols,
+    F: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NORM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """The same for F > 16, in a loop over the tiles; 16 dims of x at a time, of which 8 are used."""
+    d = tl.arange(0, 16)
+    outer_selector = _selector(0, True, False, x_base.dtype.element_ty)
+    inner_selector = _selector(0, False, False, x_base.dtype.element_ty)
+    tile = 0
+    for i in range(NB):
+        x_i = _load_rows(x_base, rows, ok, x_stride, i * 8 + d, F, False, True)
+        outer = tl.dot(x_i, outer_selector, input_precision=PREC)
+        for j in range(i, NB):
+            x_j = _load_rows(x_base, rows, ok, x_stride, j * 8 + d, F, False, True)
+            inner = tl.dot(x_j, inner_selector, input_precision=PREC)
+            phi = (outer * inner * tl.where(i == j, 1.0, 2.0)).to(CT)
+            acc = tl.dot(phi, _state_tile(state + tile * 64 * DP, d_cols, True, DP, CT), acc, input_precision=PREC)
             if NORM:
-                z += tl.sum(phi * tl.load(norm + n)[None, :], 1)
-            if NB == 2:
-                # an off-diagonal tile counts twice; the factor rides on the selector (exact), and is undone below
-                inner = tl.dot(x, _selector(8, False, False, x.dtype) * 2, input_precision=PREC)
-                phi = outer * inner
-                s = tl.load(state + (64 + n)[:, None] * DP + d_cols[None, :])
-                acc = tl.dot(phi.to(CT), s.to(CT), acc, input_precision=PREC)
-                if NORM:
-                    z += tl.sum(phi * tl.load(norm + 64 + n)[None, :], 1)
-                outer = tl.dot(x, (_selector(8, True, False, x.dtype) * 0.5).to(x.dtype), input_precision=PREC)
-                phi = outer * inner
-                s = tl.load(state + (128 + n)[:, None] * DP + d_cols[None, :])
-                acc = tl.dot(phi.to(CT), s.to(CT), acc, input_precision=PREC)
-                if NORM:
-                    z += tl.sum(phi * tl.load(norm + 128 + n)[None, :], 1)
-        else:
-            d = tl.arange(0, 16)
-            outer_selector = _selector(0, True, False, x.dtype)
-            inner_selector = _selector(0, False, False, x.dtype)
-            tile = 0
-            for i in range(0, NB):
-                x_i = _load_rows(x_base, rows, ok, x_stride, i * 8 + d, F, False, True)  # [C, 16], 8 of them used
-                outer = tl.dot(x_i, outer_selector, input_precision=PREC)
-                for j in range(i, NB):
-                    x_j = _load_rows(x_base, rows, ok, x_stride, j * 8 + d, F, False, True)
-                    inner = tl.dot(x_j, inner_selector, input_precision=PREC)
-                    phi = outer * inner * tl.where(i == j, 1.0, 2.0)
-                    s = tl.load(state + (tile * 64 + n)[:, None] * DP + d_cols[None, :])
-                    acc = tl.dot(phi.to(CT), s.to(CT), acc, input_precision=PREC)
-                    if NORM:
-                        z += tl.sum(phi * tl.load(norm + tile * 64 + n)[None, :], 1)
-                    tile += 1
-        if NORM and not LIN and not CONST:
-            # a sum of squares; the state's rounding may leave it a little below 0
-            z = tl.maximum(z, 0.0)
-    FIRST_LIN: tl.constexpr = NT * 64 if QUAD else 0
-    FIRST_CONST: tl.constexpr = FIRST_LIN + (FP if LIN else 0)
+                zacc = tl.dot(phi, _norm_tile(norm + tile * 64, True, CT), zacc, input_precision=PREC)
+            tile += 1
+    return acc, zacc
+
+
+@triton.jit
+def _query_low(
+    acc, z, x, state, norm, d_cols, weight_lin, weight_const,
+    FP: tl.constexpr, DP: tl.constexpr, FIRST: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
+    NORM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """acc [C, BD] and z [C] += the linear rows (x itself) and the constant row of the state."""
     if LIN:
         f = tl.arange(0, FP)
-        s = tl.load(state + (FIRST_LIN + f)[:, None] * DP + d_cols[None, :])
+        s = tl.load(state + (FIRST + f)[:, None] * DP + d_cols[None, :])
         acc += weight_lin * tl.dot(x.to(CT), s.to(CT), input_precision=PREC)
         if NORM:
-            z += weight_lin * tl.sum(x.to(tl.float32) * tl.load(norm + FIRST_LIN + f)[None, :], 1)
+            z += weight_lin * tl.sum(x.to(tl.float32) * tl.load(norm + FIRST + f)[None, :], 1)
     if CONST:
-        acc += weight_const * tl.load(state + FIRST_CONST * DP + d_cols)[None, :].to(tl.float32)
+        ROW: tl.constexpr = FIRST + (FP if LIN else 0)
+        acc += weight_const * tl.load(state + ROW * DP + d_cols)[None, :].to(tl.float32)
         if NORM:
-            z += weight_const * tl.load(norm + FIRST_CONST)
+            z += weight_const * tl.load(norm + ROW)
     return acc, z
 
 
 @triton.jit
-def _gradient_state(
-    acc, x, y, yz, state, norm,
-    DP: tl.constexpr, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """acc [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state) + yz_c (phi(x_c) . norm) by x; F <= 16.
+def _gradient_tiles(
+    acc, x, y, yz, s0, s1, s2, n0, n1, n2, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
+):
+    """acc [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state) + yz_c (phi(x_c) . norms) by x; F <= 16.
 
-    phi's gradient is twice a contraction (x_a x_b is symmetric): the caller multiplies by 2, once, at the end.
+    y: [C, DP]; yz: [C, 16], columns high, high, low of a number a row: with the norms' high, low, high they make one
+    matrix product of 16 bits of mantissa. phi's gradient is twice a contraction (x_a x_b is symmetric): the caller
+    multiplies by 2, once, at the end.
     """
-    n = tl.arange(0, 64)
-    d = tl.arange(0, DP)
-    outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC)
+    outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC)  # [C, 64]
     inner = tl.dot(x, _selector(0, False, False, x.dtype), input_precision=PREC)
-    s = tl.load(state + n[None, :] * DP + d[:, None])  # [DP, 64]
-    g = tl.dot(y.to(CT), s.to(CT), input_precision=PREC) + yz[:, None] * tl.load(norm + n)[None, :]
+    g = tl.dot(yz, tl.trans(n0), input_precision=PREC)
+    g = tl.dot(y, tl.trans(s0), g, input_precision=PREC)
     mixed = g * inner
     if NB == 2:
         inner = tl.dot(x, _selector(8, False, False, x.dtype), input_precision=PREC)
-        s = tl.load(state + (64 + n)[None, :] * DP + d[:, None])
-        g = tl.dot(y.to(CT), s.to(CT), input_precision=PREC) + yz[:, None] * tl.load(norm + 64 + n)[None, :]
+        g = tl.dot(yz, tl.trans(n1), input_precision=PREC)
+        g = tl.dot(y, tl.trans(s1), g, input_precision=PREC)
         mixed += g * inner
-        acc = tl.dot((g * outer).to(CT), _selector(8, False, True, CT), acc, input_precision=PREC)
-        s = tl.load(state + (128 + n)[None, :] * DP + d[:, None])
-        g = tl.dot(y.to(CT), s.to(CT), input_precision=PREC) + yz[:, None] * tl.load(norm + 128 + n)[None, :]
-        acc = tl.dot((g * inner).to(CT), _selector(8, True, True, CT), acc, input_precision=PREC)
-    acc = tl.dot(mixed.to(CT), _selector(0, True, True, CT), acc, input_precision=PREC)
+        # selectors are turned with tl.trans: stored as [64, 16] with 8 warps, Triton 3.6 writes past the buffer
+        acc = tl.dot((g * outer).to(CT), tl.trans(_selector(8, False, False, CT)), acc, input_precision=PREC)
+        g = tl.dot(yz, tl.trans(n2), input_precision=PREC)
+        g = tl.dot(y, tl.trans(s2), g, input_precision=PREC)
+        acc = tl.dot((g * inner).to(CT), tl.trans(_selector(8, True, False, CT)), acc, input_precision=PREC)
+    acc = tl.dot(mixed.to(CT), tl.trans(_selector(0, True, False, CT)), acc, input_precision=PREC)
     return acc
 
 
 @triton.jit
-def _gradient_linear(
+def _gradient_low(
     acc, y, yz, state, norm, weight, FIRST: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc [C, FP] += weight * (y @ state_lin^T + yz norm_lin): the linear features' part of the gradient."""
+    """acc [C, FP] += weight * (y @ state_lin^T + yz norm_lin): the linear features' part; yz [C] here."""
     f = tl.arange(0, FP)
     d = tl.arange(0, DP)
     s = tl.load(state + (FIRST + f)[None, :] * DP + d[:, None])
-    g = tl.dot(y.to(CT), s.to(CT), input_precision=PREC) + yz[:, None] * tl.load(norm + FIRST + f)[None, :]
+    g = tl.dot(y, s.to(CT), input_precision=PREC) + yz[:, None] * tl.load(norm + FIRST + f)[None, :]
     return acc + weight * g
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _split(value, CT: tl.constexpr):
+    """A number a row, [C], as [C, 16] with columns high, high, low, 0, ... (see `_gradient_tiles`)."""
+    f = tl.arange(0, 16)
+    high = value.to(CT).to(tl.float32)
+    low = value - high
+    return tl.where((f < 2)[None, :], high[:, None], tl.where((f == 2)[None, :], low[:, None], 0.0)).to(CT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # States: sums of features over each segment, then running sums over the segments
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N", "stride16"])
+@triton.jit
+def _add_tile(acc, z, phi, values, dz, REVERSE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """One tile's sums: acc [64, BD] += phi [64, C] @ values, z [64] += sum phi, or z [64, 16] += phi @ dz."""
+    acc = tl.dot(phi.to(CT), values, acc, input_precision=PREC)
+    if REVERSE:
+        z = tl.dot(phi.to(CT), dz, z, input_precision=PREC)
+    else:
+        z += tl.sum(phi, 1)
+    return acc, z
+
+
+@triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N"])
 def _state_kernel(
-    x, y, states, norms, keep, rz, delta, cu, seg_seq, seg_off, slot_off,
-    sxb, sxt, sxh, syb, syt, syh, smb, stride16,
+    x, y, aux, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sxb, sxt, sxh, syb, syt, syh, smb,
     T, SEGMENTS, SLOTS, N,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
     NR: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, C: tl.constexpr, TG: tl.constexpr,
@@ -319,10 +357,14 @@ def _state_kernel(
 ):  # fmt: skip
     """One segment's quadratic state: states [64 TG, BD] = sum_c phi(x_c) y_c, norms [64 TG] = sum_c phi(x_c).
 
-    REVERSE: x, y are q, do; y_c is scaled by rz_c and the norm weighs -rz_c delta_c; heads of a group are summed.
-    Grid: (segments * HKV, groups of TG tiles, blocks of BD value dims). All products are [64, C] x [C, BD].
+    REVERSE: x, y are q, do / z; the norms weigh dz_c, which comes as aux [B, T, H, 16], columns high, high, low; heads
+    of a group are summed.
+    Grid: (groups of TG tiles * HKV * segments, blocks of BD value dims). All products are [64, C] x [C, BD].
     """
-    pid = tl.program_id(0)
+    NT: tl.constexpr = NB * (NB + 1) // 2
+    GROUPS: tl.constexpr = (NT + TG - 1) // TG
+    t0 = (tl.program_id(0) % GROUPS) * TG
+    pid = tl.program_id(0) // GROUPS
     hkv = pid % HKV
     r = pid // HKV
     if VARLEN:
@@ -351,106 +393,74 @@ def _state_kernel(
     if HAS_MASK:
         keep += b64 * smb + start
     if REVERSE:
-        rz += (b64 * HKV * G + hkv * G) * (stride16 * 16) + start
-        delta += (b64 * HKV * G + hkv * G) * (stride16 * 16) + start
+        aux += ((b64 * T + start) * (HKV * G) + hkv * G) * 16
 
-    d_cols = tl.program_id(2) * BD + tl.arange(0, BD)
+    d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
     n = tl.arange(0, 64)
     f = tl.arange(0, 16)
     acc0 = tl.zeros([64, BD], tl.float32)
     acc1 = tl.zeros([64, BD], tl.float32)
     acc2 = tl.zeros([64, BD], tl.float32)
-    z0 = tl.zeros([64], tl.float32)
-    z1 = tl.zeros([64], tl.float32)
-    z2 = tl.zeros([64], tl.float32)
-    NT: tl.constexpr = NB * (NB + 1) // 2
-    t0 = tl.program_id(1) * TG
+    z0 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    z1 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    z2 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
     if NB > 2:
         i0, j0 = _tile_of(t0, NB)
         i1, j1 = _tile_of(tl.minimum(t0 + 1, NT - 1), NB)
         i2, j2 = _tile_of(tl.minimum(t0 + 2, NT - 1), NB)
     steps = (tokens + C - 1) // C
-    for step in range(0, steps * G):
+    for step in range(steps * G):
         g = step // steps
         rows = (step % steps) * C + tl.arange(0, C)
         ok = _kept(keep, rows, tokens, HAS_MASK)
         xg = x + g * sxh
+        dz = 0.0
         values = _load_rows(y + g * syh, rows, ok, syt, d_cols, D, D == DP, True).to(CT)  # [C, BD]
         if REVERSE:
-            scale = _load_vector(rz + g * (stride16 * 16), rows, ok, VARLEN)
-            minus = -_load_vector(delta + g * (stride16 * 16), rows, ok, VARLEN)
+            dz = _load_rows(aux + g * 16, rows, ok, HKV * G * 16, f, 16, True, True)  # [C, 16]
         if NB <= 2:
             xt = _load_columns(xg, rows, ok, sxt, f, F, F == 16, True)  # [16, C]
             outer = tl.dot(_selector(0, True, True, xt.dtype), xt, input_precision=PREC)  # [64, C]
             inner = tl.dot(_selector(0, False, True, xt.dtype), xt, input_precision=PREC)
-            if REVERSE:
-                outer *= scale[None, :]
             phi = outer * inner
-            acc0 = tl.dot(phi.to(CT), values, acc0, input_precision=PREC)
-            if REVERSE:
-                z0 += tl.sum(phi * minus[None, :], 1)
-            else:
-                z0 += tl.sum(phi, 1)
+            acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
             if NB == 2:
                 inner = tl.dot(_selector(8, False, True, xt.dtype), xt, input_precision=PREC)
                 phi = outer * inner
-                acc1 = tl.dot(phi.to(CT), values, acc1, input_precision=PREC)
-                if REVERSE:
-                    z1 += tl.sum(phi * minus[None, :], 1)
-                else:
-                    z1 += tl.sum(phi, 1)
+                acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
                 outer = tl.dot(_selector(8, True, True, xt.dtype), xt, input_precision=PREC)
-                if REVERSE:
-                    outer *= scale[None, :]
                 phi = outer * inner
-                acc2 = tl.dot(phi.to(CT), values, acc2, input_precision=PREC)
-                if REVERSE:
-                    z2 += tl.sum(phi * minus[None, :], 1)
-                else:
-                    z2 += tl.sum(phi, 1)
+                acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
         else:
             outer_selector = _selector(0, True, True, x.dtype.element_ty)
             inner_selector = _selector(0, False, True, x.dtype.element_ty)
             xi = _load_columns(xg, rows, ok, sxt, i0 * 8 + f, F, False, True)
             xj = _load_columns(xg, rows, ok, sxt, j0 * 8 + f, F, False, True)
             phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(inner_selector, xj, input_precision=PREC)
-            if REVERSE:
-                phi *= scale[None, :]
-            acc0 = tl.dot(phi.to(CT), values, acc0, input_precision=PREC)
-            if REVERSE:
-                z0 += tl.sum(phi * minus[None, :], 1)
-            else:
-                z0 += tl.sum(phi, 1)
+            acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
             if TG > 1:
                 xi = _load_columns(xg, rows, ok, sxt, i1 * 8 + f, F, False, True)
                 xj = _load_columns(xg, rows, ok, sxt, j1 * 8 + f, F, False, True)
                 phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
                     inner_selector, xj, input_precision=PREC
                 )
-                if REVERSE:
-                    phi *= scale[None, :]
-                acc1 = tl.dot(phi.to(CT), values, acc1, input_precision=PREC)
-                if REVERSE:
-                    z1 += tl.sum(phi * minus[None, :], 1)
-                else:
-                    z1 += tl.sum(phi, 1)
+                acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
             if TG > 2:
                 xi = _load_columns(xg, rows, ok, sxt, i2 * 8 + f, F, False, True)
                 xj = _load_columns(xg, rows, ok, sxt, j2 * 8 + f, F, False, True)
                 phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
                     inner_selector, xj, input_precision=PREC
                 )
-                if REVERSE:
-                    phi *= scale[None, :]
-                acc2 = tl.dot(phi.to(CT), values, acc2, input_precision=PREC)
-                if REVERSE:
-                    z2 += tl.sum(phi * minus[None, :], 1)
-                else:
-                    z2 += tl.sum(phi, 1)
+                acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
+    if REVERSE:
+        columns = (f != 1)[None, :]
+        z0 = tl.sum(tl.where(columns, z0, 0.0), 1)
+        z1 = tl.sum(tl.where(columns, z1, 0.0), 1)
+        z2 = tl.sum(tl.where(columns, z2, 0.0), 1)
     s64 = slot.to(tl.int64) * HKV + hkv
     states += s64 * (NR * DP)
     norms += s64 * NR
-    first = tl.program_id(2) == 0
+    first = tl.program_id(1) == 0
     tl.store(states + (t0 * 64 + n)[:, None] * DP + d_cols[None, :], acc0.to(states.dtype.element_ty))
     tl.store(norms + t0 * 64 + n, z0, mask=(n < 64) & first)
     if TG > 1:
@@ -469,10 +479,10 @@ def _state_kernel(
         tl.store(norms + (t0 + 2) * 64 + n, z2, mask=more & first)
 
 
-@triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N", "stride16"])
+@triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N"])
 def _low_state_kernel(
-    x, y, states, norms, keep, rz, delta, cu, seg_seq, seg_off, slot_off,
-    sxb, sxt, sxh, syb, syt, syh, smb, stride16,
+    x, y, delta, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sxb, sxt, sxh, syb, syt, syh, smb,
     T, SEGMENTS, SLOTS, N, weight_lin, weight_const,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr,
     NR: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
@@ -509,8 +519,7 @@ def _low_state_kernel(
     if HAS_MASK:
         keep += b64 * smb + start
     if REVERSE:
-        rz += (b64 * HKV * G + hkv * G) * (stride16 * 16) + start
-        delta += (b64 * HKV * G + hkv * G) * (stride16 * 16) + start
+        delta += (b64 * HKV * G + hkv * G) * T + start
     d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
     f = tl.arange(0, FP)
     lin = tl.zeros([FP, BD], tl.float32)
@@ -518,23 +527,21 @@ def _low_state_kernel(
     const = tl.zeros([BD], tl.float32)
     const_norm = tl.zeros([1], tl.float32)
     steps = (tokens + C - 1) // C
-    for step in range(0, steps * G):
+    for step in range(steps * G):
         g = step // steps
         rows = (step % steps) * C + tl.arange(0, C)
         ok = _kept(keep, rows, tokens, HAS_MASK)
         values = _load_rows(y + g * syh, rows, ok, syt, d_cols, D, D == DP, True)
         if REVERSE:
-            scale = _load_vector(rz + g * (stride16 * 16), rows, ok, VARLEN)
-            weight = -scale * _load_vector(delta + g * (stride16 * 16), rows, ok, VARLEN)
+            weight = -tl.load(delta + g * T + rows, mask=ok, other=0.0)
         else:
-            scale = ok.to(tl.float32)
-            weight = scale
+            weight = ok.to(tl.float32)
         if LIN:
             xt = _load_columns(x + g * sxh, rows, ok, sxt, f, F, F == FP, True).to(tl.float32)
-            lin = tl.dot((xt * scale[None, :]).to(CT), values.to(CT), lin, input_precision=PREC)
+            lin = tl.dot(xt.to(CT), values.to(CT), lin, input_precision=PREC)
             lin_norm += tl.sum(xt * weight[None, :], 1)
         if CONST:
-            const += tl.sum(values.to(tl.float32) * scale[:, None], 0)
+            const += tl.sum(values.to(tl.float32), 0)
             const_norm += tl.sum(weight, 0)
     s64 = slot.to(tl.int64) * HKV + hkv
     states += s64 * (NR * DP)
@@ -550,88 +557,93 @@ def _low_state_kernel(
         tl.store(norms + ROW + one, const_norm * weight_const, mask=(one < 1) & first)
 
 
+@triton.jit
+def _scan(data, last, base, final, e, ok_e, slots, step, U: tl.constexpr, BE: tl.constexpr, KEEP_LAST: tl.constexpr):
+    u = tl.arange(0, U)
+    carry = tl.zeros([BE], tl.float32)
+    for i in range(0, slots, U):
+        ok = ((i + u) < slots)[:, None] & ok_e[None, :]
+        pointers = data + base + (i + u).to(tl.int64)[:, None] * step + e[None, :]
+        part = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+        total = tl.cumsum(part, 0) + carry[None, :]
+        tl.store(pointers, total.to(data.dtype.element_ty), mask=ok)
+        carry += tl.sum(part, 0)
+    if KEEP_LAST:
+        tl.store(last + final + e, carry, mask=ok_e)
+
+
 @triton.jit(do_not_specialize=["SLOTS"])
 def _scan_kernel(
-    data, last, slot_off, SLOTS,
-    E, HKV: tl.constexpr, U: tl.constexpr, BE: tl.constexpr, VARLEN: tl.constexpr, KEEP_LAST: tl.constexpr,
+    states, norms, last_states, last_norms, slot_off, SLOTS,
+    E: tl.constexpr, NR: tl.constexpr, HKV: tl.constexpr, U: tl.constexpr, BE: tl.constexpr, VARLEN: tl.constexpr,
+    KEEP_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Running sums over a sequence's slots, in place: data [slots, HKV, E]; the total to last [N, HKV, E] in fp32.
+    """Running sums over a sequence's slots, in place: states [slots, HKV, E], norms [slots, HKV, NR]; totals in fp32.
 
-    Grid: (N * HKV, E / BE). U slots are loaded at once, so that their latencies overlap.
+    Grid: (N * HKV, blocks of states, then of norms). U slots are loaded at once, so that their latencies overlap.
     """
     pid = tl.program_id(0)
     hkv = pid % HKV
     seq = pid // HKV
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
     if VARLEN:
         first = tl.load(slot_off + seq)
         slots = tl.load(slot_off + seq + 1) - first
     else:
         first = seq * SLOTS
         slots = SLOTS
-    u = tl.arange(0, U)
-    step = HKV * E
-    base = data + (first.to(tl.int64) * HKV + hkv) * E
-    carry = tl.zeros([BE], tl.float32)
-    for i in range(0, slots, U):
-        ok = ((i + u) < slots)[:, None] & (e < E)[None, :]
-        pointers = base + (i + u).to(tl.int64)[:, None] * step + e[None, :]
-        part = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
-        total = tl.cumsum(part, 0) + carry[None, :]
-        tl.store(pointers, total.to(data.dtype.element_ty), mask=ok)
-        carry += tl.sum(part, 0)
-    if KEEP_LAST:
-        tl.store(last + pid.to(tl.int64) * E + e, carry, mask=e < E)
+    row = first.to(tl.int64) * HKV + hkv
+    p64 = pid.to(tl.int64)
+    BLOCKS: tl.constexpr = (E + BE - 1) // BE
+    if tl.program_id(1) < BLOCKS:
+        e = tl.program_id(1) * BE + tl.arange(0, BE)
+        _scan(states, last_states, row * E, p64 * E, e, e < E, slots, HKV * E, U, BE, KEEP_LAST)
+    else:
+        e = (tl.program_id(1) - BLOCKS) * BE + tl.arange(0, BE)
+        _scan(norms, last_norms, row * NR, p64 * NR, e, e < NR, slots, HKV * NR, U, BE, KEEP_LAST)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Forward
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _forward_tiles(
-    acc, z, xq, k, v, keep, first, last, rows, tokens, skt, svt, d_cols, alpha, beta,
-    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr,
-    HAS_MASK: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+def _forward_tile(
+    acc, z, xq, kt, values, rows, cols, ok, alpha, beta,
+    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc [BM, BD], z [BM] += the keys first..last of the queries' own segment."""
-    f = tl.arange(0, FP)
-    for j in range(first, last, BN):
-        cols = j + tl.arange(0, BN)
-        ok = _kept(keep, cols, tokens, HAS_MASK)
-        kt = _load_columns(k, cols, ok, skt, f, F, F == FP, DIAGONAL or HAS_MASK)  # [FP, BN]
-        values = _load_rows(v, cols, ok, svt, d_cols, D, D == DP, DIAGONAL or HAS_MASK)  # [BN, BD]
-        s = tl.dot(xq, kt, input_precision=PREC)
-        u = _polynomial(s, alpha, beta, QUAD, LIN, CONST)
-        if DIAGONAL:
-            u = tl.where(rows[:, None] >= cols[None, :], u, 0.0)
-        if HAS_MASK and CONST:
-            u = tl.where(ok[None, :], u, 0.0)
-        z += tl.sum(u, 1)
-        acc = tl.dot(u.to(CT), values.to(CT), acc, input_precision=PREC)
+    """acc [BM, BD], z [BM] += one tile of keys kt [FP, BM], values [BM, BD]."""
+    s = tl.dot(xq, kt, input_precision=PREC)
+    u = _polynomial(s, alpha, beta, QUAD, LIN, CONST)
+    if DIAGONAL:
+        u = tl.where(rows[:, None] >= cols[None, :], u, 0.0)
+    if HAS_MASK and CONST:
+        u = tl.where(ok[None, :], u, 0.0)
+    z += tl.sum(u, 1)
+    acc = tl.dot(u.to(CT), values.to(CT), acc, input_precision=PREC)
     return acc, z
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N", "stride16"])
+@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
 def _forward_kernel(
     q, k, v, o, rz, states, norms, keep, cu, seg_seq, seg_off, slot_off,
-    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, smb, stride16,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, smb,
     T, BLOCKS, SLOTS, N, alpha, beta, eps,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
-    NR: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    NR: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
     HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """o [BM, BD] of one block of queries and one head, and rz = 1 / (normaliser + eps).
 
-    Grid: (blocks of BM queries * H, blocks of BD value dims). Heads run fastest: they share cache lines.
+    Grid: (blocks of BM queries * H, blocks of BD value dims). Heads run fastest: they share cache lines. Whatever
+    does not depend on other loads is loaded first, so that one wait covers all.
     """
     pid = tl.program_id(0)
     h = pid % H
     hkv = h // G
-    batch, seq, index, count, start, tokens, row = _segment(
+    batch, seq, index, _count, start, tokens, row = _segment(
         pid // H, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
     )
     if row >= tokens:
@@ -645,123 +657,153 @@ def _forward_kernel(
         keep += b64 * smb + t64
     d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
     f = tl.arange(0, FP)
-    rows = row + tl.arange(0, BM)
-    ok = rows < tokens
-    xq = _load_rows(q, rows, ok, sqt, f, F, F == FP, True)  # [BM, FP]
-    acc = tl.zeros([BM, BD], tl.float32)
-    z = tl.zeros([BM], tl.float32)
+    block = tl.arange(0, BM)
+    rows = row + block
+    inside = rows < tokens
+    xq = _load_rows(q, rows, inside, sqt, f, F, F == FP, True)  # [BM, FP]
+    ok = _kept(keep, rows, tokens, HAS_MASK)
+    kt = _load_columns(k, rows, ok, skt, f, F, F == FP, True)  # [FP, BM]
+    values = _load_rows(v, rows, ok, svt, d_cols, D, D == DP, True)  # [BM, BD]
     if HAS_STATE:
         before = index - 1 + HAS_INIT
+        if VARLEN:
+            slot = tl.load(slot_off + seq) + before
+        else:
+            slot = seq * SLOTS + before
+        s64 = slot.to(tl.int64) * (H // G) + hkv
+        state = states + s64 * (NR * DP)
+        norm = norms + s64 * NR
+        if QUAD and NB <= 2:
+            some = before >= 0
+            s0 = _state_tile(state, d_cols, some, DP, CT)
+            s1 = _state_tile(state + 64 * DP, d_cols, some & (NB == 2), DP, CT)
+            s2 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), DP, CT)
+            n0 = _norm_tile(norm, some, CT)
+            n1 = _norm_tile(norm + 64, some & (NB == 2), CT)
+            n2 = _norm_tile(norm + 128, some & (NB == 2), CT)
+    acc = tl.zeros([BM, BD], tl.float32)
+    z = tl.zeros([BM], tl.float32)
+    acc, z = _forward_tile(
+        acc, z, xq, kt, values, rows, rows, ok, alpha, beta, QUAD, LIN, CONST, True, HAS_MASK, CT, PREC
+    )
+    if HAS_STATE:
         if before >= 0:
-            if VARLEN:
-                slot = tl.load(slot_off + seq) + before
-            else:
-                slot = seq * SLOTS + before
-            s64 = slot.to(tl.int64) * (H // G) + hkv
-            acc, z = _query_state(
-                acc, z, xq, q, rows, ok, sqt, states + s64 * (NR * DP), norms + s64 * NR, d_cols, alpha, beta,
-                F, FP, DP, NB, QUAD, LIN, CONST, True, CT, PREC,
-            )  # fmt: skip
-    acc, z = _forward_tiles(
-        acc, z, xq, k, v, keep, 0, row, rows, tokens, skt, svt, d_cols, alpha, beta,
-        F, D, FP, DP, BN, QUAD, LIN, CONST, False, HAS_MASK, CT, PREC,
-    )  # fmt: skip
-    acc, z = _forward_tiles(
-        acc, z, xq, k, v, keep, row, tl.minimum(row + BM, tokens), rows, tokens, skt, svt, d_cols, alpha, beta,
-        F, D, FP, DP, BN, QUAD, LIN, CONST, True, HAS_MASK, CT, PREC,
-    )  # fmt: skip
+            if QUAD:
+                zacc = tl.zeros([BM, 16], tl.float32)
+                if NB <= 2:
+                    acc, zacc = _query_tiles(acc, zacc, xq, s0, s1, s2, n0, n1, n2, NB, True, CT, PREC)
+                else:
+                    acc, zacc = _query_loop(
+                        acc, zacc, q, rows, inside, sqt, state, norm, d_cols, F, DP, NB, True, CT, PREC
+                    )
+                quad = tl.sum(tl.where((tl.arange(0, 16) < 2)[None, :], zacc, 0.0), 1)
+                if not LIN and not CONST:
+                    quad = tl.maximum(quad, 0.0)  # a sum of squares, which rounding may leave below 0
+                z += quad
+            if LIN or CONST:
+                FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
+                acc, z = _query_low(
+                    acc, z, xq, state, norm, d_cols, alpha, beta, FP, DP, FIRST, LIN, CONST, True, CT, PREC
+                )
+    for j in range(0, row, BM):
+        cols = j + block
+        ok = _kept(keep, cols, tokens, HAS_MASK)
+        kt = _load_columns(k, cols, ok, skt, f, F, F == FP, HAS_MASK)
+        values = _load_rows(v, cols, ok, svt, d_cols, D, D == DP, HAS_MASK)
+        acc, z = _forward_tile(
+            acc, z, xq, kt, values, rows, cols, ok, alpha, beta, QUAD, LIN, CONST, False, HAS_MASK, CT, PREC
+        )
     z += eps
     inverse = tl.where(z == 0.0, 0.0, 1.0 / z)
     o += ((b64 * T + t64) * H + h) * D
     tl.store(
         o + rows[:, None] * (H * D) + d_cols[None, :], (acc * inverse[:, None]).to(o.dtype.element_ty),
-        mask=ok[:, None] & (d_cols < D)[None, :],
+        mask=inside[:, None] & (d_cols < D)[None, :],
     )  # fmt: skip
-    # rows past the end, up to a whole block, get 0: readers need no mask then
-    vector = rz + (b64 * H + h) * (stride16 * 16) + t64 + rows
-    write = (ok if VARLEN else rows >= 0) & (tl.program_id(1) == 0)
-    tl.store(vector, tl.where(ok, inverse, 0.0), mask=write)
+    tl.store(rz + (b64 * H + h) * T + t64 + rows, inverse, mask=inside & (tl.program_id(1) == 0))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Backward
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "stride16"])
-def _delta_kernel(
-    o,
-    do,
-    delta,
-    sdb,
-    sdt,
-    sdh,
-    stride16,
-    T,
-    BLOCKS,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    H: tl.constexpr,
-    BM: tl.constexpr,
+@triton.jit
+def _scaled_gradient(
+    o, do, rz, dn, delta, aux, rows, inside, sdt, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, CT: tl.constexpr
 ):
-    """delta_i = do_i . o_i, fp32 [B, H, T]; dz_i = -delta_i / z_i."""
+    """do / z and delta = do . o / z of some rows, written to dn, delta and aux (-delta as high, high, low), returned.
+
+    With them dv_j = sum_i u(s_ij) dn_i and du_ij = dn_i . v_j - delta_i: no 1 / z is left in the other kernels.
+    """
+    d = tl.arange(0, DP)
+    f = tl.arange(0, 16)
+    grad = _load_rows(do, rows, inside, sdt, d, D, D == DP, True).to(tl.float32)  # [BM, DP]
+    out = _load_rows(o, rows, inside, H * D, d, D, D == DP, True).to(tl.float32)
+    scale = tl.load(rz + rows, mask=inside, other=0.0)
+    dl = tl.sum(grad * out, 1) * scale
+    scaled = (grad * scale[:, None]).to(CT)
+    minus = _split(-dl, CT)  # [BM, 16]
+    tl.store(dn + rows[:, None] * (H * DP) + d[None, :], scaled, mask=inside[:, None])
+    tl.store(delta + rows, dl, mask=inside)
+    tl.store(aux + rows[:, None] * (H * 16) + f[None, :], minus, mask=inside[:, None])
+    return scaled, dl, minus
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS"])
+def _scale_kernel(
+    o, do, rz, dn, delta, aux, sdb, sdt, sdh, T, BLOCKS, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr,
+    BM: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """`_scaled_gradient` alone, where the state's part of dq needs it before `_dq_kernel` runs (F > 16)."""
     pid = tl.program_id(0)
     h = pid % H
     b64 = (pid // H // BLOCKS).to(tl.int64)
     t64 = (pid // H % BLOCKS).to(tl.int64) * BM
     rows = tl.arange(0, BM)
-    ok = rows + t64 < T
-    d = tl.arange(0, DP)
-    grad = _load_rows(do + b64 * sdb + t64 * sdt + h * sdh, rows, ok, sdt, d, D, D == DP, True)
-    out = _load_rows(o + ((b64 * T + t64) * H + h) * D, rows, ok, H * D, d, D, D == DP, True)
-    tl.store(delta + (b64 * H + h) * (stride16 * 16) + t64 + rows, tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1))
+    first = (b64 * T + t64) * H + h
+    vector = (b64 * H + h) * T + t64
+    _scaled_gradient(
+        o + first * D, do + b64 * sdb + t64 * sdt + h * sdh, rz + vector, dn + first * DP, delta + vector,
+        aux + first * 16, rows, rows + t64 < T, sdt, D, DP, H, CT,
+    )  # fmt: skip
 
 
 @triton.jit
-def _dq_tiles(
-    acc, xq, grad, delta, k, v, keep, first, last, rows, tokens, skt, svt, half_alpha,
-    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    QUAD: tl.constexpr, LIN: tl.constexpr, DIAGONAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
+def _dq_tile(
+    acc, xq, grad, dl, keys, vt, rows, cols, half_alpha,
+    QUAD: tl.constexpr, LIN: tl.constexpr, DIAGONAL: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """acc [BM, FP] += (do . v - delta) u'(s) / 2 k over the keys first..last (u' itself where u is linear)."""
-    f = tl.arange(0, FP)
-    d = tl.arange(0, DP)
-    for j in range(first, last, BN):
-        cols = j + tl.arange(0, BN)
-        ok = _kept(keep, cols, tokens, HAS_MASK)
-        keys = _load_rows(k, cols, ok, skt, f, F, F == FP, DIAGONAL or HAS_MASK)  # [BN, FP]
-        vt = _load_columns(v, cols, ok, svt, d, D, D == DP, DIAGONAL or HAS_MASK)  # [DP, BN]
-        dw = tl.dot(grad, vt, input_precision=PREC) - delta[:, None]
-        if QUAD:
-            s = tl.dot(xq, tl.trans(keys), input_precision=PREC)
-            if LIN:
-                s += half_alpha
-            dw *= s
-        if DIAGONAL:
-            dw = tl.where(rows[:, None] >= cols[None, :], dw, 0.0)
-        acc = tl.dot(dw.to(CT), keys.to(CT), acc, input_precision=PREC)  # a dropped key is 0 here
-    return acc
+    """acc [BM, FP] += (dn . v - delta) u'(s) / 2 k over one tile of keys (u' itself where u is linear)."""
+    du = tl.dot(grad, vt.to(CT), input_precision=PREC) - dl[:, None]
+    if QUAD:
+        s = tl.dot(xq, tl.trans(keys), input_precision=PREC)
+        if LIN:
+            s += half_alpha
+        du *= s
+    if DIAGONAL:
+        du = tl.where(rows[:, None] >= cols[None, :], du, 0.0)
+    return tl.dot(du.to(CT), keys.to(CT), acc, input_precision=PREC)  # a dropped key is 0 here
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N", "stride16"])
+@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
 def _dq_kernel(
-    q, k, v, o, do, rz, delta, dq, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
-    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh, smb, stride16,
+    q, k, v, o, do, rz, dn, delta, aux, dq, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh, smb,
     T, BLOCKS, SLOTS, N, alpha, half_alpha,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr, PART: tl.constexpr,
     HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq [BM, F] of one block of queries; writes delta on the way, unless PART says that it is there already.
+    """dq [BM, F] of one block of queries: dq_i = sum_j (dn_i . v_j - delta_i) u'(s_ij) k_j.
 
-    dq_i = rz_i sum_j (do_i . v_j - delta_i) u'(s_ij) k_j, with a factor 2 of u' and rz_i taken out of the sum.
+    Writes dn, delta and aux on the way, unless PART says that they are there, with the state's part of dq.
     """
     pid = tl.program_id(0)
     h = pid % H
     hkv = h // G
-    batch, seq, index, count, start, tokens, row = _segment(
+    batch, seq, index, _count, start, tokens, row = _segment(
         pid // H, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
     )
     if row >= tokens:
@@ -771,133 +813,120 @@ def _dq_kernel(
     q += b64 * sqb + t64 * sqt + h * sqh
     k += b64 * skb + t64 * skt + hkv * skh
     v += b64 * svb + t64 * svt + hkv * svh
-    do += b64 * sdb + t64 * sdt + h * sdh
     if HAS_MASK:
         keep += b64 * smb + t64
     f = tl.arange(0, FP)
     d = tl.arange(0, DP)
-    rows = row + tl.arange(0, BM)
-    ok = rows < tokens
-    xq = _load_rows(q, rows, ok, sqt, f, F, F == FP, True)
-    grad = _load_rows(do, rows, ok, sdt, d, D, D == DP, True)  # [BM, DP]
-    vector = (b64 * H + h) * (stride16 * 16) + t64
-    acc = tl.zeros([BM, FP], tl.float32)
-    if PART:
-        dl = _load_vector(delta + vector, rows, ok, VARLEN)
-        if HAS_STATE:
-            # NB > 2: the state's part of the gradient was computed by _gradient_kernel
-            acc += tl.load(
-                part + (((b64 * T + t64) * H + h) * FP + rows[:, None] * (H * FP) + f[None, :]), mask=ok[:, None],
-                other=0.0,
-            )  # fmt: skip
-    else:
-        out = _load_rows(o + ((b64 * T + t64) * H + h) * D, rows, ok, H * D, d, D, D == DP, True)
-        dl = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        tl.store(delta + vector + rows, dl, mask=ok if VARLEN else rows >= 0)
+    block = tl.arange(0, BM)
+    rows = row + block
+    inside = rows < tokens
+    first = (b64 * T + t64) * H + h
+    vector = (b64 * H + h) * T + t64
+    xq = _load_rows(q, rows, inside, sqt, f, F, F == FP, True)
+    ok = _kept(keep, rows, tokens, HAS_MASK)
+    keys = _load_rows(k, rows, ok, skt, f, F, F == FP, True)  # [BM, FP]
+    vt = _load_columns(v, rows, ok, svt, d, D, D == DP, True)  # [DP, BM]
     if HAS_STATE:
         before = index - 1 + HAS_INIT
+        if VARLEN:
+            slot = tl.load(slot_off + seq) + before
+        else:
+            slot = seq * SLOTS + before
+        s64 = slot.to(tl.int64) * (H // G) + hkv
+        state = states + s64 * (NR * DP)
+        norm = norms + s64 * NR
+        if QUAD and NB <= 2:
+            some = before >= 0
+            s0 = _state_tile(state, d, some, DP, CT)
+            s1 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
+            s2 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
+            n0 = _norm_tile(norm, some, CT)
+            n1 = _norm_tile(norm + 64, some & (NB == 2), CT)
+            n2 = _norm_tile(norm + 128, some & (NB == 2), CT)
+    acc = tl.zeros([BM, FP], tl.float32)
+    if PART:
+        grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
+        dl = tl.load(delta + vector + rows, mask=inside, other=0.0)
+        acc += tl.load(part + first * FP + rows[:, None] * (H * FP) + f[None, :], mask=inside[:, None], other=0.0)
+    else:
+        grad, dl, minus = _scaled_gradient(
+            o + first * D, do + b64 * sdb + t64 * sdt + h * sdh, rz + vector, dn + first * DP, delta + vector,
+            aux + first * 16, rows, inside, sdt, D, DP, H, CT,
+        )  # fmt: skip
+    acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, rows, half_alpha, QUAD, LIN, True, CT, PREC)
+    if HAS_STATE:
         if before >= 0:
-            if VARLEN:
-                slot = tl.load(slot_off + seq) + before
-            else:
-                slot = seq * SLOTS + before
-            s64 = slot.to(tl.int64) * (H // G) + hkv
-            state = states + s64 * (NR * DP)
-            norm = norms + s64 * NR
             if QUAD and NB <= 2:
-                acc = _gradient_state(acc, xq, grad, -dl, state, norm, DP, NB, CT, PREC)
+                acc = _gradient_tiles(acc, xq, grad, minus, s0, s1, s2, n0, n1, n2, NB, CT, PREC)
             if LIN:
                 FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
-                acc = _gradient_linear(
-                    acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC
-                )
-    acc = _dq_tiles(
-        acc, xq, grad, dl, k, v, keep, 0, row, rows, tokens, skt, svt, half_alpha,
-        F, D, FP, DP, BN, QUAD, LIN, False, HAS_MASK, CT, PREC,
-    )  # fmt: skip
-    acc = _dq_tiles(
-        acc, xq, grad, dl, k, v, keep, row, tl.minimum(row + BM, tokens), rows, tokens, skt, svt, half_alpha,
-        F, D, FP, DP, BN, QUAD, LIN, True, HAS_MASK, CT, PREC,
-    )  # fmt: skip
-    scale = _load_vector(rz + vector, rows, ok, VARLEN)
+                acc = _gradient_low(acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC)
+    for j in range(0, row, BM):
+        cols = j + block
+        ok = _kept(keep, cols, tokens, HAS_MASK)
+        keys = _load_rows(k, cols, ok, skt, f, F, F == FP, HAS_MASK)
+        vt = _load_columns(v, cols, ok, svt, d, D, D == DP, HAS_MASK)
+        acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, cols, half_alpha, QUAD, LIN, False, CT, PREC)
     if QUAD:
-        scale *= 2.0
-    if not QUAD and not LIN:
-        scale *= 0.0
-    dq += ((b64 * T + t64) * H + h) * F
+        acc *= 2.0
+    elif not LIN:
+        acc *= 0.0
     tl.store(
-        dq + rows[:, None] * (H * F) + f[None, :], (acc * scale[:, None]).to(dq.dtype.element_ty),
-        mask=ok[:, None] & (f < F)[None, :],
+        dq + first * F + rows[:, None] * (H * F) + f[None, :], acc.to(dq.dtype.element_ty),
+        mask=inside[:, None] & (f < F)[None, :],
     )  # fmt: skip
 
 
 @triton.jit
-def _dkdv_tiles(
-    dk, dv, xk, xv, q, do, rz, delta, first, last, rows, tokens, sqt, sdt, alpha, half_alpha, beta,
-    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr, VARLEN: tl.constexpr,
+def _dkdv_tile(
+    dk, dv, xk, xv, pick, queries, grad, minus, rows, cols, alpha, half_alpha, beta,
+    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dk [BN, FP] and dv [BN, DP] += the queries first..last; tiles are transposed, [keys, queries]."""
-    f = tl.arange(0, FP)
-    d = tl.arange(0, DP)
-    for i in range(first, last, BM):
-        cols = i + tl.arange(0, BM)
-        ok = cols < tokens
-        queries = _load_rows(q, cols, ok, sqt, f, F, F == FP, True)  # [BM, FP]
-        grad = _load_rows(do, cols, ok, sdt, d, D, D == DP, True)  # [BM, DP]
-        scale = _load_vector(rz, cols, ok, VARLEN)
-        dl = _load_vector(delta, cols, ok, VARLEN)
-        dw = tl.dot(xv, tl.trans(grad), input_precision=PREC) - dl[None, :]  # [BN, BM]
-        if QUAD:
-            s = tl.dot(xk, tl.trans(queries), input_precision=PREC)
-            t = s * scale[None, :]
-            if LIN:
-                u = (s + alpha) * t
-            else:
-                u = s * t
-            if CONST:
-                u += beta * scale[None, :]
-            if LIN:
-                dw *= t + half_alpha * scale[None, :]
-            else:
-                dw *= t
-        elif LIN:
-            s = tl.dot(xk, tl.trans(queries), input_precision=PREC)
-            u = s * scale[None, :]
-            if CONST:
-                u += beta * scale[None, :]
-            dw *= scale[None, :]
-        else:
-            u = dw * 0.0 + scale[None, :]
-        if DIAGONAL:
-            below = cols[None, :] >= rows[:, None]
-            u = tl.where(below, u, 0.0)
-            dw = tl.where(below, dw, 0.0)
-        dv = tl.dot(u.to(CT), grad.to(CT), dv, input_precision=PREC)
-        if QUAD or LIN:
-            dk = tl.dot(dw.to(CT), queries.to(CT), dk, input_precision=PREC)
+    """dk [BM, FP] and dv [BM, DP] += one tile of queries; tiles are transposed, [keys, queries].
+
+    -delta reaches all rows through a matrix product, pick [BM, 16] @ minus^T: as a vector along the columns it would
+    take 16 loads a thread.
+    """
+    du = tl.dot(pick, tl.trans(minus), input_precision=PREC)
+    du = tl.dot(xv, tl.trans(grad), du, input_precision=PREC)
+    if QUAD or LIN:
+        s = tl.dot(xk, tl.trans(queries), input_precision=PREC)
+        u = _polynomial(s, alpha, beta, QUAD, LIN, CONST)
+    else:
+        u = du * 0.0 + 1.0
+    if QUAD:
+        if LIN:
+            s += half_alpha
+        du *= s
+    if DIAGONAL:
+        below = cols[None, :] >= rows[:, None]
+        u = tl.where(below, u, 0.0)
+        du = tl.where(below, du, 0.0)
+    dv = tl.dot(u.to(CT), grad, dv, input_precision=PREC)
+    if QUAD or LIN:
+        dk = tl.dot(du.to(CT), queries.to(CT), dk, input_precision=PREC)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N", "stride16"])
+@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
 def _dkdv_kernel(
-    q, k, v, do, rz, delta, dk, dv, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
-    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh, smb, stride16,
+    q, k, v, dn, aux, dk, dv, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, smb,
     T, BLOCKS, SLOTS, N, alpha, half_alpha, beta,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
-    HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
     PART: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dk [BN, F] and dv [BN, D] of one block of keys, summed over the G query heads that share them.
+    """dk [BM, F] and dv [BM, D] of one block of keys, summed over the G query heads that share them.
 
-    dv_j = sum_i rz_i u(s_ij) do_i, dk_j = sum_i rz_i (do_i . v_j - delta_i) u'(s_ij) q_i; later segments through R.
+    dv_j = sum_i u(s_ij) dn_i, dk_j = sum_i (dn_i . v_j - delta_i) u'(s_ij) q_i; later segments come through R.
     """
     pid = tl.program_id(0)
     hkv = pid % HKV
     batch, seq, index, count, start, tokens, row = _segment(
-        pid // HKV, BN, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
+        pid // HKV, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
     )
     if row >= tokens:
         return
@@ -909,54 +938,80 @@ def _dkdv_kernel(
         keep += b64 * smb + t64
     f = tl.arange(0, FP)
     d = tl.arange(0, DP)
-    rows = row + tl.arange(0, BN)
+    f16 = tl.arange(0, 16)
+    block = tl.arange(0, BM)
+    rows = row + block
     inside = rows < tokens
     ok = _kept(keep, rows, tokens, HAS_MASK)
     xk = _load_rows(k, rows, ok, skt, f, F, F == FP, True)
-    xv = _load_rows(v, rows, ok, svt, d, D, D == DP, True)
-    acc_k = tl.zeros([BN, FP], tl.float32)
-    acc_v = tl.zeros([BN, DP], tl.float32)
+    xv = _load_rows(v, rows, ok, svt, d, D, D == DP, True).to(CT)
+    pick = tl.where((f16 == 0)[None, :] | (f16 == 2)[None, :], block[:, None] * 0 + 1.0, 0.0).to(CT)
+    acc_k = tl.zeros([BM, FP], tl.float32)
+    acc_v = tl.zeros([BM, DP], tl.float32)
     if HAS_STATE:
         before = count - 2 - index + HAS_INIT
+        if VARLEN:
+            slot = tl.load(slot_off + seq) + before
+        else:
+            slot = seq * SLOTS + before
+        s64 = slot.to(tl.int64) * HKV + hkv
+        state = states + s64 * (NR * DP)
+        norm = norms + s64 * NR
+        if QUAD and NB <= 2:
+            some = before >= 0
+            s0 = _state_tile(state, d, some, DP, CT)
+            s1 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
+            s2 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
+            n0 = _norm_tile(norm, some, CT)
+            n1 = _norm_tile(norm + 64, some & (NB == 2), CT)
+            n2 = _norm_tile(norm + 128, some & (NB == 2), CT)
         if before >= 0:
-            if VARLEN:
-                slot = tl.load(slot_off + seq) + before
-            else:
-                slot = seq * SLOTS + before
-            s64 = slot.to(tl.int64) * HKV + hkv
-            state = states + s64 * (NR * DP)
-            norm = norms + s64 * NR
-            ones = tl.full([BN], 1.0, tl.float32)
-            acc_v, ones = _query_state(
-                acc_v, ones, xk, k, rows, ok, skt, state, norm, d, 1.0, 1.0,
-                F, FP, DP, NB, QUAD, LIN, CONST, False, CT, PREC,
-            )  # fmt: skip
-            if QUAD and NB <= 2:
-                acc_k = _gradient_state(acc_k, xk, xv, ones, state, norm, DP, NB, CT, PREC)
+            ones = tl.full([BM], 1.0, tl.float32)
+            if QUAD:
+                unused = tl.zeros([BM, 16], tl.float32)
+                if NB <= 2:
+                    acc_v, unused = _query_tiles(acc_v, unused, xk, s0, s1, s2, n0, n1, n2, NB, False, CT, PREC)
+                    yz = tl.where((f16 < 2)[None, :], block[:, None] * 0 + 1.0, 0.0).to(CT)
+                    acc_k = _gradient_tiles(acc_k, xk, xv, yz, s0, s1, s2, n0, n1, n2, NB, CT, PREC)
+                else:
+                    acc_v, unused = _query_loop(
+                        acc_v, unused, k, rows, ok, skt, state, norm, d, F, DP, NB, False, CT, PREC
+                    )
             if PART:
-                acc_k += tl.load(
-                    part + (((b64 * T + t64) * HKV + hkv) * FP + rows[:, None] * (HKV * FP) + f[None, :]),
-                    mask=inside[:, None], other=0.0,
-                )  # fmt: skip
-            if LIN:
+                base = part + ((b64 * T + t64) * HKV + hkv) * FP
+                acc_k += tl.load(base + rows[:, None] * (HKV * FP) + f[None, :], mask=inside[:, None], other=0.0)
+            if LIN or CONST:
                 FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
-                acc_k = _gradient_linear(acc_k, xv, ones, state, norm, 0.5 if QUAD else 1.0, FIRST, FP, DP, CT, PREC)
-    STEP: tl.constexpr = BN if BN > BM else BM
-    for g in range(0, G):
+                acc_v, ones = _query_low(
+                    acc_v, ones, xk, state, norm, d, 1.0, 1.0, FP, DP, FIRST, LIN, CONST, False, CT, PREC
+                )
+                if LIN:
+                    acc_k = _gradient_low(
+                        acc_k, xv, ones, state, norm, 0.5 if QUAD else 1.0, FIRST, FP, DP, CT, PREC
+                    )  # fmt: skip
+    for g in range(G):
         h = hkv * G + g
+        first = (b64 * T + t64) * (HKV * G) + h
         qg = q + b64 * sqb + t64 * sqt + h * sqh
-        dg = do + b64 * sdb + t64 * sdt + h * sdh
-        vector = (b64 * (HKV * G) + h) * (stride16 * 16) + t64
-        acc_k, acc_v = _dkdv_tiles(
-            acc_k, acc_v, xk, xv, qg, dg, rz + vector, delta + vector, row, tl.minimum(row + STEP, tokens), rows,
-            tokens, sqt, sdt, alpha, half_alpha, beta, F, D, FP, DP, BM, QUAD, LIN, CONST, True, VARLEN, CT,
-            PREC,
+        dg = dn + first * DP
+        ag = aux + first * 16
+        queries = _load_rows(qg, rows, inside, sqt, f, F, F == FP, True)  # [BM, FP]
+        grad = _load_rows(dg, rows, inside, HKV * G * DP, d, DP, True, True)  # [BM, DP]
+        minus = _load_rows(ag, rows, inside, HKV * G * 16, f16, 16, True, True)  # [BM, 16]
+        acc_k, acc_v = _dkdv_tile(
+            acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
+            QUAD, LIN, CONST, True, CT, PREC,
         )  # fmt: skip
-        acc_k, acc_v = _dkdv_tiles(
-            acc_k, acc_v, xk, xv, qg, dg, rz + vector, delta + vector, row + STEP, tokens, rows,
-            tokens, sqt, sdt, alpha, half_alpha, beta, F, D, FP, DP, BM, QUAD, LIN, CONST, False, VARLEN, CT,
-            PREC,
-        )  # fmt: skip
+        for i in range(row + BM, tokens, BM):
+            cols = i + block
+            later = cols < tokens
+            queries = _load_rows(qg, cols, later, sqt, f, F, F == FP, True)
+            grad = _load_rows(dg, cols, later, HKV * G * DP, d, DP, True, True)
+            minus = _load_rows(ag, cols, later, HKV * G * 16, f16, 16, True, True)
+            acc_k, acc_v = _dkdv_tile(
+                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, cols, alpha, half_alpha, beta,
+                QUAD, LIN, CONST, False, CT, PREC,
+            )  # fmt: skip
     if QUAD:
         acc_k *= 2.0
     if HAS_MASK:
@@ -974,22 +1029,23 @@ def _dkdv_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N", "stride16"])
+@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
 def _gradient_kernel(
-    x, y, yz, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
-    sxb, sxt, sxh, syb, syt, syh, smb, stride16,
+    x, y, aux, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sxb, sxt, sxh, syb, syt, syh, smb,
     T, BLOCKS, SLOTS, N,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     KEYS: tl.constexpr, HAS_INIT: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """F > 16: 16 dims of half the gradient by x that comes through the state (see _gradient_state), fp32.
+    """F > 16: 16 dims of half the gradient by x that comes through the state (see _gradient_tiles), fp32.
 
-    KEYS: x, y are k, v and the state is R; otherwise q, do and S, and the norm weighs -yz (yz is delta).
-    Grid: (blocks of BM rows * H, slices of 16 dims). Walks the ordered pairs of blocks (i in the slice, j).
+    KEYS: x, y are k, v and the state is R; otherwise q, dn and S, and the norms weigh -delta (aux).
+    Grid: (slices of 16 dims, blocks of BM rows * H). Walks the ordered pairs of blocks (i in the slice, j).
     """
-    pid = tl.program_id(0)
+    slice_ = tl.program_id(0) % (FP // 16)
+    pid = tl.program_id(0) // (FP // 16)
     h = pid % H
     hkv = h // G
     batch, seq, index, count, start, tokens, row = _segment(
@@ -1009,12 +1065,12 @@ def _gradient_kernel(
     n = tl.arange(0, 64)
     f = tl.arange(0, 16)
     d = tl.arange(0, DP)
-    slice_ = tl.program_id(1)
     acc = tl.zeros([BM, 16], tl.float32)
     if KEYS:
         before = count - 2 - index + HAS_INIT
     else:
         before = index - 1 + HAS_INIT
+    first = (b64 * T + t64) * H + h
     if before >= 0:
         if VARLEN:
             slot = tl.load(slot_off + seq) + before
@@ -1025,11 +1081,11 @@ def _gradient_kernel(
         norm = norms + s64 * NR
         values = _load_rows(y, rows, ok, syt, d, D, D == DP, True).to(CT)  # [BM, DP]
         if KEYS:
-            weight = tl.full([BM], 1.0, tl.float32)
+            weight = tl.where((f < 2)[None, :], rows[:, None] * 0 + 1.0, 0.0).to(CT)
         else:
-            weight = -_load_vector(yz + (b64 * H + h) * (stride16 * 16) + t64, rows, ok, VARLEN)
+            weight = _load_rows(aux + first * 16, rows, inside, H * 16, f, 16, True, True)
         inner_selector = _selector(0, False, False, x.dtype.element_ty)
-        for step in range(0, 2 * NB):
+        for step in range(2 * NB):
             half = step % 2
             i = slice_ * 2 + half
             j = step // 2
@@ -1037,24 +1093,26 @@ def _gradient_kernel(
             low = tl.minimum(i, j)
             high = tl.maximum(i, j)
             tile = low * NB - (low * (low - 1)) // 2 + high - low
-            feature = tile * 64 + tl.where(i <= j, n, (n % 8) * 8 + n // 8)
-            exists = i < NB
+            feature = tl.where(i < NB, tile, 0) * 64 + tl.where(i <= j, n, (n % 8) * 8 + n // 8)
             xj = _load_rows(x, rows, ok, sxt, j * 8 + f, F, False, True)
             inner = tl.dot(xj, inner_selector, input_precision=PREC)
-            s = tl.load(state + feature[None, :] * DP + d[:, None], mask=(n < 64)[None, :] & exists, other=0.0)
-            g = tl.dot(values, s.to(CT), input_precision=PREC)
-            g += weight[:, None] * tl.load(norm + feature, mask=(n < 64) & exists, other=0.0)[None, :]
-            fold = ((n // 8 + half * 8)[:, None] == f[None, :]).to(CT)  # [64, 16]
-            acc = tl.dot((g * inner).to(CT), fold, acc, input_precision=PREC)
+            s = tl.load(state + feature[:, None] * DP + d[None, :])  # [64, DP]
+            value = tl.load(norm + feature[:, None] + f[None, :] * 0, mask=(f < 3)[None, :], other=0.0)
+            rounded = value.to(CT).to(tl.float32)
+            norm_tile = tl.where((f == 1)[None, :], value - rounded, rounded).to(CT)
+            g = tl.dot(weight, tl.trans(norm_tile), input_precision=PREC)
+            g = tl.dot(values, tl.trans(s.to(CT)), g, input_precision=PREC)
+            # dims past the last block, where F is not a multiple of 16, are computed from tile 0 and never read
+            fold = (f[:, None] == (n // 8 + half * 8)[None, :]).to(CT)  # [16, 64]
+            acc = tl.dot((g * inner).to(CT), tl.trans(fold), acc, input_precision=PREC)
     tl.store(
-        part + (((b64 * T + t64) * H + h) * FP + rows[:, None] * (H * FP) + (slice_ * 16 + f)[None, :]), acc,
-        mask=inside[:, None],
+        part + first * FP + rows[:, None] * (H * FP) + (slice_ * 16 + f)[None, :], acc, mask=inside[:, None]
     )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # One token
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -1151,25 +1209,32 @@ def _decode_kernel(
         )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Sizes
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
     """Tile sizes of the kernels for one (F, D, dtype).
 
-    segment: tokens between two states; forward, dq: (queries, keys, warps, stages) a tile; dkdv: (keys, queries, warps,
-    stages); state: (tokens a step, warps, stages); gradient: (rows, warps, stages); decode: (features a step, warps).
+    segment: tokens between two states; forward, dq, dkdv, gradient: (rows of a tile, warps, stages), tiles of keys by
+    queries are square; state, later: (tokens a step, warps, stages) of the sums over keys and over later queries;
+    decode: (features a step, warps); registers: most registers a thread, by kernel, where fewer than the compiler
+    would take pay.
     """
 
     segment: int
-    forward: tuple[int, int, int, int]
-    dq: tuple[int, int, int, int]
-    dkdv: tuple[int, int, int, int]
+    forward: tuple[int, int, int]
+    dq: tuple[int, int, int]
+    dkdv: tuple[int, int, int]
     state: tuple[int, int, int]
+    later: tuple[int, int, int]
     gradient: tuple[int, int, int]
     decode: tuple[int, int]
+    registers: tuple[tuple[str, int], ...] = ()
+
+    def options(self, kernel: str) -> dict[str, int]:
+        return {"maxnreg": n for name, n in self.registers if name == kernel and not _INTERPRETED}
 
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -1206,7 +1271,7 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
     (features / L a token) and must not depend on T, so that shapes of saved tensors are plain formulas in T.
     """
     if _INTERPRETED:
-        return Plan(64, (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 4, 1), (32, 4, 1), (16, 4))
+        return Plan(64, *[(32, 4, 1)] * 6, (16, 4))
     if feature_dim <= 16:
         segment = 512
     elif feature_dim <= 32:
@@ -1215,22 +1280,14 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
         segment = 2048
     else:
         segment = 4096
-    small = feature_dim <= 16 and head_dim <= 64
-    medium = feature_dim <= 64 and head_dim <= 64
     if dtype == torch.float32:
-        rows = 64 if medium else 32
-        return Plan(
-            segment, (rows, 32, 4, 1), (rows, 32, 4, 1), (rows, 32, 4, 1), (32, 4, 1), (rows, 4, 1), (32, 4)
-        )  # fmt: skip
-    if small:
-        return Plan(
-            segment, (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 4, 3), (128, 8, 2), (32, 4)
-        )  # fmt: skip
-    if medium:
-        return Plan(
-            segment, (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 4, 3), (128, 8, 3), (32, 4)
-        )  # fmt: skip
-    return Plan(segment, (64, 64, 4, 2), (64, 32, 4, 1), (64, 32, 4, 1), (64, 4, 2), (64, 4, 1), (32, 4))
+        rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
+        return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows, (16, 2))
+    if feature_dim <= 64 and head_dim <= 64:
+        return Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 3), (16, 2))
+    if feature_dim <= 64 and head_dim <= 128:
+        return Plan(segment, (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1), (16, 2))
+    return Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1), (16, 4))
 
 
 class _Layout(NamedTuple):
@@ -1327,9 +1384,9 @@ def _to_internal(public: Tensor, feature_dim: int, head_dim: int, layout: _Layou
     return rows[..., :head_dim], rows[..., head_dim]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Launching
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Segments(NamedTuple):
@@ -1387,7 +1444,7 @@ def _compute_type(dtype: torch.dtype):
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 and x.is_contiguous() else x.contiguous()
+    return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
 
 def _byte_mask(mask: Tensor | None) -> Tensor | None:
@@ -1412,11 +1469,6 @@ class _Guard:
             self.guard.__exit__(*exc)
 
 
-def _padded(length: int, plan: Plan) -> int:
-    """Length of a row of rz and delta: whole blocks of queries."""
-    return -(-length // plan.forward[0]) * plan.forward[0]
-
-
 def _new_states(like: Tensor, slots: int, kv_heads: int, layout: _Layout, exact: bool) -> tuple[Tensor, Tensor]:
     """Flat storage for [slots, H_kv, rows, DP] and [slots, H_kv, rows].
 
@@ -1434,13 +1486,13 @@ def _new_states(like: Tensor, slots: int, kv_heads: int, layout: _Layout, exact:
 def _make_states(
     x: Tensor, y: Tensor, states: Tensor, norms: Tensor, cut: _Segments, layout: _Layout, plan: Plan,
     mask: Tensor | None, kv_heads: int, weights: tuple[Tensor, Tensor] | None, initial: Tensor | None, last: bool,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Fills `states` and `norms` with running sums; returns the totals in fp32 if `last`.
 
-    `weights` (rz, delta) marks the backward direction: x, y are q, do and the sums run from the end.
+    `weights` (delta, aux) marks the backward direction: x, y are q, do / z and the sums run from the end.
     """
     batch, length, heads, feature_dim = x.shape
-    head_dim = y.shape[-1]
     reverse = weights is not None
     varlen = cut.cu is not None
     if initial is not None:
@@ -1457,54 +1509,47 @@ def _make_states(
             first[..., :head_dim] = values
             norms[:-16].view(batch, cut.slots, kv_heads, layout.rows)[:, 0] = total
     block_d = min(layout.d, 64)
-    tokens, warps, stages = plan.state
-    precision, compute = _precision(x.dtype), _compute_type(x.dtype)
-    rz, delta = weights if reverse else (norms[:16], norms[:16])
-    cu, seq_of, first_segment, first_slot = (cut.cu, cut.seq_of, cut.first_segment, cut.first_slot) if varlen else (
-        (norms,) * 4
+    tokens, warps, stages = plan.later if reverse else plan.state
+    delta, aux = weights if reverse else (None, None)
+    shape = (
+        x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2),
+        0 if mask is None else mask.stride(0), length, cut.computed, cut.slots, cut.sequences,
     )  # fmt: skip
-    keep = norms if mask is None else mask
-    common = (
-        x, y, states, norms, keep, rz, delta, cu, seq_of, first_segment, first_slot, *x.stride()[:3], *y.stride()[:3],
-        0 if mask is None else mask.stride(0), rz.shape[-1] // 16, length, cut.computed, cut.slots, cut.sequences,
-    )  # fmt: skip
+    tables = (states, norms, mask, cut.cu, cut.seq_of, cut.first_segment, cut.first_slot)
     flags = {
-        "F": feature_dim, "D": head_dim, "FP": layout.f, "DP": layout.d, "BD": block_d, "NR": layout.rows,
+        "F": feature_dim, "D": y.shape[-1], "FP": layout.f, "DP": layout.d, "BD": block_d, "NR": layout.rows,
         "HKV": kv_heads, "G": heads // kv_heads, "L": plan.segment, "C": tokens, "REVERSE": reverse,
         "LAST": int(last), "HAS_INIT": int(initial is not None), "HAS_MASK": mask is not None, "VARLEN": varlen,
-        "CT": compute, "PREC": precision, "num_warps": warps,
+        "CT": _compute_type(x.dtype), "PREC": _precision(x.dtype), "num_warps": warps,
     }  # fmt: skip
     programs = (cut.computed if varlen else batch * cut.computed) * kv_heads
     tiles = layout.blocks * (layout.blocks + 1) // 2 if layout.quad else 0
-    if programs > 0:
-        if layout.quad:
-            group = min(tiles, 3)
-            _state_kernel[(programs, -(-tiles // group), layout.d // block_d)](
-                *common, **flags, NB=layout.blocks, TG=group, num_stages=stages
-            )
-        if layout.lin or layout.const:
-            _low_state_kernel[(programs, layout.d // block_d)](
-                *common, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0, **flags,
-                FIRST=tiles * 64, LIN=layout.lin, CONST=layout.const, num_stages=1,
-            )  # fmt: skip
-    if cut.total == 0:
-        return None
-    totals = None
+    if programs > 0 and layout.quad:
+        group = min(tiles, 3)
+        _state_kernel[(-(-tiles // group) * programs, layout.d // block_d)](
+            x, y, aux, *tables, *shape, **flags, NB=layout.blocks, TG=group, num_stages=stages
+        )
+    if programs > 0 and (layout.lin or layout.const):
+        _low_state_kernel[(programs, layout.d // block_d)](
+            x, y, delta, *tables, *shape, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0, **flags,
+            FIRST=tiles * 64, LIN=layout.lin, CONST=layout.const, num_stages=1,
+        )  # fmt: skip
+    if cut.total == 0 or (cut.slots == 1 and not varlen and not last):
+        return None  # nothing to add up
+    totals = None, None
     if last:
         totals = (
             norms.new_empty(cut.sequences, kv_heads, layout.rows, layout.d),
             norms.new_empty(cut.sequences, kv_heads, layout.rows),
         )
-    elif not varlen and cut.slots == 1:
-        return None
-    for i, data in enumerate((states, norms)):
-        elements = layout.rows * (layout.d if i == 0 else 1)
-        block = min(512, _power_of_2(elements))
-        _scan_kernel[(cut.sequences * kv_heads, -(-elements // block))](
-            data, totals[i] if last else data, first_slot, cut.slots, elements,
-            HKV=kv_heads, U=8, BE=block, VARLEN=varlen, KEEP_LAST=last, num_warps=4,
-        )  # fmt: skip
-    return totals
+    elements = layout.rows * layout.d
+    block = min(512, _power_of_2(elements))
+    together = 16 if varlen else min(16, _power_of_2(cut.slots, 2))
+    _scan_kernel[(cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block))](
+        states, norms, *totals, cut.first_slot, cut.slots, E=elements, NR=layout.rows, HKV=kv_heads, U=together,
+        BE=block, VARLEN=varlen, KEEP_LAST=last, num_warps=4,
+    )  # fmt: skip
+    return totals if last else None
 
 
 def _forward(
@@ -1527,26 +1572,27 @@ def _forward(
         cut = _cut(batch, length, plan.segment, initial, output_final_state, cu_seqlens)
         varlen = cut.cu is not None
         o = q.new_empty(batch, length, heads, head_dim)
-        rz = q.new_empty(batch, heads, _padded(length, plan), dtype=torch.float32)
+        rz = q.new_empty(batch, heads, length, dtype=torch.float32)
         states, norms = _new_states(q, cut.total, kv_heads, layout, output_final_state)
         totals = None
         if cut.total > 0:
             totals = _make_states(
-                k, v, states, norms, cut, layout, plan, mask, kv_heads, None, initial_state, output_final_state
-            )
-        block_m, block_n, warps, stages = plan.forward
-        blocks = -(-length // block_m)
-        programs = (cut.computed * (plan.segment // block_m) if varlen else batch * blocks) * heads
+                k, v, states, norms, cut, layout, plan, mask, kv_heads, None, initial_state, output_final_state,
+                head_dim,
+            )  # fmt: skip
+        rows, warps, stages = plan.forward
+        blocks = -(-length // rows)
+        programs = (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * heads
         block_d = min(layout.d, 128)
         _forward_kernel[(programs, layout.d // block_d)](
-            q, k, v, o, rz, states, norms, rz if mask is None else mask, cut.cu, cut.seq_of, cut.first_segment,
-            cut.first_slot, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if mask is None else mask.stride(0),
-            rz.shape[2] // 16, length, blocks, cut.slots, cut.sequences, layout.alpha, layout.beta, eps / layout.factor,
+            q, k, v, o, rz, states, norms, mask, cut.cu, cut.seq_of, cut.first_segment, cut.first_slot,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if mask is None else mask.stride(0),
+            length, blocks, cut.slots, cut.sequences, layout.alpha, layout.beta, eps / layout.factor,
             F=feature_dim, D=head_dim, FP=layout.f, DP=layout.d, BD=block_d, NB=layout.blocks, NR=layout.rows,
-            H=heads, G=heads // kv_heads, L=plan.segment, BM=block_m, BN=block_n, QUAD=layout.quad, LIN=layout.lin,
+            H=heads, G=heads // kv_heads, L=plan.segment, BM=rows, QUAD=layout.quad, LIN=layout.lin,
             CONST=layout.const, HAS_STATE=varlen or initial or length > plan.segment, HAS_INIT=int(initial),
             HAS_MASK=mask is not None, VARLEN=varlen, CT=_compute_type(q.dtype), PREC=_precision(q.dtype),
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **plan.options("forward"),
         )  # fmt: skip
         if output_final_state:
             final = _to_public(*totals, feature_dim, head_dim, layout)
@@ -1573,7 +1619,7 @@ def _forward_fake(
     return (
         q.new_empty(batch, length, heads, head_dim),
         final,
-        q.new_empty(batch, heads, _padded(length, plan), dtype=torch.float32),
+        q.new_empty(batch, heads, length, dtype=torch.float32),
         *_new_states(q, slots, kv_heads, layout, output_final_state),
     )
 
@@ -1597,8 +1643,9 @@ def _backward(
     layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
     plan = _plan(feature_dim, head_dim, q.dtype)
     mask = _byte_mask(attention_mask)
+    mask_stride = 0 if mask is None else mask.stride(0)
     final = grad_final is not None
-    precision, compute = _precision(q.dtype), _compute_type(q.dtype)
+    compute = _compute_type(q.dtype)
     with _Guard(q):
         cut = _cut(batch, length, plan.segment, has_initial, has_last, cu_seqlens)
         varlen = cut.cu is not None
@@ -1606,50 +1653,58 @@ def _backward(
         dq = q.new_empty(q.shape)
         dk = k.new_empty(k.shape)
         dv = v.new_empty(v.shape)
+        half = torch.float32 if q.dtype == torch.float32 or _INTERPRETED else torch.bfloat16
+        dn = q.new_empty(batch, length, heads, layout.d, dtype=half)
         delta = torch.empty_like(rz)
-        keep = rz if mask is None else mask
-        mask_stride = 0 if mask is None else mask.stride(0)
-        stride16 = rz.shape[2] // 16
-        part_needed = layout.quad and layout.blocks > 2
+        aux = q.new_empty(batch, length, heads, 16, dtype=half)
+        inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         sizes = {
             "F": feature_dim, "D": head_dim, "FP": layout.f, "DP": layout.d, "NB": layout.blocks, "NR": layout.rows,
-            "L": plan.segment, "HAS_MASK": mask is not None, "VARLEN": varlen, "CT": compute, "PREC": precision,
+            "L": plan.segment, "HAS_MASK": mask is not None, "VARLEN": varlen, "CT": compute,
+            "PREC": _precision(q.dtype),
         }  # fmt: skip
+
+        def grid(cut: _Segments, rows: int, heads: int) -> tuple[int, int]:
+            """Programs and blocks of a sequence."""
+            blocks = -(-length // rows)
+            return (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * heads, blocks
+
+        def tables(cut: _Segments):
+            return cut.cu, cut.seq_of, cut.first_segment, cut.first_slot
 
         def through_state(x: Tensor, y: Tensor, keys: bool, states: Tensor, norms: Tensor, cut: _Segments, init: bool):
             rows, warps, stages = plan.gradient
-            blocks = -(-length // rows)
             part = q.new_empty(batch, length, x.shape[2], layout.f, dtype=torch.float32)
-            programs = (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * x.shape[2]
-            _gradient_kernel[(programs, layout.f // 16)](
-                x, y, delta, part, states, norms, keep, cut.cu, cut.seq_of, cut.first_segment, cut.first_slot,
-                *x.stride()[:3], *y.stride()[:3], mask_stride, stride16, length, blocks, cut.slots, cut.sequences, **sizes,
-                H=x.shape[2], G=1 if keys else group, BM=rows, KEYS=keys, HAS_INIT=int(init), num_warps=warps,
-                num_stages=stages,
+            programs, blocks = grid(cut, rows, x.shape[2])
+            _gradient_kernel[(programs * (layout.f // 16),)](
+                x, y, aux, part, states, norms, mask if keys else None, *tables(cut), *x.stride()[:3], *y.stride()[:3],
+                mask_stride, length, blocks, cut.slots, cut.sequences,
+                **{**sizes, "D": y.shape[-1], "HAS_MASK": keys and mask is not None}, H=x.shape[2],
+                G=1 if keys else group, BM=rows, KEYS=keys, HAS_INIT=int(init), num_warps=warps, num_stages=stages,
+                **plan.options("gradient"),
             )  # fmt: skip
             return part
 
-        block_m, block_n, warps, stages = plan.dq
-        blocks = -(-length // block_m)
-        part = rz
-        if part_needed and has_state:
-            rows = min(64, plan.forward[0])
-            steps = -(-length // rows)
-            _delta_kernel[(batch * steps * heads,)](
-                o, grad, delta, *grad.stride()[:3], stride16, length, steps, D=head_dim, DP=layout.d, H=heads, BM=rows
-            )
-            part = through_state(q, grad, False, states, norms, cut, has_initial)
-        programs = (cut.computed * (plan.segment // block_m) if varlen else batch * blocks) * heads
+        # beyond 16 dims the state's part of a gradient has a kernel of its own, which leaves it here
+        parts = layout.quad and layout.blocks > 2 and has_state
+        part = None
+        if parts:
+            steps = -(-length // 64)
+            _scale_kernel[(batch * steps * heads,)](
+                o, grad, rz, dn, delta, aux, *grad.stride()[:3], length, steps, D=head_dim, DP=layout.d, H=heads,
+                BM=64, CT=compute,
+            )  # fmt: skip
+            part = through_state(q, dn, False, states, norms, cut, has_initial)
+        rows, warps, stages = plan.dq
+        programs, blocks = grid(cut, rows, heads)
         half_alpha = layout.alpha / 2 if layout.quad else 0.0
         _dq_kernel[(programs,)](
-            q, k, v, o, grad, rz, delta, dq, part, states, norms, keep, cut.cu, cut.seq_of, cut.first_segment,
-            cut.first_slot, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], mask_stride,
-            stride16, length, blocks, cut.slots, cut.sequences, layout.alpha, half_alpha, **sizes, H=heads, G=group,
-            BM=block_m, BN=block_n, QUAD=layout.quad, LIN=layout.lin, HAS_STATE=has_state, HAS_INIT=int(has_initial),
-            PART=part_needed and has_state, num_warps=warps, num_stages=stages,
+            q, k, v, o, grad, rz, dn, delta, aux, dq, part, states, norms, mask, *tables(cut), *inputs,
+            *grad.stride()[:3], mask_stride, length, blocks, cut.slots, cut.sequences, layout.alpha, half_alpha,
+            **sizes, H=heads, G=group, BM=rows, QUAD=layout.quad, LIN=layout.lin, HAS_STATE=has_state,
+            HAS_INIT=int(has_initial), PART=parts, num_warps=warps, num_stages=stages, **plan.options("dq"),
         )  # fmt: skip
-        if part_needed and has_state:
-            del part
+        del part
 
         # from here on, the state of later queries: its first slot is the final state's gradient
         cut = _cut(batch, length, plan.segment, final, grad_initial, cu_seqlens)
@@ -1658,21 +1713,18 @@ def _backward(
         totals = None
         if cut.total > 0:
             totals = _make_states(
-                q, grad, later, later_norms, cut, layout, plan, None, kv_heads, (rz, delta), grad_final, grad_initial
-            )
-        part = rz
-        if part_needed and has_state:
-            part = through_state(k, v, True, later, later_norms, cut, final)
-        block_n, block_m, warps, stages = plan.dkdv
-        blocks = -(-length // block_n)
-        programs = (cut.computed * (plan.segment // block_n) if varlen else batch * blocks) * kv_heads
+                q, dn, later, later_norms, cut, layout, plan, None, kv_heads, (delta, aux), grad_final, grad_initial,
+                head_dim,
+            )  # fmt: skip
+        parts = layout.quad and layout.blocks > 2 and has_state
+        part = through_state(k, v, True, later, later_norms, cut, final) if parts else None
+        rows, warps, stages = plan.dkdv
+        programs, blocks = grid(cut, rows, kv_heads)
         _dkdv_kernel[(programs,)](
-            q, k, v, grad, rz, delta, dk, dv, part, later, later_norms, keep, cut.cu, cut.seq_of, cut.first_segment,
-            cut.first_slot, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], mask_stride,
-            stride16, length, blocks, cut.slots, cut.sequences, layout.alpha, half_alpha, layout.beta, **sizes, HKV=kv_heads,
-            G=group, BM=block_m, BN=block_n, QUAD=layout.quad, LIN=layout.lin, CONST=layout.const,
-            HAS_STATE=has_state, HAS_INIT=int(final), PART=part_needed and has_state, num_warps=warps,
-            num_stages=stages,
+            q, k, v, dn, aux, dk, dv, part, later, later_norms, mask, *tables(cut), *inputs, mask_stride, length,
+            blocks, cut.slots, cut.sequences, layout.alpha, half_alpha, layout.beta, **sizes, HKV=kv_heads, G=group,
+            BM=rows, QUAD=layout.quad, LIN=layout.lin, CONST=layout.const, HAS_STATE=has_state, HAS_INIT=int(final),
+            PART=parts, num_warps=warps, num_stages=stages, **plan.options("dkdv"),
         )  # fmt: skip
         if grad_initial:
             d_initial = _to_public(*totals, feature_dim, head_dim, layout)
@@ -1729,9 +1781,9 @@ def _decode_fake(
     return q.new_empty(q.shape[0], 1, q.shape[2], v.shape[3])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Operators
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx, inputs, output) -> None:

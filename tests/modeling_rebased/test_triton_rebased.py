@@ -74,10 +74,11 @@ def relative(x, reference):
     return ((x.double() - reference).norm() / reference.norm().clamp(min=1e-12)).item()
 
 
-def make(batch, length, heads, kv_heads, width, dim, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
+def make(batch, length, heads, kv_heads, width, dim, dtype=torch.float32):
+    """q, k, v, drawn on the CPU so that every device tests the same numbers."""
+    torch.manual_seed(0)
     shapes = (batch, length, heads, width), (batch, length, kv_heads, width), (batch, length, kv_heads, dim)
-    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+    return [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
 
 
 def check(q, k, v, coefficients=REBASED, eps=1e-12, mask=None, cu=None, initial=None, final=True, bar=None):
@@ -140,8 +141,10 @@ def test_shapes(shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("final", [False, True])
 def test_half_precision(dtype, final):
-    q, k, v = make(1, 150, 2, 1, 16, 32, dtype)
-    check(q, k, v, final=final, eps=1e-2)
+    q, k, v = make(1, 150, 2, 1, 16, 32)
+    # normalised as the model has them: where a row's weights are all close to 0 its gradient is ill-conditioned
+    q, k = (torch.nn.functional.layer_norm(x, (16,)) for x in (q, k))
+    check(*(x.to(dtype) for x in (q, k, v)), final=final, eps=1e-2)
 
 
 @pytest.mark.parametrize("coefficients", [REBASED, BASED])
