@@ -182,6 +182,7 @@ class ReBasedConfig(PreTrainedConfig):
                 self.hidden_act = "silu" if swiglu else "gelu"
             if self.mlp_bias is None:
                 self.mlp_bias = not swiglu
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs):
@@ -198,8 +199,7 @@ class ReBasedConfig(PreTrainedConfig):
         """(c0, c1, c2) of the kernel."""
         return tuple(float(c) for c in self.kernel_coefficients or KERNEL_COEFFICIENTS[self.kernel])
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel plan: by heads, unless a layer needs all heads in one place (a norm across them)."""
         whole = self.qk_norm_scope == "all_heads" and (self.normalize or self.use_gamma or self.use_beta)
         column, row = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
@@ -213,6 +213,17 @@ class ReBasedConfig(PreTrainedConfig):
             "layers.*.mlp.up_proj": "colwise",
             "layers.*.mlp.down_proj": "rowwise",
         }
+
+    def validate_layer_type(self):
+        """Part of `@strict`-powered validation. The library's own, in 5.17, renames "conv" to "linear_attention"."""
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"`layer_types` must be of {LAYER_TYPES}, but holds {unknown}.")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must have one entry for each of `num_hidden_layers`={self.num_hidden_layers}, but has "
+                f"{len(self.layer_types)}."
+            )
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: refuses what cannot work, and names the fields at odds."""
@@ -238,13 +249,6 @@ class ReBasedConfig(PreTrainedConfig):
             require(0 <= value < 1, f"`{field}` must be at least 0 and less than 1, but got {value}.")
         require(
             self.initializer_range >= 0, f"`initializer_range` must not be negative, but got {self.initializer_range}."
-        )
-        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
-        require(not unknown, f"`layer_types` must be of {LAYER_TYPES}, but holds {unknown}.")
-        require(
-            len(self.layer_types) == self.num_hidden_layers,
-            f"`layer_types` must have one entry for each of `num_hidden_layers`={self.num_hidden_layers}, but has "
-            f"{len(self.layer_types)}.",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
