@@ -26,7 +26,7 @@ PROMPTS = ("The old man looked at the sea, and", "My fellow citizens, ")
 def write(checkpoint: Path, prompts: list[str], new_tokens: int) -> None:
     """Load the checkpoint as any user would, and stream a continuation of each prompt to the terminal."""
     started = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32)
     print(f"{checkpoint.name}: {model.num_parameters() / 1e6:.1f}M parameters, layers {model.config.layer_types}")
     print(f"loaded in {time.perf_counter() - started:.1f} s\n")

@@ -84,18 +84,17 @@ class LMTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or below 1 a share of all."})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's; not on biases and norms."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second decay rate."})
-    bf16: bool = field(
-        default_factory=lambda: torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        metadata={"help": "Mixed precision in bfloat16; default: where the GPU has it."},
-    )
     save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, LMTrainingArguments]:
-    """Read the recipe, if the first argument is one, then the command line on top of it."""
-    recipe: list[str] = []
+    """Read the recipe, if the first argument is one, then the command line on top of it.
+
+    Unless one of them says otherwise, training is in mixed precision in bfloat16 where the GPU has it.
+    """
+    recipe = ["--bf16", str(torch.cuda.is_available() and torch.cuda.is_bf16_supported())]
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         for name, value in yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")).items():
             recipe += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]

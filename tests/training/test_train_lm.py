@@ -101,7 +101,7 @@ def test_the_finished_folder_is_what_a_user_loads(finished):
     code = f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(final)!r}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({str(final)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(final)!r}, trust_remote_code=True)
 output = model.generate(**tokenizer("The quick", return_tensors="pt"), max_new_tokens=5, do_sample=False)
 print(type(model).__module__.split(".")[0], output.shape[1])
 """
@@ -162,6 +162,15 @@ def test_the_command_line_wins_over_the_recipe(recipe, tmp_path):
     assert args.save_steps == 6
     assert args.use_cpu is True
     assert data_args.train_file[0].endswith("train.txt")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_is_the_default_where_the_gpu_has_it(recipe, tmp_path, monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: has_bf16)
+    arguments = [str(recipe), "--output_dir", str(tmp_path)]
+    assert parse_arguments(arguments)[2].bf16 is has_bf16
+    assert parse_arguments([*arguments, "--bf16", "False"])[2].bf16 is False
 
 
 def test_blocks_hold_the_text_in_order(tmp_path, finished):
