@@ -37,5 +37,6 @@ tail -n 40 "$work/steps.log"
     --max-seconds $(($(left) - 15)) --work-dir "$work/runs" --output "$out/h100.jsonl" 2>&1
 [ "$(left)" -gt 40 ] && $train --models x2,normalized,gamma,gamma_beta --hidden 64 --lengths 512 --lrs 3e-3 --epochs 20 --jobs 2 \
     --max-seconds $(($(left) - 15)) --work-dir "$work/runs" --output "$out/h100.jsonl" 2>&1
-[ -d "$work/runs" ] && tar czf "$out/unfinished.tgz" -C "$work" runs
+# The newest two of the runs that did not end, to go on from.
+[ -d "$work/runs" ] && (cd "$work/runs" && tar czf "$out/unfinished.tgz" $(ls -t | head -n 2))
 ls -la "$out"
