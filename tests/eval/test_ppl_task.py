@@ -1,0 +1,120 @@
+"""The perplexity tasks: documents, metrics, and lm-eval's plain command line, offline."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import modeling_rebased  # noqa: F401  registers the model
+from eval.tasks import tasks_path
+from eval.tasks.rebased_ppl import load_heldout, load_text, process_results
+from training.byte_tokenizer import byte_tokenizer
+
+
+lm_eval = pytest.importorskip("lm_eval")
+
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny untrained model with its code and the byte-level tokenizer, as a folder."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings |= {"max_position_embeddings": WINDOW, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rebased", **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform, so that a token missed or counted twice shows
+            parameter.mul_(4)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_held_out_documents():
+    documents = load_heldout()["test"]
+    titles = documents["title"]
+    assert len(titles) == len(set(titles)) == 8
+    assert 100_000 < sum(len(text.encode()) for text in documents["text"]) < 300_000
+
+
+def test_a_text_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("REBASED_PPL_TEXT", raising=False)
+    with pytest.raises(ValueError, match="needs a text file"):
+        load_text()
+    plain = tmp_path / "plain.txt"
+    plain.write_text("<|endoftext|>one\n<|endoftext|>two\n")
+    assert load_text(text_file=str(plain), pretrained="ignored")["test"]["text"] == ["one\n", "two\n"]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "three"}\n\n{"text": "four"}\n')
+    monkeypatch.setenv("REBASED_PPL_TEXT", str(lines))
+    assert load_text()["test"]["text"] == ["three", "four"]
+    plain.write_text("\n")
+    with pytest.raises(ValueError, match="holds no text"):
+        load_text(text_file=str(plain))
+
+
+def test_metrics_count_words_and_bytes():
+    metrics = process_results({"text": " naïve  words\nhere \n"}, (-7.0,))
+    assert metrics == {
+        "word_perplexity": (-7.0, 3),
+        "byte_perplexity": (-7.0, 21),
+        "bits_per_byte": (-7.0, 21),
+    }
+
+
+def test_lm_eval_scores_every_byte_once(checkpoint, tmp_path):
+    """Against a computation by hand, in windows of 64 tokens.
+
+    The first follows <|endoftext|>, each next starts with the byte before it. The last, which is shorter, gets as many
+    bytes before it as make it full.
+    """
+    text = "The quick brown fox — naïve, as ever — jumps over the lazy dog. " * 5
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    ids = [256, *text.encode("utf-8")]
+    nats = 0.0
+    for start in range(0, len(ids) - 1, WINDOW):
+        end = min(start + WINDOW, len(ids) - 1)
+        window = torch.tensor([ids[max(0, end - WINDOW) : end + 1]])
+        with torch.no_grad():
+            log_probabilities = model(window[:, :-1]).logits.float().log_softmax(-1)
+        nats -= log_probabilities[0].gather(1, window[0, 1:, None])[start - end :].sum().item()
+
+    from lm_eval.tasks import TaskManager
+
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(checkpoint), "trust_remote_code": True, "dtype": "float32"},
+        tasks=["rebased_ppl"],
+        task_manager=TaskManager(include_path=tasks_path(), metadata={"text_file": str(tmp_path / "text.txt")}),
+        device="cpu",
+        bootstrap_iters=0,
+    )["results"]["rebased_ppl"]
+    assert results["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / (len(ids) - 1), rel=1e-4)
+    assert results["word_perplexity,none"] == pytest.approx(math.exp(nats / len(text.split())), rel=1e-2)
+
+
+def test_the_command_line_works_offline(checkpoint, tmp_path):
+    """As in the README; the path comes from the command that prints it."""
+    tasks = subprocess.run([sys.executable, "-m", "eval.tasks"], cwd=Path(__file__).parents[2], **_captured())
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--limit", "1"]
+    command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True"]
+    command += ["--include_path", tasks.stdout.strip(), "--tasks", "heldout_english", "--output_path", "results"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **_captured())
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "results").rglob("results_*.json")
+    results = json.loads(path.read_text())["results"]["heldout_english"]
+    assert 4 < results["bits_per_byte,none"] < 100
+    assert {"word_perplexity,none", "byte_perplexity,none"} <= results.keys()
+
+
+def _captured() -> dict[str, object]:
+    return {"capture_output": True, "text": True, "timeout": 240}

@@ -1,0 +1,61 @@
+"""The checkpoints that ship with the repository."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training.sync_checkpoints import SOURCES, checkpoint_folders, out_of_sync, sync
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENGLISH = REPOSITORY / "checkpoints" / "english-6m"
+
+
+@pytest.mark.parametrize("folder", checkpoint_folders(), ids=lambda folder: folder.name)
+def test_a_checkpoint_carries_the_code_of_the_package(folder):
+    assert out_of_sync(folder) == [], "run `make sync`"
+
+
+def test_sync_mends_what_differs_is_missing_or_too_many(tmp_path):
+    (tmp_path / SOURCES[0].name).write_text("old")
+    (tmp_path / "gone_rebased.py").write_text("")
+    assert out_of_sync(tmp_path) == sorted(["gone_rebased.py", *(source.name for source in SOURCES)])
+    sync(tmp_path)
+    assert out_of_sync(tmp_path) == []
+    assert not (tmp_path / "gone_rebased.py").exists()
+
+
+def test_english_6m_is_small_and_in_bfloat16():
+    weights = load_file(ENGLISH / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert 3e6 < sum(tensor.numel() for tensor in weights.values()) < 8e6
+
+
+def test_english_6m_scores_held_out_english_as_its_card_says():
+    """Over the start of the held-out text; a model with wrong weights or code scores 3 bits per byte and more."""
+    tokenizer = AutoTokenizer.from_pretrained(ENGLISH, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(ENGLISH, trust_remote_code=True, dtype=torch.float32).eval()
+    line = (REPOSITORY / "eval" / "tasks" / "heldout_english.jsonl").read_text(encoding="utf-8").split("\n")[0]
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(json.loads(line)["text"])["input_ids"][:2047]]])
+    with torch.no_grad():
+        bits = model(ids, labels=ids).loss.item() / math.log(2)
+    figures = json.loads((ENGLISH / "training_figures.json").read_text(encoding="utf-8"))
+    assert bits < figures["heldout_english"]["english-6m"]["bits_per_byte"] + 0.3
+
+
+def test_english_6m_loads_where_the_package_is_unknown(tmp_path):
+    code = f"""
+from transformers import pipeline
+write = pipeline("text-generation", {str(ENGLISH)!r}, trust_remote_code=True)
+print(repr(write("It was", max_new_tokens=12)[0]["generated_text"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].startswith(("'It was", '"It was'))
