@@ -167,35 +167,27 @@ def _chunked(
     initial_state: torch.Tensor | None,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`eager_rebased_attention`, a block of chunks at a time: what is larger than an input exists for one block."""
     batch, length, q_heads, feature_dim = q.shape
     kv_heads, head_dim = k.shape[2], v.shape[3]
-    groups = q_heads // kv_heads
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     features = num_features(feature_dim, coefficients)
-    c0, c1, c2 = coefficients
 
-    # Heads first, and the query heads of one key-value head beside each other: [B, H_kv, T, G, F] and [B, H_kv, T, *].
-    queries = q.to(dtype).unflatten(2, (kv_heads, groups)).transpose(1, 2) * scale
-    keys = k.to(dtype).transpose(1, 2)
-    # The column of ones becomes the normaliser, and a dropped key is a row of zeros in both.
-    values = torch.cat([v.to(dtype), v.new_ones(batch, length, kv_heads, 1, dtype=dtype)], dim=-1).transpose(1, 2)
-    if attention_mask is not None:
-        values = values * attention_mask[:, None, :, None].to(dtype)
+    chunk = _chunk_size(length, features)
+    with_state = initial_state is not None or output_final_state or length > chunk
+    # Chunks that are worked on at once: enough to keep the device busy, few enough to keep memory small.
+    block = length
+    if with_state:
+        block = chunk * max(1, min(64, 2**26 // (batch * q_heads * chunk * features)))
 
     # s**2 of large but finite inputs can exceed the dtype's range although o does not. Multiplying w and eps by the
     # same r**2 > 0 leaves o as it is, so r, a power of two for exactness, brings |r s| to at most 1. It is the
-    # product of a factor of each query row and one of each head's keys.
+    # product of a factor of each query row (in the block) and this one of each head's keys.
     with torch.no_grad():
-        query_max = queries.abs().amax(-1, keepdim=True) * feature_dim  # [B, H_kv, T, G, 1]
-        key_max = keys.abs().amax((2, 3), keepdim=True)  # [B, H_kv, 1, 1]
-        query_factor = _power_of_two_below(1.0 / query_max.clamp_min(1.0))
+        key_max = torch.maximum(k.amax((1, 3)), -k.amin((1, 3))).to(dtype)[..., None, None]  # [B, H_kv, 1, 1]
         key_factor = _power_of_two_below(1.0 / key_max.clamp_min(1.0))
-        factor = query_factor * key_factor[..., None]
-        weights = (c0 * factor**2, c1 * factor, c2)
-        row_eps = (eps * factor**2).clamp_min(torch.finfo(dtype).tiny)
-    queries, keys = queries * query_factor, keys * key_factor
-    # The same change of units for the rows of the state: (keys' factor)**degree.
-    degrees = [degree for degree, c in ((2, c2), (1, c1), (0, c0)) if c]
+    # The same change of units for the rows of the state: the keys' factor to the power of the row's degree.
+    degrees = [degree for degree, c in zip((2, 1, 0), reversed(coefficients)) if c]
     state_factor = torch.cat(
         [
             (key_factor**degree).expand(-1, -1, size, -1)
@@ -204,84 +196,133 @@ def _chunked(
         dim=2,
     )  # [B, H_kv, features, 1]
 
-    chunk = _chunk_size(length, features)
-    carry = initial_state is not None or output_final_state
-    with_state = carry or length > chunk
-    # Chunks that are worked on at once: enough to keep the device busy, few enough that memory stays that of a block.
-    block_chunks = max(1, min(64, 2**26 // (batch * q_heads * chunk * features)))
-    block = chunk * block_chunks if with_state else length
-
     state = None
-    if with_state:
-        if initial_state is not None:
-            state = initial_state.to(dtype) * state_factor
-        else:
-            state = keys.new_zeros(batch, kv_heads, features, head_dim + 1)
-    carry_segment = segment_ids[:, :1] if segment_ids is not None else None
+    if initial_state is not None:
+        state = initial_state.to(dtype) * state_factor
+    elif with_state:
+        state = torch.zeros(batch, kv_heads, features, head_dim + 1, dtype=dtype, device=q.device)
+    last_segment = segment_ids[:, :1] if segment_ids is not None else None
 
+    # Without gradients each block writes its part of the output; a graph of such writes would cost O(T) a block.
+    output = None if torch.is_grad_enabled() else q.new_empty(batch, length, q_heads, head_dim)
     outputs = []
     for start in range(0, length, block):
-        stop = min(start + block, length)
-        n_chunks = -(-(stop - start) // chunk)
-        padding = n_chunks * chunk - (stop - start)
-
-        def chunks(x: torch.Tensor, start: int = start, stop: int = stop, padding: int = padding) -> torch.Tensor:
-            """[B, H_kv, T, ...] -> [B, H_kv, N, C, ...], zeros after the end."""
-            x = x[:, :, start:stop]
-            if padding:
-                x = torch.cat([x, x.new_zeros(*x.shape[:2], padding, *x.shape[3:])], dim=2)
-            return x.unflatten(2, (-1, chunk))
-
-        k_c, v_c = chunks(keys), chunks(values)  # [B, H_kv, N, C, F] and [B, H_kv, N, C, D + 1]
-        q_c = chunks(queries).flatten(3, 4)  # [B, H_kv, N, C * G, F]
-        w_c = (chunks(weights[0]).flatten(3, 4), chunks(weights[1]).flatten(3, 4), c2)  # [B, H_kv, N, C * G, 1]
-
-        # Within a chunk, pairwise: [B, H_kv, N, C * G, C].
-        s = q_c @ k_c.transpose(-1, -2)
-        w = w_c[2] * s.square()
-        if c1:
-            w = w + w_c[1] * s
-        if c0:
-            w = w + w_c[0]
-        allowed = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+        part = slice(start, min(start + block, length))
+        out, state = _block(
+            q[:, part],
+            k[:, part],
+            v[:, part],
+            coefficients,
+            scale,
+            eps,
+            key_factor,
+            attention_mask[:, part] if attention_mask is not None else None,
+            segment_ids[:, part] if segment_ids is not None else None,
+            last_segment,
+            state,
+            chunk,
+        )
         if segment_ids is not None:
-            segments = segment_ids[:, start:stop]
-            if padding:
-                segments = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1)
-            segments = segments.unflatten(1, (-1, chunk))  # [B, N, C]
-            allowed = allowed & (segments[:, :, :, None] == segments[:, :, None, :])
-            allowed = allowed[:, None]  # [B, 1, N, C, C]
-        w = w * allowed.repeat_interleave(groups, dim=-2).to(dtype)
-        out = w @ v_c  # [B, H_kv, N, C * G, D + 1]
-
-        if with_state:
-            # Across chunks: the state before each chunk is the sum of what the chunks before it add. The sum over
-            # chunks is a product with a triangle of ones; the carried state counts as chunk number -1.
-            phi_k = feature_map(k_c, coefficients)  # [B, H_kv, N, C, features]
-            adds = v_c
-            before = torch.ones(n_chunks + 1, n_chunks + 1, dtype=dtype, device=q.device).tril()
-            if segment_ids is not None:
-                last = segments[:, :, -1]  # [B, N]
-                adds = v_c * (segments == last[..., None])[:, None, ..., None].to(dtype)
-                last = torch.cat([carry_segment, last], dim=1)
-                before = (before * (last[:, :, None] == last[:, None, :]).to(dtype))[:, None]
-                carry_segment = last[:, -1:]
-            update = phi_k.transpose(-1, -2) @ adds  # [B, H_kv, N, features, D + 1]
-            states = before @ torch.cat([state[:, :, None], update], dim=2).flatten(3)
-            states = states.unflatten(3, (features, head_dim + 1))
-            from_state = _query_features(q_c, coefficients, w_c) @ states[:, :, :-1]
-            if segment_ids is not None:
-                reached = (segments == last[:, :-1, None])[:, None, ..., None]  # [B, 1, N, C, 1]
-                from_state = from_state * reached.repeat_interleave(groups, dim=-2).to(dtype)
-            out = out + from_state
-            state = states[:, :, -1]
-
-        out = out.flatten(2, 3).unflatten(2, (-1, groups))[:, :, : stop - start]  # [B, H_kv, T, G, D + 1]
-        outputs.append(out[..., :-1] / (out[..., -1:] + row_eps[:, :, start:stop]))
-
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    output = output.transpose(1, 2).flatten(2, 3).to(q.dtype)
+            last_segment = segment_ids[:, part][:, -1:]
+        if output is None:
+            outputs.append(out.to(q.dtype))
+        else:
+            output[:, part] = out
+    if output is None:
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return output, state / state_factor if output_final_state else None
+
+
+def _block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
+    key_factor: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    last_segment: torch.Tensor | None,
+    state: torch.Tensor | None,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """N chunks of C tokens at once.
+
+    q [B, T, H_q, F], k [B, T, H_kv, F], v [B, T, H_kv, D], where T is at most N * C; `key_factor` [B, H_kv, 1, 1];
+    `state` [B, H_kv, features, D + 1] before the block, in units of the factor, `None` if nothing comes before or
+    after; `last_segment` [B, 1], the segment that the state belongs to. Returns [B, T, H_q, D] and the state after.
+    """
+    batch, length, q_heads, feature_dim = q.shape
+    kv_heads, head_dim = k.shape[2], v.shape[3]
+    groups = q_heads // kv_heads
+    dtype = key_factor.dtype
+    c0, c1, c2 = coefficients
+    n_chunks = -(-length // chunk)
+    padding = n_chunks * chunk - length
+
+    def chunks(x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H, *] -> [B, H, N, C, *], zeros after the end."""
+        if padding:
+            x = torch.cat([x, x.new_zeros(batch, padding, *x.shape[2:])], dim=1)
+        return x.transpose(1, 2).unflatten(2, (n_chunks, chunk))
+
+    # The query heads of one key-value head stand beside each other, as more rows: [B, H_kv, N, C * G, F].
+    q_c = chunks((q.to(dtype) * scale).unflatten(2, (kv_heads, groups))).flatten(3, 4)
+    k_c = chunks(k.to(dtype)) * key_factor[:, :, None]  # [B, H_kv, N, C, F]
+    # The column of ones becomes the normaliser, and a dropped key is a row of zeros in both.
+    values = torch.cat([v.to(dtype), torch.ones_like(v[..., :1], dtype=dtype)], dim=-1)
+    if attention_mask is not None:
+        values = values * attention_mask[:, :, None, None].to(dtype)
+    v_c = chunks(values)  # [B, H_kv, N, C, D + 1]
+
+    with torch.no_grad():
+        query_max = q_c.abs().amax(-1, keepdim=True) * feature_dim  # [B, H_kv, N, C * G, 1]
+        query_factor = _power_of_two_below(1.0 / query_max.clamp_min(1.0))
+        factor = query_factor * key_factor[:, :, None]
+        weights = (c0 * factor**2, c1 * factor, c2)
+        row_eps = (eps * factor**2).clamp_min(torch.finfo(dtype).tiny)
+    q_c = q_c * query_factor
+
+    # Within a chunk, pairwise: [B, H_kv, N, C * G, C].
+    s = q_c @ k_c.transpose(-1, -2)
+    w = c2 * s.square()
+    if c1:
+        w = w + weights[1] * s
+    if c0:
+        w = w + weights[0]
+    allowed = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    if segment_ids is not None:
+        if padding:
+            segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, padding)], dim=1)
+        segments = segment_ids.unflatten(1, (n_chunks, chunk))  # [B, N, C]
+        allowed = (allowed & (segments[:, :, :, None] == segments[:, :, None, :]))[:, None]  # [B, 1, N, C, C]
+    w = w * allowed.repeat_interleave(groups, dim=-2).to(dtype)
+    out = w @ v_c  # [B, H_kv, N, C * G, D + 1]
+
+    if state is not None:
+        # Across chunks: the state before each chunk is the sum of what the chunks before it add. The sum over chunks
+        # is a product with a triangle of ones; the carried state counts as chunk number -1.
+        adds = v_c
+        before = torch.ones(n_chunks + 1, n_chunks + 1, dtype=dtype, device=q.device).tril()
+        if segment_ids is not None:
+            last = segments[:, :, -1]  # [B, N]
+            adds = v_c * (segments == last[..., None])[:, None, ..., None].to(dtype)
+            last = torch.cat([last_segment, last], dim=1)
+            before = (before * (last[:, :, None] == last[:, None, :]).to(dtype))[:, None]  # [B, 1, N + 1, N + 1]
+        update = feature_map(k_c, coefficients).transpose(-1, -2) @ adds  # [B, H_kv, N, features, D + 1]
+        states = before @ torch.cat([state[:, :, None], update], dim=2).flatten(3)
+        states = states.unflatten(3, update.shape[3:])
+        from_state = _query_features(q_c, coefficients, weights) @ states[:, :, :-1]
+        if segment_ids is not None:
+            reached = (segments == last[:, :-1, None])[:, None, ..., None]  # [B, 1, N, C, 1]
+            from_state = from_state * reached.repeat_interleave(groups, dim=-2).to(dtype)
+        out = out + from_state
+        state = states[:, :, -1]
+
+    out = out[..., :-1] / (out[..., -1:] + row_eps)
+    out = out.flatten(2, 3).unflatten(2, (n_chunks * chunk, groups))[:, :, :length]  # [B, H_kv, T, G, D]
+    return out.transpose(1, 2).reshape(batch, length, q_heads, head_dim), state
 
 
 def eager_rebased_decode(
