@@ -1,0 +1,145 @@
+"""Time the PyTorch backend on this machine's CPU against the quadratic form, and see that it is linear in T.
+
+    python -m eval.benchmark_eager --output eval/results/eager
+
+Prints a table and writes `eager.csv` and `eager.png` to the output folder. Every time is a median; the chunked result
+is compared with the quadratic one in float64 before it is timed.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from modeling_rebased import rebased_attention
+from modeling_rebased.eager_rebased import naive_rebased_attention
+
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+# The quadratic form needs H * T * T floats a few times over.
+QUADRATIC_LIMIT = 4096
+TRAINING_LIMIT = 16384
+
+
+def median_ms(function: Callable[[], object], repeats: int) -> float:
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def make_inputs(length: int, heads: int, feature_dim: int, head_dim: int) -> list[torch.Tensor]:
+    """q, k [1, T, H, F] and v [1, T, H, D], fp32."""
+    return [torch.randn(1, length, heads, size) for size in (feature_dim, feature_dim, head_dim)]
+
+
+def check(heads: int, feature_dim: int, head_dim: int) -> None:
+    """Refuse to time what is wrong: relative Frobenius error against float64 below 1e-5."""
+    inputs = make_inputs(700, heads, feature_dim, head_dim)
+    expected = naive_rebased_attention(*(x.double() for x in inputs))
+    actual, _ = rebased_attention(*inputs, backend="eager")
+    error = ((actual.double() - expected).norm() / expected.norm()).item()
+    if not error < 1e-5:
+        raise RuntimeError(f"The eager backend is off by {error:.1e}; nothing was timed.")
+
+
+def time_length(length: int, heads: int, feature_dim: int, head_dim: int, repeats: int) -> dict[str, float | None]:
+    """Milliseconds of both forms at one length, `None` where the form is left out."""
+    inputs = make_inputs(length, heads, feature_dim, head_dim)
+
+    def train(function: Callable[..., torch.Tensor]) -> None:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        function(*leaves).sum().backward()
+
+    def chunked(*qkv: torch.Tensor) -> torch.Tensor:
+        return rebased_attention(*qkv, backend="eager")[0]
+
+    row: dict[str, float | None] = {"tokens": length}
+    with torch.no_grad():
+        row["chunked"] = median_ms(lambda: chunked(*inputs), repeats)
+        quadratic = length <= QUADRATIC_LIMIT
+        row["quadratic"] = median_ms(lambda: naive_rebased_attention(*inputs), repeats) if quadratic else None
+    row["chunked fwd+bwd"] = median_ms(lambda: train(chunked), repeats) if length <= TRAINING_LIMIT else None
+    row["quadratic fwd+bwd"] = median_ms(lambda: train(naive_rebased_attention), repeats) if quadratic else None
+    return row
+
+
+def print_row(row: dict[str, float | None]) -> None:
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    per_token = 1e3 * row["chunked"] / row["tokens"]
+    print(
+        f"{row['tokens']:>8} {cell(row['chunked']):>10} {cell(row['quadratic']):>10} {per_token:>12.2f} "
+        f"{cell(row['chunked fwd+bwd']):>16} {cell(row['quadratic fwd+bwd']):>18}",
+        flush=True,
+    )
+
+
+def plot(rows: list[dict[str, float | None]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name in ("chunked", "quadratic", "chunked fwd+bwd", "quadratic fwd+bwd"):
+        points = [(row["tokens"], row[name]) for row in rows if row[name] is not None]
+        style = "-o" if name.startswith("chunked") else "--s"
+        axes.loglog(*zip(*points), style, base=2, label=name)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("ms")
+    axes.set_title(title, fontsize=9)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--feature_dim", type=int, default=16)
+    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=None, help="folder for the CSV and the plot")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    sizes = (arguments.heads, arguments.feature_dim, arguments.head_dim)
+    check(*sizes)
+    title = (
+        f"fp32, batch 1, {sizes[0]} heads, F={sizes[1]}, D={sizes[2]}; {arguments.threads} threads of "
+        f"{platform.machine()}, torch {torch.__version__}"
+    )
+    print(title)
+    print(f"{'tokens':>8} {'chunked':>10} {'quadratic':>10} {'us a token':>12} {'chunked fwd+bwd':>16} ", end="")
+    print(f"{'quadratic fwd+bwd':>18}   (ms, median of {arguments.repeats})")
+    rows = []
+    for length in arguments.lengths:
+        rows.append(time_length(length, *sizes, arguments.repeats))
+        print_row(rows[-1])
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with open(arguments.output / "eager.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(rows, arguments.output / "eager.png", title)
+        print(f"Wrote {arguments.output / 'eager.csv'} and {arguments.output / 'eager.png'}")
+
+
+if __name__ == "__main__":
+    main()
