@@ -187,59 +187,139 @@ def _tile_of(t, NB: tl.constexpr):
 
 
 @triton.jit
-def _norm_tile(norm, ok, CT: tl.constexpr):
-    """The norms of 64 features as a matrix [64, 16] for the matrix units: columns high, low, high, 0, ...
+def _split(value, CT: tl.constexpr):
+    """fp32 as a sum of two numbers of the compute type: 16 bits of mantissa with bfloat16, exact with fp32.
 
-    high + low is the fp32 value to 16 bits of mantissa where CT is bfloat16 (exact with fp32). Column 2 serves
-    `_gradient_state`.
+    Bits are cut, not rounded: a round trip through the short type is something compilers remove.
     """
-    n = tl.arange(0, 64)
-    f = tl.arange(0, 16)
-    value = tl.load(norm + n[:, None] + f[None, :] * 0, mask=(f < 3)[None, :] & ok, other=0.0)
-    high = value.to(CT).to(tl.float32)
-    return tl.where((f == 1)[None, :], value - high, high).to(CT)
+    if CT == tl.float32:
+        high = value
+    else:
+        high = (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high, value - high
 
 
 @triton.jit
-def _state_tile(state, d_cols, ok, DP: tl.constexpr, CT: tl.constexpr):
-    """One tile of a state, [64, BD]."""
-    n = tl.arange(0, 64)
-    return tl.load(state + n[:, None] * DP + d_cols[None, :], mask=ok & (d_cols < DP)[None, :], other=0.0).to(CT)
+def _norm_matrix(norm, a, b, some, NB: tl.constexpr, CT: tl.constexpr):
+    """The quadratic norms as a symmetric matrix M, rows a and columns b: phi(x) . norms = x^T M x; split in two."""
+    i = (a // 8)[:, None]
+    j = (b // 8)[None, :]
+    low = tl.minimum(i, j)
+    high = tl.maximum(i, j)
+    tile = low * NB - (low * (low - 1)) // 2 + high - low
+    a8 = (a % 8)[:, None]
+    b8 = (b % 8)[None, :]
+    place = tl.where(i <= j, a8 * 8 + b8, b8 * 8 + a8)
+    value = tl.load(norm + tile * 64 + place, mask=(high < NB) & some, other=0.0)
+    top, rest = _split(value, CT)
+    return top.to(CT), rest.to(CT)
 
 
 @triton.jit
-def _query_tiles(
-    acc, zacc, x, s0, s1, s2, n0, n1, n2, NB: tl.constexpr, NORM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
-):
-    """F <= 16: acc [C, BD] += phi(x) @ state, and with NORM zacc [C, 16] += phi(x) @ norms; x [C, 16]."""
-    outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC)  # [C, 64]
-    inner = tl.dot(x, _selector(0, False, False, x.dtype), input_precision=PREC)
-    phi = (outer * inner).to(CT)
-    acc = tl.dot(phi, s0, acc, input_precision=PREC)
-    if NORM:
-        zacc = tl.dot(phi, n0, zacc, input_precision=PREC)
+def _times_norm(x, top, rest, CT: tl.constexpr, PREC: tl.constexpr):
+    """x @ M, fp32 [C, columns]; x in its own type, M from `_norm_matrix`."""
+    if x.dtype == CT:
+        y = tl.dot(x, top, input_precision=PREC)
+        y = tl.dot(x, rest, y, input_precision=PREC)
+    else:  # fp16: more mantissa than bfloat16 has
+        x_top, x_rest = _split(x.to(tl.float32), CT)
+        y = tl.dot(x_top.to(CT), top, input_precision=PREC)
+        y = tl.dot(x_top.to(CT), rest, y, input_precision=PREC)
+        y = tl.dot(x_rest.to(CT), top, y, input_precision=PREC)
+    return y
+
+
+@triton.jit
+def _state_tile(state, d_cols, some, DP: tl.constexpr, CT: tl.constexpr):
+    """Half a tile of a state, [32, BD]: 4 outer by 8 inner dims."""
+    n = tl.arange(0, 32)
+    return tl.load(state + n[:, None] * DP + d_cols[None, :], mask=some & (d_cols < DP)[None, :], other=0.0).to(CT)
+
+
+@triton.jit
+def _half_selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, DTYPE: tl.constexpr):
+    """`_selector` for half a tile, [16, 32]."""
+    n = tl.arange(0, 32)
+    d = tl.arange(0, 16)
+    if OUTER:
+        source = n // 8 + OFFSET
+    else:
+        source = n % 8 + OFFSET
+    return (d[:, None] == source[None, :]).to(DTYPE)
+
+
+@triton.jit
+def _state_row(
+    acc, grad, side, x, y, selector, inner0, s0, inner1, s1,
+    TWO: tl.constexpr, QUERY: tl.constexpr, GRADIENT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Half a tile on the diagonal and, if TWO, the half beside it, which counts twice; see `_state_tiles`."""
+    outer = tl.dot(x, selector, input_precision=PREC)  # [C, 32]
+    if QUERY:
+        acc = tl.dot((outer * inner0).to(CT), s0, acc, input_precision=PREC)
+        if TWO:
+            acc = tl.dot((outer * (inner1 * 2.0)).to(CT), s1, acc, input_precision=PREC)
+    if GRADIENT:
+        g = tl.dot(y, tl.trans(s0), input_precision=PREC)
+        mixed = g * inner0
+        if TWO:
+            g = tl.dot(y, tl.trans(s1), input_precision=PREC)
+            mixed += g * inner1
+            side += g * outer
+        # selectors are turned with tl.trans: built as [64, 16], Triton 3.6 stored them past their buffer (8 warps)
+        grad = tl.dot(mixed.to(CT), tl.trans(selector.to(CT)), grad, input_precision=PREC)
+    return acc, grad, side
+
+
+@triton.jit
+def _state_tiles(
+    acc, grad, x, y, s0, s1, s2, s3, s4, s5,
+    NB: tl.constexpr, QUERY: tl.constexpr, GRADIENT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """F <= 16, the state's quadratic part, all tiles unrolled in halves (fewer registers).
+
+    QUERY: acc [C, BD] += phi(x) @ state. GRADIENT: grad [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state)
+    by x. phi's gradient is twice a contraction (x_a x_b is symmetric): the caller multiplies by 2, once, at the end.
+    x: [C, 16]; y: [C, DP]; s0, s1: halves of tile (0, 0); s2, s3: of (0, 1); s4, s5: of (1, 1).
+    """
+    last = _half_selector(8 if NB == 2 else 0, False, x.dtype)
+    inner0 = tl.dot(x, _half_selector(0, False, x.dtype), input_precision=PREC)  # [C, 32]
     if NB == 2:
-        # an off-diagonal tile counts twice
-        inner = tl.dot(x, _selector(8, False, False, x.dtype), input_precision=PREC)
-        phi = (outer * (2.0 * inner)).to(CT)
-        acc = tl.dot(phi, s1, acc, input_precision=PREC)
-        if NORM:
-            zacc = tl.dot(phi, n1, zacc, input_precision=PREC)
-        outer = tl.dot(x, _selector(8, True, False, x.dtype), input_precision=PREC)
-        phi = (outer * inner).to(CT)
-        acc = tl.dot(phi, s2, acc, input_precision=PREC)
-        if NORM:
-            zacc = tl.dot(phi, n2, zacc, input_precision=PREC)
-    return acc, zacc
+        inner1 = tl.dot(x, last, input_precision=PREC)
+    else:
+        inner1 = inner0
+    side = inner0 * 0.0
+    TWO: tl.constexpr = NB == 2
+    first = _half_selector(0, True, x.dtype)
+    acc, grad, side = _state_row(
+        acc, grad, side, x, y, first, inner0, s0, inner1, s2, TWO, QUERY, GRADIENT, CT, PREC
+    )  # fmt: skip
+    second = _half_selector(4, True, x.dtype)
+    acc, grad, side = _state_row(
+        acc, grad, side, x, y, second, inner0, s1, inner1, s3, TWO, QUERY, GRADIENT, CT, PREC
+    )  # fmt: skip
+    if NB == 2:
+        if GRADIENT:
+            grad = tl.dot(side.to(CT), tl.trans(last.to(CT)), grad, input_precision=PREC)
+        third = _half_selector(8, True, x.dtype)
+        acc, grad, side = _state_row(
+            acc, grad, side, x, y, third, inner1, s4, inner1, s4, False, QUERY, GRADIENT, CT, PREC
+        )  # fmt: skip
+        fourth = _half_selector(12, True, x.dtype)
+        acc, grad, side = _state_row(
+            acc, grad, side, x, y, fourth, inner1, s5, inner1, s5, False, QUERY, GRADIENT, CT, PREC
+        )  # fmt: skip
+    return acc, grad
 
 
 @triton.jit
 def _query_loop(
-    acc, zacc, x_base, rows, ok, x_stride, state, norm, d_cols,
-    F: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NORM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    acc, x_base, rows, ok, x_stride, state, d_cols,
+    F: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """The same for F > 16, in a loop over the tiles; 16 dims of x at a time, of which 8 are used."""
+    """F > 16: acc [C, BD] += phi(x) @ state in a loop over the tiles; 16 dims of x at a time, of which 8 are used."""
     d = tl.arange(0, 16)
+    n = tl.arange(0, 64)
     outer_selector = _selector(0, True, False, x_base.dtype.element_ty)
     inner_selector = _selector(0, False, False, x_base.dtype.element_ty)
     tile = 0
@@ -250,11 +330,10 @@ def _query_loop(
             x_j = _load_rows(x_base, rows, ok, x_stride, j * 8 + d, F, False, True)
             inner = tl.dot(x_j, inner_selector, input_precision=PREC)
             phi = (outer * inner * tl.where(i == j, 1.0, 2.0)).to(CT)
-            acc = tl.dot(phi, _state_tile(state + tile * 64 * DP, d_cols, True, DP, CT), acc, input_precision=PREC)
-            if NORM:
-                zacc = tl.dot(phi, _norm_tile(norm + tile * 64, True, CT), zacc, input_precision=PREC)
+            s = tl.load(state + (tile * 64 + n)[:, None] * DP + d_cols[None, :])  # [64, BD]
+            acc = tl.dot(phi, s.to(CT), acc, input_precision=PREC)
             tile += 1
-    return acc, zacc
+    return acc
 
 
 @triton.jit
@@ -279,35 +358,6 @@ def _query_low(
 
 
 @triton.jit
-def _gradient_tiles(
-    acc, x, y, yz, s0, s1, s2, n0, n1, n2, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
-):
-    """acc [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state) + yz_c (phi(x_c) . norms) by x; F <= 16.
-
-    y: [C, DP]; yz: [C, 16], columns high, high, low of a number a row: with the norms' high, low, high they make one
-    matrix product of 16 bits of mantissa. phi's gradient is twice a contraction (x_a x_b is symmetric): the caller
-    multiplies by 2, once, at the end.
-    """
-    outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC)  # [C, 64]
-    inner = tl.dot(x, _selector(0, False, False, x.dtype), input_precision=PREC)
-    g = tl.dot(yz, tl.trans(n0), input_precision=PREC)
-    g = tl.dot(y, tl.trans(s0), g, input_precision=PREC)
-    mixed = g * inner
-    if NB == 2:
-        inner = tl.dot(x, _selector(8, False, False, x.dtype), input_precision=PREC)
-        g = tl.dot(yz, tl.trans(n1), input_precision=PREC)
-        g = tl.dot(y, tl.trans(s1), g, input_precision=PREC)
-        mixed += g * inner
-        # selectors are turned with tl.trans: stored as [64, 16] with 8 warps, Triton 3.6 writes past the buffer
-        acc = tl.dot((g * outer).to(CT), tl.trans(_selector(8, False, False, CT)), acc, input_precision=PREC)
-        g = tl.dot(yz, tl.trans(n2), input_precision=PREC)
-        g = tl.dot(y, tl.trans(s2), g, input_precision=PREC)
-        acc = tl.dot((g * inner).to(CT), tl.trans(_selector(8, True, False, CT)), acc, input_precision=PREC)
-    acc = tl.dot(mixed.to(CT), tl.trans(_selector(0, True, False, CT)), acc, input_precision=PREC)
-    return acc
-
-
-@triton.jit
 def _gradient_low(
     acc, y, yz, state, norm, weight, FIRST: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
@@ -321,12 +371,11 @@ def _gradient_low(
 
 
 @triton.jit
-def _split(value, CT: tl.constexpr):
-    """A number a row, [C], as [C, 16] with columns high, high, low, 0, ... (see `_gradient_tiles`)."""
+def _columns(value, CT: tl.constexpr):
+    """A number a row, [C], as [C, 16] for the matrix units: the two parts of `_split`, then zeros."""
     f = tl.arange(0, 16)
-    high = value.to(CT).to(tl.float32)
-    low = value - high
-    return tl.where((f < 2)[None, :], high[:, None], tl.where((f == 2)[None, :], low[:, None], 0.0)).to(CT)
+    top, rest = _split(value, CT)
+    return tl.where((f == 0)[None, :], top[:, None], tl.where((f == 1)[None, :], rest[:, None], 0.0)).to(CT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,8 +406,8 @@ def _state_kernel(
 ):  # fmt: skip
     """One segment's quadratic state: states [64 TG, BD] = sum_c phi(x_c) y_c, norms [64 TG] = sum_c phi(x_c).
 
-    REVERSE: x, y are q, do / z; the norms weigh dz_c, which comes as aux [B, T, H, 16], columns high, high, low; heads
-    of a group are summed.
+    REVERSE: x, y are q, do / z; the norms weigh dz_c, which comes as aux [B, T, H, 16] (see `_columns`); heads of a
+    group are summed.
     Grid: (groups of TG tiles * HKV * segments, blocks of BD value dims). All products are [64, C] x [C, BD].
     """
     NT: tl.constexpr = NB * (NB + 1) // 2
@@ -453,10 +502,9 @@ def _state_kernel(
                 )
                 acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
     if REVERSE:
-        columns = (f != 1)[None, :]
-        z0 = tl.sum(tl.where(columns, z0, 0.0), 1)
-        z1 = tl.sum(tl.where(columns, z1, 0.0), 1)
-        z2 = tl.sum(tl.where(columns, z2, 0.0), 1)
+        z0 = tl.sum(z0, 1)
+        z1 = tl.sum(z1, 1)
+        z2 = tl.sum(z2, 1)
     s64 = slot.to(tl.int64) * HKV + hkv
     states += s64 * (NR * DP)
     norms += s64 * NR
@@ -676,11 +724,12 @@ def _forward_kernel(
         if QUAD and NB <= 2:
             some = before >= 0
             s0 = _state_tile(state, d_cols, some, DP, CT)
-            s1 = _state_tile(state + 64 * DP, d_cols, some & (NB == 2), DP, CT)
-            s2 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), DP, CT)
-            n0 = _norm_tile(norm, some, CT)
-            n1 = _norm_tile(norm + 64, some & (NB == 2), CT)
-            n2 = _norm_tile(norm + 128, some & (NB == 2), CT)
+            s1 = _state_tile(state + 32 * DP, d_cols, some, DP, CT)
+            s2 = _state_tile(state + 64 * DP, d_cols, some & (NB == 2), DP, CT)
+            s3 = _state_tile(state + 96 * DP, d_cols, some & (NB == 2), DP, CT)
+            s4 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), DP, CT)
+            s5 = _state_tile(state + 160 * DP, d_cols, some & (NB == 2), DP, CT)
+            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
     acc = tl.zeros([BM, BD], tl.float32)
     z = tl.zeros([BM], tl.float32)
     acc, z = _forward_tile(
@@ -689,14 +738,14 @@ def _forward_kernel(
     if HAS_STATE:
         if before >= 0:
             if QUAD:
-                zacc = tl.zeros([BM, 16], tl.float32)
                 if NB <= 2:
-                    acc, zacc = _query_tiles(acc, zacc, xq, s0, s1, s2, n0, n1, n2, NB, True, CT, PREC)
+                    acc, _unused = _state_tiles(
+                        acc, 0.0, xq, 0.0, s0, s1, s2, s3, s4, s5, NB, True, False, CT, PREC
+                    )  # fmt: skip
                 else:
-                    acc, zacc = _query_loop(
-                        acc, zacc, q, rows, inside, sqt, state, norm, d_cols, F, DP, NB, True, CT, PREC
-                    )
-                quad = tl.sum(tl.where((tl.arange(0, 16) < 2)[None, :], zacc, 0.0), 1)
+                    acc = _query_loop(acc, q, rows, inside, sqt, state, d_cols, F, DP, NB, CT, PREC)
+                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                quad = tl.sum(_times_norm(xq, top, rest, CT, PREC) * xq.to(tl.float32), 1)
                 if not LIN and not CONST:
                     quad = tl.maximum(quad, 0.0)  # a sum of squares, which rounding may leave below 0
                 z += quad
@@ -732,7 +781,7 @@ def _forward_kernel(
 def _scaled_gradient(
     o, do, rz, dn, delta, aux, rows, inside, sdt, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, CT: tl.constexpr
 ):
-    """do / z and delta = do . o / z of some rows, written to dn, delta and aux (-delta as high, high, low), returned.
+    """do / z and delta = do . o / z of some rows, written to dn, delta and aux (-delta, see `_columns`).
 
     With them dv_j = sum_i u(s_ij) dn_i and du_ij = dn_i . v_j - delta_i: no 1 / z is left in the other kernels.
     """
@@ -743,11 +792,10 @@ def _scaled_gradient(
     scale = tl.load(rz + rows, mask=inside, other=0.0)
     dl = tl.sum(grad * out, 1) * scale
     scaled = (grad * scale[:, None]).to(CT)
-    minus = _split(-dl, CT)  # [BM, 16]
     tl.store(dn + rows[:, None] * (H * DP) + d[None, :], scaled, mask=inside[:, None])
     tl.store(delta + rows, dl, mask=inside)
-    tl.store(aux + rows[:, None] * (H * 16) + f[None, :], minus, mask=inside[:, None])
-    return scaled, dl, minus
+    tl.store(aux + rows[:, None] * (H * 16) + f[None, :], _columns(-dl, CT), mask=inside[:, None])
+    return scaled, dl
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -838,26 +886,35 @@ def _dq_kernel(
         if QUAD and NB <= 2:
             some = before >= 0
             s0 = _state_tile(state, d, some, DP, CT)
-            s1 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
-            s2 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
-            n0 = _norm_tile(norm, some, CT)
-            n1 = _norm_tile(norm + 64, some & (NB == 2), CT)
-            n2 = _norm_tile(norm + 128, some & (NB == 2), CT)
+            s1 = _state_tile(state + 32 * DP, d, some, DP, CT)
+            s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
+            s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), DP, CT)
+            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
+            s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
+            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
     acc = tl.zeros([BM, FP], tl.float32)
     if PART:
         grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
         dl = tl.load(delta + vector + rows, mask=inside, other=0.0)
         acc += tl.load(part + first * FP + rows[:, None] * (H * FP) + f[None, :], mask=inside[:, None], other=0.0)
     else:
-        grad, dl, minus = _scaled_gradient(
+        grad, dl = _scaled_gradient(
             o + first * D, do + b64 * sdb + t64 * sdt + h * sdh, rz + vector, dn + first * DP, delta + vector,
             aux + first * 16, rows, inside, sdt, D, DP, H, CT,
         )  # fmt: skip
     acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, rows, half_alpha, QUAD, LIN, True, CT, PREC)
+    extra = tl.zeros([BM, FP], tl.float32)
     if HAS_STATE:
         if before >= 0:
-            if QUAD and NB <= 2:
-                acc = _gradient_tiles(acc, xq, grad, minus, s0, s1, s2, n0, n1, n2, NB, CT, PREC)
+            if QUAD:
+                if NB <= 2:
+                    _unused, acc = _state_tiles(
+                        0.0, acc, xq, grad, s0, s1, s2, s3, s4, s5, NB, False, True, CT, PREC
+                    )  # fmt: skip
+                else:
+                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                # kept apart from acc until the end: changed by hand here, acc would serialise the matrix units
+                extra = dl[:, None] * _times_norm(xq, top, rest, CT, PREC)
             if LIN:
                 FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
                 acc = _gradient_low(acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC)
@@ -868,7 +925,7 @@ def _dq_kernel(
         vt = _load_columns(v, cols, ok, svt, d, D, D == DP, HAS_MASK)
         acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, cols, half_alpha, QUAD, LIN, False, CT, PREC)
     if QUAD:
-        acc *= 2.0
+        acc = 2.0 * (acc - extra)
     elif not LIN:
         acc *= 0.0
     tl.store(
@@ -945,7 +1002,7 @@ def _dkdv_kernel(
     ok = _kept(keep, rows, tokens, HAS_MASK)
     xk = _load_rows(k, rows, ok, skt, f, F, F == FP, True)
     xv = _load_rows(v, rows, ok, svt, d, D, D == DP, True).to(CT)
-    pick = tl.where((f16 == 0)[None, :] | (f16 == 2)[None, :], block[:, None] * 0 + 1.0, 0.0).to(CT)
+    pick = tl.where((f16 < 2)[None, :], block[:, None] * 0 + 1.0, 0.0).to(CT)
     acc_k = tl.zeros([BM, FP], tl.float32)
     acc_v = tl.zeros([BM, DP], tl.float32)
     if HAS_STATE:
@@ -960,23 +1017,23 @@ def _dkdv_kernel(
         if QUAD and NB <= 2:
             some = before >= 0
             s0 = _state_tile(state, d, some, DP, CT)
-            s1 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
-            s2 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
-            n0 = _norm_tile(norm, some, CT)
-            n1 = _norm_tile(norm + 64, some & (NB == 2), CT)
-            n2 = _norm_tile(norm + 128, some & (NB == 2), CT)
+            s1 = _state_tile(state + 32 * DP, d, some, DP, CT)
+            s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
+            s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), DP, CT)
+            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
+            s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
+            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
         if before >= 0:
             ones = tl.full([BM], 1.0, tl.float32)
             if QUAD:
-                unused = tl.zeros([BM, 16], tl.float32)
                 if NB <= 2:
-                    acc_v, unused = _query_tiles(acc_v, unused, xk, s0, s1, s2, n0, n1, n2, NB, False, CT, PREC)
-                    yz = tl.where((f16 < 2)[None, :], block[:, None] * 0 + 1.0, 0.0).to(CT)
-                    acc_k = _gradient_tiles(acc_k, xk, xv, yz, s0, s1, s2, n0, n1, n2, NB, CT, PREC)
+                    acc_v, acc_k = _state_tiles(
+                        acc_v, acc_k, xk, xv, s0, s1, s2, s3, s4, s5, NB, True, True, CT, PREC
+                    )  # fmt: skip
                 else:
-                    acc_v, unused = _query_loop(
-                        acc_v, unused, k, rows, ok, skt, state, norm, d, F, DP, NB, False, CT, PREC
-                    )
+                    acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, CT, PREC)
+                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                acc_k += _times_norm(xk, top, rest, CT, PREC)
             if PART:
                 base = part + ((b64 * T + t64) * HKV + hkv) * FP
                 acc_k += tl.load(base + rows[:, None] * (HKV * FP) + f[None, :], mask=inside[:, None], other=0.0)
@@ -1031,7 +1088,7 @@ def _dkdv_kernel(
 
 @triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
 def _gradient_kernel(
-    x, y, aux, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    x, y, part, states, keep, cu, seg_seq, seg_off, slot_off,
     sxb, sxt, sxh, syb, syt, syh, smb,
     T, BLOCKS, SLOTS, N,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
@@ -1039,9 +1096,9 @@ def _gradient_kernel(
     KEYS: tl.constexpr, HAS_INIT: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """F > 16: 16 dims of half the gradient by x that comes through the state (see _gradient_tiles), fp32.
+    """F > 16: 16 dims of half the gradient by x that comes through the state (see `_state_tiles`), fp32.
 
-    KEYS: x, y are k, v and the state is R; otherwise q, dn and S, and the norms weigh -delta (aux).
+    KEYS: x, y are k, v and the state is R; otherwise q, dn and S. The norms' part is left to the caller.
     Grid: (slices of 16 dims, blocks of BM rows * H). Walks the ordered pairs of blocks (i in the slice, j).
     """
     slice_ = tl.program_id(0) % (FP // 16)
@@ -1078,12 +1135,7 @@ def _gradient_kernel(
             slot = seq * SLOTS + before
         s64 = slot.to(tl.int64) * (H // G) + hkv
         state = states + s64 * (NR * DP)
-        norm = norms + s64 * NR
         values = _load_rows(y, rows, ok, syt, d, D, D == DP, True).to(CT)  # [BM, DP]
-        if KEYS:
-            weight = tl.where((f < 2)[None, :], rows[:, None] * 0 + 1.0, 0.0).to(CT)
-        else:
-            weight = _load_rows(aux + first * 16, rows, inside, H * 16, f, 16, True, True)
         inner_selector = _selector(0, False, False, x.dtype.element_ty)
         for step in range(2 * NB):
             half = step % 2
@@ -1097,11 +1149,7 @@ def _gradient_kernel(
             xj = _load_rows(x, rows, ok, sxt, j * 8 + f, F, False, True)
             inner = tl.dot(xj, inner_selector, input_precision=PREC)
             s = tl.load(state + feature[:, None] * DP + d[None, :])  # [64, DP]
-            value = tl.load(norm + feature[:, None] + f[None, :] * 0, mask=(f < 3)[None, :], other=0.0)
-            rounded = value.to(CT).to(tl.float32)
-            norm_tile = tl.where((f == 1)[None, :], value - rounded, rounded).to(CT)
-            g = tl.dot(weight, tl.trans(norm_tile), input_precision=PREC)
-            g = tl.dot(values, tl.trans(s.to(CT)), g, input_precision=PREC)
+            g = tl.dot(values, tl.trans(s.to(CT)), input_precision=PREC)
             # dims past the last block, where F is not a multiple of 16, are computed from tile 0 and never read
             fold = (f[:, None] == (n // 8 + half * 8)[None, :]).to(CT)  # [16, 64]
             acc = tl.dot((g * inner).to(CT), tl.trans(fold), acc, input_precision=PREC)
@@ -1283,8 +1331,16 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
     if dtype == torch.float32:
         rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
         return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows, (16, 2))
+    if feature_dim <= 16 and head_dim <= 64:
+        return Plan(
+            segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 3), (16, 1),
+            (("forward", 128),),
+        )  # fmt: skip
     if feature_dim <= 64 and head_dim <= 64:
-        return Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 3), (16, 2))
+        return Plan(
+            segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), (16, 1),
+            (("dkdv", 168),),
+        )  # fmt: skip
     if feature_dim <= 64 and head_dim <= 128:
         return Plan(segment, (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1), (16, 2))
     return Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1), (16, 4))
@@ -1455,10 +1511,11 @@ def _byte_mask(mask: Tensor | None) -> Tensor | None:
 
 
 class _Guard:
-    """Makes the tensor's GPU the current one while kernels are launched (no-op on the CPU interpreter)."""
+    """Makes the tensor's GPU the current one while kernels are launched, where it is not (or the CPU interprets)."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.guard = torch.cuda.device(tensor.device) if tensor.is_cuda else None
+        elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+        self.guard = torch.cuda.device(tensor.device) if elsewhere else None
 
     def __enter__(self) -> None:
         if self.guard is not None:
@@ -1672,12 +1729,12 @@ def _backward(
         def tables(cut: _Segments):
             return cut.cu, cut.seq_of, cut.first_segment, cut.first_slot
 
-        def through_state(x: Tensor, y: Tensor, keys: bool, states: Tensor, norms: Tensor, cut: _Segments, init: bool):
+        def through_state(x: Tensor, y: Tensor, keys: bool, states: Tensor, cut: _Segments, init: bool) -> Tensor:
             rows, warps, stages = plan.gradient
             part = q.new_empty(batch, length, x.shape[2], layout.f, dtype=torch.float32)
             programs, blocks = grid(cut, rows, x.shape[2])
             _gradient_kernel[(programs * (layout.f // 16),)](
-                x, y, aux, part, states, norms, mask if keys else None, *tables(cut), *x.stride()[:3], *y.stride()[:3],
+                x, y, part, states, mask if keys else None, *tables(cut), *x.stride()[:3], *y.stride()[:3],
                 mask_stride, length, blocks, cut.slots, cut.sequences,
                 **{**sizes, "D": y.shape[-1], "HAS_MASK": keys and mask is not None}, H=x.shape[2],
                 G=1 if keys else group, BM=rows, KEYS=keys, HAS_INIT=int(init), num_warps=warps, num_stages=stages,
@@ -1694,7 +1751,7 @@ def _backward(
                 o, grad, rz, dn, delta, aux, *grad.stride()[:3], length, steps, D=head_dim, DP=layout.d, H=heads,
                 BM=64, CT=compute,
             )  # fmt: skip
-            part = through_state(q, dn, False, states, norms, cut, has_initial)
+            part = through_state(q, dn, False, states, cut, has_initial)
         rows, warps, stages = plan.dq
         programs, blocks = grid(cut, rows, heads)
         half_alpha = layout.alpha / 2 if layout.quad else 0.0
@@ -1717,7 +1774,7 @@ def _backward(
                 head_dim,
             )  # fmt: skip
         parts = layout.quad and layout.blocks > 2 and has_state
-        part = through_state(k, v, True, later, later_norms, cut, final) if parts else None
+        part = through_state(k, v, True, later, cut, final) if parts else None
         rows, warps, stages = plan.dkdv
         programs, blocks = grid(cut, rows, kv_heads)
         _dkdv_kernel[(programs,)](
@@ -1788,8 +1845,9 @@ def _decode_fake(
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, mask, cu, initial, c0, c1, c2, scale, _, last = inputs
-    o, final, rz, states, norms = output
+    o, _final, rz, states, norms = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rz, states, norms)
     ctx.save_for_backward(q, k, v, mask, cu, o, rz, states, norms)
     ctx.coefficients = (c0, c1, c2, scale)
     ctx.has_initial = initial is not None
@@ -1815,6 +1873,27 @@ def _make_autograd(backward_op):
         return dq, dk, dv, None, None, d_initial, None, None, None, None, None, None
 
     return autograd
+
+
+class _Attention(torch.autograd.Function):
+    """The same forward and backward pass without the dispatcher: plain eager calls save most of the host's time."""
+
+    @staticmethod
+    def forward(*inputs):
+        return _forward(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_make_autograd(_backward))
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nobody traces or intercepts operators: then the registered ones have nothing to add."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    )
 
 
 _COEFFICIENTS = "float c0, float c1, float c2, float scale"
@@ -1922,9 +2001,14 @@ def triton_rebased_attention(
     x_b for a < b, in the order of torch.triu_indices(F, F, 1); x_a if c1 != 0; 1 if c0 != 0. No squares if c2 == 0.
     """
     c0, c1, c2 = (float(c) for c in coefficients)
-    o, final, _, _, _ = _OPS.forward(
-        q, k, v, attention_mask, cu_seqlens, initial_state, c0, c1, c2, float(scale), float(eps), output_final_state
-    )
+    inputs = (q, k, v, attention_mask, cu_seqlens, initial_state)
+    options = (c0, c1, c2, float(scale), float(eps), output_final_state)
+    if not _is_plain(*inputs):
+        o, final, _, _, _ = _OPS.forward(*inputs, *options)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        o, final, _, _, _ = _Attention.apply(*inputs, *options)
+    else:
+        o, final, _, _, _ = _forward(*inputs, *options)
     return o, final if output_final_state else None
 
 
@@ -1946,4 +2030,5 @@ def triton_rebased_decode(
     kernel without host-side decisions on values: safe inside CUDA graphs.
     """
     c0, c1, c2 = (float(c) for c in coefficients)
-    return _OPS.decode(q, k, v, state, attention_mask, c0, c1, c2, float(scale), float(eps))
+    run = _decode if _is_plain(q, k, v, state, attention_mask) else _OPS.decode
+    return run(q, k, v, state, attention_mask, c0, c1, c2, float(scale), float(eps))
