@@ -6,6 +6,7 @@ is exact and what is not.
 
 from .authors import from_authors, to_authors
 from .files import ConversionError, Report
+from .fla import from_fla, load_attention, to_fla
 
 
-__all__ = ["ConversionError", "Report", "from_authors", "to_authors"]
+__all__ = ["ConversionError", "Report", "from_authors", "from_fla", "load_attention", "to_authors", "to_fla"]

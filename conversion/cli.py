@@ -16,6 +16,7 @@ from typing import Any
 
 from .authors import from_authors, to_authors
 from .files import ConversionError
+from .fla import from_fla, to_fla
 
 
 EXAMPLES = {
@@ -27,6 +28,14 @@ EXAMPLES = {
     "to-authors": """\
   rebased-convert to-authors out/ again.pt
   rebased-convert to-authors out/ again.pt --dry-run""",
+    "from-fla": """\
+  rebased-convert from-fla layer.pt out/
+  rebased-convert from-fla model.safetensors out/ --norm-eps 1e-5
+  rebased-convert from-fla chunk_mode.pt out/ --attention-eps 1e-10 --dry-run""",
+    "to-fla": """\
+  rebased-convert to-fla out/ again.pt
+  rebased-convert to-fla out/ layer3.pt --layer 3
+  rebased-convert to-fla out/ stack.safetensors --attention-only""",
 }
 
 
@@ -79,6 +88,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-position-embeddings", type=int, help="length trained on, without learned positions")
 
     add("to-authors", to_authors, folder, "new file, of torch.save")
+
+    command = add("from-fla", from_fla, "state_dict of a layer, layers or a model", "new folder")
+    command.add_argument("--num-heads", type=int, help="attention heads, where neither gamma nor beta tells")
+    command.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, help="whether q and k are normalised (default: they are)"
+    )
+    command.add_argument("--attention-eps", type=float, default=1e-5, help="the layer's eps (default: 1e-5)")
+    command.add_argument("--norm-eps", type=float, default=1e-6, help="of a whole model's RMSNorm (default: 1e-6)")
+    command.add_argument("--max-position-embeddings", type=int, help="length trained on")
+
+    command = add("to-fla", to_fla, folder, "new file, of torch.save or .safetensors")
+    command.add_argument("--layer", type=int, help="convert this layer alone")
+    command.add_argument("--attention-only", action="store_true", help="convert the attention layers alone")
     return parser
 
 
