@@ -150,3 +150,20 @@ def test_two_processes_ask_every_query_once():
     parts = [documents(rank, 2) for rank in range(2)]
     assert [len(part) for part in parts] == [8, 7]
     assert sorted(parts[0] + parts[1]) == sorted(documents(0, 1))
+
+
+def test_the_shipped_checkpoint_recalls_at_its_length():
+    """From its folder, with the code that lies there, both ways: 0.99 or more, and the same to the digit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(__file__).resolve().parents[2] / "checkpoints" / "mqar-d128"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    spec = mqar.figure_1_spec(256)
+    examples = mqar.make_examples(spec, 16, split="test")
+    queries = mqar.query_subset(spec, 16, 8)
+    direct = mqar.accuracy(model, examples, queries=queries, batch_size=8)
+    harness = harness_accuracy(model, tokenizer, "mqar_256_64", {"num_examples": 16, "queries": 8})
+    assert harness["mqar_256_64"] == direct
+    assert direct >= 0.99
+    assert mqar.accuracy(model, examples, batch_size=8) >= 0.99
