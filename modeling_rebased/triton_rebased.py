@@ -4,17 +4,20 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# ruff: noqa: SIM102, SIM300, B035
+# Kernels are Triton's language, not Python: a constexpr test must not share a condition with a value that only the GPU
+# knows, and a function needs one `return` for all branches.
 """The Triton backend of ReBased attention: forward, backward and one-token decoding, linear in the sequence length.
 
-    s_ij = scale * q_i . k_j,    w_ij = c0 + c1 s_ij + c2 s_ij**2  (j <= i),    o_i = sum_j w_ij v_j / (sum_j w_ij + eps)
+    s_ij = scale * q_i . k_j,   w_ij = c0 + c1 s_ij + c2 s_ij**2  (j <= i),   o_i = sum_j w_ij v_j / (sum_j w_ij + eps)
 
 How it works (docs/kernels.md has the costs):
 
 * The sequence is cut into segments of L tokens. Inside a segment the kernels build w tile by tile, as FlashAttention
   does, without a softmax. Across segments they use the state S = sum_j phi(k_j) [v_j, 1], phi(x) the products x_a x_b.
-* States are summed per segment (`_state_kernel`, all segments at once), then turned into running sums (`_scan_kernel`),
-  and each block of queries reads the one state in front of its segment (`_forward_kernel`). Nothing walks along T but
-  the elementwise scan.
+* States are summed per segment (`_state_kernel`, all segments at once), then turned into running sums
+  (`_scan_kernel`), and each block of queries reads the one state in front of its segment (`_forward_kernel`). Nothing
+  walks along T but the elementwise scan.
 * phi is never stored. Inside the kernels the F dims are cut into blocks of 8, and a *tile* of 64 features is the outer
   product of two blocks I <= J. It is made with tensor cores: x @ R and x @ C with 0/1 matrices that repeat the dims
   (exact), multiplied elementwise. The product then is already in the registers where the next matrix product wants it.
@@ -417,7 +420,7 @@ def _state_kernel(
     hkv = pid % HKV
     r = pid // HKV
     if VARLEN:
-        batch, seq, index, count, start, tokens, row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
+        batch, seq, index, count, start, tokens, _row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
         if tokens <= 0:
             return
         order = index
@@ -542,7 +545,7 @@ def _low_state_kernel(
     hkv = pid % HKV
     r = pid // HKV
     if VARLEN:
-        batch, seq, index, count, start, tokens, row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
+        batch, seq, index, count, start, tokens, _row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
         if tokens <= 0:
             return
         order = index
@@ -917,7 +920,9 @@ def _dq_kernel(
                 extra = dl[:, None] * _times_norm(xq, top, rest, CT, PREC)
             if LIN:
                 FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
-                acc = _gradient_low(acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC)
+                acc = _gradient_low(
+                    acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC
+                )  # fmt: skip
     for j in range(0, row, BM):
         cols = j + block
         ok = _kept(keep, cols, tokens, HAS_MASK)
@@ -1347,7 +1352,7 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
 
 
 class _Layout(NamedTuple):
-    """Sizes that follow from F, D and the coefficients. Rows of an internal state: 64 a tile, then F linear, then 1."""
+    """What follows from F, D and the coefficients. Rows of an internal state: 64 a tile, then F linear, then 1."""
 
     f: int  # F padded to a power of 2, at least 16
     d: int  # D likewise

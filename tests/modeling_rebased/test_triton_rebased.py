@@ -165,7 +165,13 @@ def test_dropped_keys_do_not_count_whatever_they_hold():
     q, k, v = make(1, 100, 1, 1, 8, 8)
     mask = torch.ones(1, 100, dtype=torch.bool, device=DEVICE)
     mask[:, 10:80] = False
-    arguments = dict(coefficients=REBASED, scale=1.0, eps=1e-6, attention_mask=mask, output_final_state=True)
+    arguments = {
+        "coefficients": REBASED,
+        "scale": 1.0,
+        "eps": 1e-6,
+        "attention_mask": mask,
+        "output_final_state": True,
+    }
     o, state = triton_rebased.triton_rebased_attention(q, k, v, **arguments)
     k[:, 10:80], v[:, 10:80] = float("nan"), float("inf")
     o2, state2 = triton_rebased.triton_rebased_attention(q, k, v, **arguments)
@@ -186,7 +192,7 @@ def test_packed(with_state):
 
 def test_packed_equals_separate_bit_for_bit():
     q, k, v = make(1, 150, 1, 1, 8, 8)
-    arguments = dict(coefficients=REBASED, scale=1.0, eps=1e-6)
+    arguments = {"coefficients": REBASED, "scale": 1.0, "eps": 1e-6}
     cu = torch.tensor([0, 64, 150], dtype=torch.int32, device=DEVICE)
     packed, _ = triton_rebased.triton_rebased_attention(q, k, v, cu_seqlens=cu, **arguments)
     for a, b in ((0, 64), (64, 150)):
@@ -199,7 +205,7 @@ def test_strides():
     fused = torch.randn(2, 80, 2 * (8 + 8 + 12), device=DEVICE)
     q, k, v = (x.unflatten(-1, (2, -1)) for x in fused.split([16, 16, 24], -1))
     assert not v.is_contiguous()
-    arguments = dict(coefficients=REBASED, scale=1.0, eps=1e-6)
+    arguments = {"coefficients": REBASED, "scale": 1.0, "eps": 1e-6}
     o, _ = triton_rebased.triton_rebased_attention(q, k, v, **arguments)
     dense, _ = triton_rebased.triton_rebased_attention(*(x.contiguous() for x in (q, k, v)), **arguments)
     heads_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -217,7 +223,7 @@ def test_expanded_gradient():
 
 def test_pieces_equal_the_whole():
     q, k, v = make(1, 160, 1, 1, 9, 7)
-    arguments = dict(coefficients=BASED, scale=1 / 3, eps=1e-6, output_final_state=True)
+    arguments = {"coefficients": BASED, "scale": 1 / 3, "eps": 1e-6, "output_final_state": True}
     whole, last = triton_rebased.triton_rebased_attention(q, k, v, **arguments)
     state, pieces = None, []
     for a, b in ((0, 1), (1, 90), (90, 160)):
@@ -241,7 +247,7 @@ def test_decode(heads, kv_heads, width, dim, coefficients):
         q, k = q.abs(), k.abs()
     mask = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
     mask[0, 0] = mask[1, 3] = False
-    arguments = dict(coefficients=coefficients, scale=width**-0.5, eps=1e-6)
+    arguments = {"coefficients": coefficients, "scale": width**-0.5, "eps": 1e-6}
     reference, last = oracle(q, k, v, coefficients, width**-0.5, 1e-6, mask)
     rows = triton_rebased.n_features(width, coefficients)
     # a state whose last dims are not where a dense tensor has them
@@ -261,7 +267,7 @@ def test_decode(heads, kv_heads, width, dim, coefficients):
 
 def test_decode_continues_a_prefill():
     q, k, v = make(1, 101, 2, 1, 16, 8)
-    arguments = dict(coefficients=REBASED, scale=0.25, eps=1e-6)
+    arguments = {"coefficients": REBASED, "scale": 0.25, "eps": 1e-6}
     reference, _ = oracle(q, k, v, REBASED, 0.25, 1e-6)
     _, state = triton_rebased.triton_rebased_attention(
         q[:, :100], k[:, :100], v[:, :100], output_final_state=True, **arguments

@@ -1,0 +1,165 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Time one decoding step of the attention, and training and generation end to end, against the softmax twin.
+
+    python -m eval.benchmark_generation --output eval/results/kernels/h100
+
+Three tables: the one-token kernel at several batch sizes, with the time that its state's bytes take at the copy
+bandwidth; tokens per second of a training step of configuration/150m-rebased and 150m-softmax (bfloat16, forward and
+backward of the loss, no optimizer); tokens per second and peak memory of greedy steps after a context, at one batch
+size for both models. The context is fed in pieces, so that its logits never exist at once. Writes decode.csv,
+training.csv and generation.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+
+
+ROOT = Path(__file__).resolve().parents[1] / "configuration"
+MODELS = ("150m-rebased", "150m-softmax")
+
+
+def load(name: str, length: int) -> ReBasedForCausalLM:
+    """A model with random weights in bfloat16 on the GPU, its positions stretched to `length`."""
+    config = ReBasedConfig.from_pretrained(ROOT / name)
+    config.max_position_embeddings = max(config.max_position_embeddings, length)
+    with torch.device("cuda"):
+        return ReBasedForCausalLM(config).bfloat16()
+
+
+def median_ms(function, repeats: int = 5) -> float:
+    """Wall clock with the GPU waited for: host time counts, as it does for a user."""
+    function()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[repeats // 2]
+
+
+def decode_table(heads: int, feature_dim: int, head_dim: int) -> list[dict]:
+    """The one-token kernel inside a CUDA graph, over enough states that none stays in the cache."""
+    from triton.testing import do_bench
+
+    from modeling_rebased.attention_rebased import rebased_attention_decode
+
+    x = torch.empty(2**28, device="cuda")
+    y = torch.randn_like(x)
+    bandwidth = 2 * x.nbytes / do_bench(lambda: x.copy_(y), return_mode="median")
+    rows = []
+    for batch in (1, 8, 64, 256):
+        q, k = (torch.randn(batch, 1, heads, feature_dim, device="cuda").bfloat16() for _ in range(2))
+        v = torch.randn(batch, 1, heads, head_dim, device="cuda").bfloat16()
+        shape = (batch, heads, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
+        states = [torch.rand(shape, device="cuda") for _ in range(8 if batch < 256 else 3)]
+
+        def step(q=q, k=k, v=v, states=states) -> None:
+            for state in states:
+                rebased_attention_decode(q, k, v, state, backend="triton")
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        us = 1e3 * do_bench(graph.replay, return_mode="median") / len(states)
+        rows.append({"batch": batch, "us": us, "floor_us": 1e3 * 2 * states[0].nbytes / bandwidth})
+        print(f"decode      batch {batch:4d}  {us:7.1f} us, state read and written once {rows[-1]['floor_us']:.1f} us")
+    return rows
+
+
+def training_table(tokens: int, lengths: list[int]) -> list[dict]:
+    rows = []
+    for length in lengths:
+        for name in MODELS:
+            model = load(name, length).train()
+            ids = torch.randint(model.config.vocab_size, (max(1, tokens // length), length), device="cuda")
+
+            def step(model=model, ids=ids) -> None:
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                model.zero_grad(set_to_none=True)
+
+            rate = ids.numel() / median_ms(step) * 1e3
+            rows.append({"model": name, "T": length, "tokens_per_s": rate})
+            print(f"training    {name:14s} T {length:6d}  {rate:10.0f} tokens/s", flush=True)
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+@torch.no_grad()
+def generation_table(batch: int, contexts: list[int], steps: int, piece: int) -> list[dict]:
+    rows = []
+    for context in contexts:
+        for name in MODELS:
+            torch.cuda.reset_peak_memory_stats()
+            model = load(name, context + 4 * steps).eval()
+            cache = None
+            try:
+                for start in range(0, context, piece):
+                    size = min(piece, context - start)
+                    ids = torch.randint(model.config.vocab_size, (batch, size), device="cuda")
+                    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    cache = output.past_key_values
+                token = output.logits[:, -1:].argmax(-1)
+
+                def generate(model=model, token=token, cache=cache) -> None:
+                    for _ in range(steps):
+                        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+                        token = output.logits[:, -1:].argmax(-1)
+
+                rate = batch * steps / median_ms(generate, 3) * 1e3
+                memory = torch.cuda.max_memory_allocated() / 2**30
+            except torch.cuda.OutOfMemoryError:
+                rate, memory = float("nan"), float("nan")
+            rows.append({"model": name, "batch": batch, "context": context, "tokens_per_s": rate, "peak_gib": memory})
+            print(f"generation  {name:14s} context {context:6d}  {rate:8.0f} tokens/s  {memory:6.2f} GiB", flush=True)
+            del model, cache
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a training step")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 16384])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[2048, 32768])
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--piece", type=int, default=512, help="tokens of the context fed at once")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("This benchmark is for GPUs, and torch sees none here.")
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), torch.__version__)
+    tables = {
+        "decode": decode_table(12, 16, 64),
+        "training": training_table(arguments.tokens, arguments.lengths),
+        "generation": generation_table(arguments.batch, arguments.contexts, arguments.steps, arguments.piece),
+    }
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        for name, rows in tables.items():
+            with (arguments.output / f"{name}.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Time the Triton kernels on this machine's GPU beside softmax and the other libraries that are installed.
+
+    python -m eval.benchmark_kernels --output eval/results/kernels/h100
+
+For every length: forward, forward and backward (medians of triton.testing.do_bench) and the memory that the latter
+takes on top of inputs, outputs and gradients. The tokens stay the same in all (--tokens): B = tokens / T, and fewer
+heads where one sequence is longer than that. Each result is compared with float64 before it is timed, and the copy and
+matrix-product ceilings are measured in the same run. Writes kernels.csv, machine.json and kernels.png.
+
+Peers, timed where installed: flash-linear-attention (`pip install modeling-rebased[kernels-peers]`), and `retention`
+with --feature-dim equal to --head-dim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+
+LENGTHS = (512, 2048, 8192, 32768, 131072)
+CHECKED_LENGTH = 2500  # several segments and a ragged end; what is longer is compared with it by its first tokens
+BAR = 1.5e-2  # relative error in norm that bfloat16 inputs, features and weights may leave
+QUADRATIC_LIMIT = 8192  # peers that are quadratic in T are timed up to here
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal scaled_dot_product_attention with heads of the values' size, through cuDNN where it can."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def rebased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from modeling_rebased import rebased_attention
+
+    return rebased_attention(q, k, v, eps=1e-12, backend="triton")[0]
+
+
+def methods(feature_dim: int, head_dim: int) -> Iterator[tuple[str, Callable, int, bool, bool]]:
+    """(name, function of q, k, v, its feature_dim, whether it computes ReBased, whether it is quadratic in T)."""
+    yield "rebased", rebased, feature_dim, True, False
+    yield "softmax", softmax, head_dim, False, False
+    if importlib.util.find_spec("fla") is not None:
+        from fla.ops.rebased import parallel_rebased
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        yield "fla parallel_rebased", lambda q, k, v: parallel_rebased(q, k, v, 1e-12), feature_dim, True, True
+        yield "fla chunk_simple_gla", lambda q, k, v: chunk_simple_gla(q, k, v)[0], 64, False, False
+    else:
+        print("flash-linear-attention is not installed: its rows are missing.")
+    if feature_dim == head_dim:
+        if importlib.util.find_spec("retention") is not None:
+            from retention import power_retention
+
+            def power(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                chunk = min(1024, q.shape[1])
+                return power_retention(q, k, v, deg=2, scale=q.shape[-1] ** -0.5, chunk_size=chunk)
+
+            yield "retention power_retention", power, feature_dim, True, False
+        else:
+            print("retention is not installed: its row is missing.")
+
+
+def make_inputs(length: int, tokens: int, heads: int, feature_dim: int, head_dim: int) -> list[Tensor]:
+    """q, k [B, T, H, F], normalised as the model's are, v [B, T, H, D] and a gradient for o: bfloat16."""
+    batch = max(1, tokens // length)
+    heads = heads * batch * tokens // (batch * max(tokens, length))
+    q, k = (torch.randn(batch, length, heads, feature_dim, device="cuda") for _ in range(2))
+    v, grad = (torch.randn(batch, length, heads, head_dim, device="cuda") for _ in range(2))
+    q, k = (layer_norm(x, (feature_dim,)) for x in (q, k))
+    return [x.bfloat16() for x in (q, k, v, grad)]
+
+
+def train(function: Callable, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    output = function(*leaves)
+    return (output, *torch.autograd.grad(output, leaves, grad))
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ReBased as it is defined, quadratic in T."""
+    s = torch.einsum("bihf,bjhf->bhij", q, k) * q.shape[-1] ** -0.5
+    w = s.square().tril()
+    return torch.einsum("bhij,bjhd->bihd", w, v) / (w.sum(-1).transpose(1, 2)[..., None] + 1e-12)
+
+
+def check(name: str, function: Callable, feature_dim: int, head_dim: int, linear: bool) -> None:
+    """Refuse to time what is wrong: o, dq, dk and dv against float64."""
+    length = CHECKED_LENGTH if name == "rebased" else 2048  # peers may take whole chunks only
+    inputs = make_inputs(length, length, 2, feature_dim, head_dim)
+    reference = exact if linear else softmax
+    expected = train(reference, *(x.double() for x in inputs))
+    for part, x, y in zip(("o", "dq", "dk", "dv"), train(function, *inputs), expected):
+        error = ((x.double() - y).norm() / y.norm()).item()
+        if not error < BAR:
+            raise RuntimeError(f"{name}: {part} is off by {error:.1e} from float64, allowed is {BAR}; not timed.")
+
+
+@contextmanager
+def extra_memory() -> Iterator[list[float]]:
+    """GiB allocated at the peak on top of what was there before and what is there after."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, result = torch.cuda.memory_allocated(), []
+    yield result
+    torch.cuda.synchronize()
+    result.append((torch.cuda.max_memory_allocated() - max(before, torch.cuda.memory_allocated())) / 2**30)
+
+
+def time_ms(function: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=10, rep=50, return_mode="median")
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth in TB/s, read plus written, and the rate of a large bfloat16 matrix product in TFLOP/s."""
+    x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / time_ms(lambda: y.copy_(x)) / 1e9
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return {"copy_tb_per_s": copy, "matmul_tflop_per_s": 2 * 8192**3 / time_ms(lambda: a @ b) / 1e9}
+
+
+def time_one(function: Callable, inputs: list[Tensor], rates: dict[str, float]) -> dict[str, float]:
+    """Times, memory and the memory floor of one method at one size."""
+    with torch.no_grad():
+        forward = time_ms(lambda: function(*inputs[:3]))
+    training = time_ms(lambda: train(function, *inputs))
+    with extra_memory() as memory:
+        kept = train(function, *inputs)
+    del kept
+    # the floor: q, k, v read and o written once; then all of them and do read, and dq, dk, dv written
+    moved, per_ms = sum(x.nbytes for x in inputs), rates["copy_tb_per_s"] * 1e9
+    return {
+        "B": inputs[0].shape[0],
+        "H": inputs[0].shape[2],
+        "forward_ms": forward,
+        "training_ms": training,
+        "extra_gib": memory[0],
+        "floor_forward_ms": moved / per_ms,
+        "floor_training_ms": (3 * moved) / per_ms,
+    }
+
+
+def run(arguments: argparse.Namespace, rates: dict[str, float]) -> list[dict]:
+    """One row a method and length."""
+    tokens, heads, head_dim = arguments.tokens, arguments.heads, arguments.head_dim
+    rows = []
+    for name, function, feature_dim, linear, quadratic in methods(arguments.feature_dim, head_dim):
+        if linear or name == "softmax":
+            try:
+                check(name, function, feature_dim, head_dim, linear)
+            except Exception as error:
+                if name == "rebased":
+                    raise
+                print(f"{name}: left out, {error}")
+                continue
+        for length in arguments.lengths:
+            if quadratic and length > QUADRATIC_LIMIT:
+                continue
+            row = {"method": name, "T": length, "F": feature_dim}
+            row |= time_one(function, make_inputs(length, tokens, heads, feature_dim, head_dim), rates)
+            rows.append(row)
+            print(
+                f"{name:26s} T {length:7d}  B {row['B']:4d}  H {row['H']:3d}  F {feature_dim:3d}  "
+                f"forward {row['forward_ms']:8.3f} ms  forward+backward {row['training_ms']:8.3f} ms  "
+                f"extra {row['extra_gib']:5.2f} GiB",
+                flush=True,
+            )
+            torch.cuda.empty_cache()
+    return rows
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """Time against T, log-log, with the memory floor as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    for axis, kind, label in zip(axes, ("forward", "training"), ("forward", "forward + backward")):
+        for name in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == name]
+            axis.plot([r["T"] for r in mine], [r[f"{kind}_ms"] for r in mine], marker="o", label=name)
+        mine = [row for row in rows if row["method"] == "rebased"]
+        axis.plot([r["T"] for r in mine], [r[f"floor_{kind}_ms"] for r in mine], "k--", label="memory floor")
+        axis.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="ms", title=label)
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder for kernels.csv, machine.json and kernels.png")
+    parser.add_argument("--feature-dim", type=int, default=16)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens of all sequences together")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("The kernels are for GPUs, and torch sees none here; benchmark_eager.py times the CPU.")
+    torch.manual_seed(0)
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": " ".join(sys.argv)}
+    rates = ceilings()
+    machine |= rates
+    print(
+        f"{machine['gpu']}: copy {rates['copy_tb_per_s']:.2f} TB/s, matmul {rates['matmul_tflop_per_s']:.0f} TFLOP/s"
+    )
+    rows = run(arguments, rates)
+    if arguments.output is None:
+        return
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with (arguments.output / "kernels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    (arguments.output / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+    title = f"{machine['gpu']}, {arguments.tokens} tokens, {arguments.heads} heads, D {arguments.head_dim}, bfloat16"
+    plot(rows, title, arguments.output / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()
