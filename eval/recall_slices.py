@@ -263,6 +263,20 @@ def plot(results: dict[str, Slices], path: str | Path) -> None:
     pyplot.close(figure)
 
 
+def read_documents(paths: list[str]) -> Iterator[str]:
+    """Yield the documents of text files, and of JSON-lines files the field "text" of each line."""
+    for path in paths:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".jsonl"):
+            for number, line in enumerate(text.splitlines(), 1):
+                entry = json.loads(line)
+                if "text" not in entry:
+                    raise ValueError(f'{path}, line {number}: no field "text", there is {", ".join(entry)}')
+                yield entry["text"]
+        else:
+            yield text
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -273,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="checkpoint folders or Hub names; NAME=DIR labels one",
     )
-    add("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, a document each")
+    add("--text", nargs="+", required=True, metavar="FILE", help='text, a document each; or .jsonl, "text" a document')
     add("--known-text", nargs="+", default=[], metavar="FILE", help="training text, whose frequent bigrams are known")
     add("--known-from", type=int, default=1250, help="how often a bigram occurs there to be known")
     add(
@@ -306,17 +320,16 @@ def main(argv: list[str] | None = None) -> None:
             folder, trust_remote_code=args.trust_remote_code, dtype=args.dtype
         ).to(args.device)
 
-        def encode(path: str, tokenizer=tokenizer) -> list[int]:
-            text = Path(path).read_text(encoding="utf-8")
+        def encode(text: str, tokenizer=tokenizer) -> list[int]:
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
         known: dict[int, int] = {}
-        for path in args.known_text:
-            for bigram, count in count_bigrams(np.array(encode(path)), model.config.vocab_size).items():
+        for text in read_documents(args.known_text):
+            for bigram, count in count_bigrams(np.array(encode(text)), model.config.vocab_size).items():
                 known[bigram] = known.get(bigram, 0) + count
         results[label] = evaluate(
             model,
-            [encode(path)[: args.max_tokens] for path in args.text],
+            [encode(text)[: args.max_tokens] for text in read_documents(args.text)],
             context=args.context,
             chunk=args.chunk,
             batch_size=args.batch_size,

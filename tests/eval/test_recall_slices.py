@@ -152,3 +152,13 @@ def test_command_line_writes_table_and_plot(tmp_path, capsys):
     assert report["tiny"]["slices"][0]["slice"] == "recall"
     assert (tmp_path / "out" / "slices.png").stat().st_size > 5_000
     assert (tmp_path / "out" / "slices.md").read_text().startswith("| model | slice |")
+
+
+def test_documents_of_json_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"title": "x", "text": "one"}\n{"text": "two\\nlines"}\n')
+    (tmp_path / "b.txt").write_text("three")
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    assert list(recall_slices.read_documents(paths)) == ["one", "two\nlines", "three"]
+    (tmp_path / "c.jsonl").write_text('{"body": "x"}')
+    with pytest.raises(ValueError, match="line 1.*body"):
+        list(recall_slices.read_documents([str(tmp_path / "c.jsonl")]))
