@@ -255,7 +255,7 @@ def export(
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         do_sample=True,
-        temperature=0.8,
+        temperature=0.7,
         top_p=0.95,
         max_new_tokens=400,
         bos_token_id=tokenizer.bos_token_id,

@@ -1,10 +1,6 @@
-"""The perplexity tasks: documents, metrics, and lm-eval's plain command line, offline."""
+"""The perplexity tasks: documents and metrics. tests/test_readme.py runs lm-eval's command line."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -100,21 +96,3 @@ def test_lm_eval_scores_every_byte_once(checkpoint, tmp_path):
     )["results"]["rebased_ppl"]
     assert results["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / (len(ids) - 1), rel=1e-4)
     assert results["word_perplexity,none"] == pytest.approx(math.exp(nats / len(text.split())), rel=1e-2)
-
-
-def test_the_command_line_works_offline(checkpoint, tmp_path):
-    """As in the README; the path comes from the command that prints it."""
-    tasks = subprocess.run([sys.executable, "-m", "eval.tasks"], cwd=Path(__file__).parents[2], **_captured())
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--limit", "1"]
-    command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True"]
-    command += ["--include_path", tasks.stdout.strip(), "--tasks", "heldout_english", "--output_path", "results"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **_captured())
-    assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (tmp_path / "results").rglob("results_*.json")
-    results = json.loads(path.read_text())["results"]["heldout_english"]
-    assert 4 < results["bits_per_byte,none"] < 100
-    assert {"word_perplexity,none", "byte_perplexity,none"} <= results.keys()
-
-
-def _captured() -> dict[str, object]:
-    return {"capture_output": True, "text": True, "timeout": 240}

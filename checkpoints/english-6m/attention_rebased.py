@@ -1,0 +1,312 @@
+# Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
+"""ReBased attention: the one public function, its checks, and the choice of a backend."""
+
+import itertools
+
+import torch
+
+from .eager_rebased import eager_rebased_attention, eager_rebased_decode, num_features
+from .triton_rebased import triton_rebased_attention, triton_rebased_decode, triton_unavailable_reason
+
+
+BACKENDS = ("auto", "eager", "triton")
+MAX_FEATURE_DIM = 128
+MAX_HEAD_DIM = 256
+
+
+def choose_backend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    """Resolve `backend` to "eager" or "triton" for these tensors.
+
+    "auto" is Triton where the tensors are on a GPU that Triton supports, else eager.
+
+    Raises:
+        `ValueError`: `backend` is not one of "auto", "eager", "triton".
+        `RuntimeError`: "triton" was asked for and cannot run; the message says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {BACKENDS}, but got {backend!r}.")
+    if backend == "eager" or (backend == "auto" and not q.is_cuda):
+        return "eager"
+    reason = triton_unavailable_reason(q.device, q.dtype, q.shape[3], v.shape[3])
+    if reason is None:
+        return "triton"
+    if backend == "auto":
+        return "eager"
+    raise RuntimeError(f"`backend='triton'` cannot run here: {reason}. Use backend='auto' or 'eager'.")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coefficients: tuple[float, ...]) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check(x.dim() == 4, f"`{name}` must be [batch, tokens, heads, dim], but its shape is {tuple(x.shape)}.")
+        _check(x.is_floating_point(), f"`{name}` must be floating point, but its dtype is {x.dtype}.")
+    _check(
+        q.dtype == k.dtype == v.dtype,
+        f"`q`, `k` and `v` must have one dtype, but they have {q.dtype}, {k.dtype} and {v.dtype}.",
+    )
+    _check(
+        q.shape[:2] == k.shape[:2] == v.shape[:2],
+        "`q`, `k` and `v` must agree in batch and tokens, but they are "
+        f"{tuple(q.shape[:2])}, {tuple(k.shape[:2])} and {tuple(v.shape[:2])}.",
+    )
+    _check(q.shape[1] >= 1, "`q` must have at least one token, but it has 0.")
+    _check(q.shape[3] == k.shape[3], f"`q` and `k` must agree in size, but they have {q.shape[3]} and {k.shape[3]}.")
+    _check(
+        k.shape[2] == v.shape[2],
+        f"`k` and `v` must have the same number of heads, but they have {k.shape[2]} and {v.shape[2]}.",
+    )
+    _check(
+        q.shape[2] % k.shape[2] == 0,
+        f"The heads of `q` must be a multiple of those of `k`, but they are {q.shape[2]} and {k.shape[2]}.",
+    )
+    _check(
+        1 <= q.shape[3] <= MAX_FEATURE_DIM,
+        f"The last dimension of `q` and `k` must be 1 to {MAX_FEATURE_DIM}, but it is {q.shape[3]}.",
+    )
+    _check(
+        1 <= v.shape[3] <= MAX_HEAD_DIM,
+        f"The last dimension of `v` must be 1 to {MAX_HEAD_DIM}, but it is {v.shape[3]}.",
+    )
+    _check(
+        len(coefficients) == 3 and any(coefficients),
+        f"`coefficients` must be (c0, c1, c2), not all zero, but got {coefficients}.",
+    )
+
+
+def _check_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    if attention_mask is None:
+        return None
+    _check(
+        attention_mask.shape == (batch, length),
+        f"`attention_mask` must be [batch, tokens] = ({batch}, {length}), but its shape is "
+        f"{tuple(attention_mask.shape)}.",
+    )
+    return attention_mask.bool()
+
+
+def _check_state(state: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
+    _check(
+        state.shape == shape,
+        f"`{name}` must be [batch or sequences, kv heads, features, head_dim + 1] = {shape}, but its shape is "
+        f"{tuple(state.shape)}.",
+    )
+
+
+def rebased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0),
+    scale: float | None = None,
+    eps: float = 1e-12,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""Causal linear attention with a kernel of degree two (Aksenov et al., 2024, section 4).
+
+    With `s_ij = (q_i . k_j) * scale` and `w_ij = c0 + c1 s_ij + c2 s_ij**2`:
+    `o_i = sum_{j<=i} w_ij v_j / (sum_{j<=i} w_ij + eps)`, in time linear in T. Sums and division are in float32
+    (float64 for float64 inputs), whatever the inputs' dtype. Differentiable in q, k, v and initial_state.
+
+    Args:
+        q (`torch.Tensor`): Queries [B, T, H_q, F]; T >= 1, 1 <= F <= 128, H_q a multiple of H_kv.
+        k (`torch.Tensor`): Keys [B, T, H_kv, F].
+        v (`torch.Tensor`): Values [B, T, H_kv, D], 1 <= D <= 256.
+        coefficients (`tuple[float, float, float]`, *optional*, defaults to `(0, 0, 1)`):
+            (c0, c1, c2): (0, 0, 1) is ReBased, (1, 1, 0.5) is Based.
+        scale (`float`, *optional*, defaults to `F**-0.5`): Factor of the dot product.
+        eps (`float`, *optional*, defaults to 1e-12): Added to the normaliser.
+        attention_mask (`torch.Tensor`, *optional*): [B, T], zero or False where a key is padding: such a token is seen
+            by no query and leaves no trace in the state.
+        cu_seqlens (`torch.Tensor`, *optional*): int32 or int64 [N + 1], from 0 to T and never decreasing: N sequences
+            packed one after another, B = 1. States then have N rows instead of B.
+        segment_ids (`torch.Tensor`, *optional*): int64 [B, T], never decreasing along T: packed sequences by number
+            instead of by bounds, for traced code that cannot tell how many there are. Eager backend only, no states.
+        initial_state (`torch.Tensor`, *optional*): [B, H_kv, n_features, D + 1], what a former call returned.
+        output_final_state (`bool`, *optional*, defaults to `False`): Return the state after the last token.
+        backend (`str`, *optional*, defaults to `"auto"`): "eager" is PyTorch; "triton" the GPU kernels; "auto" is
+            Triton where the tensors are on a GPU that Triton supports, else eager.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: the output [B, T, H_q, D] in q's dtype, and the state or `None`.
+        The state is float32 [B, H_kv, n_features, D + 1], `sum_j phi(k_j) [v_j, 1]^T`: its last column is the
+        normaliser's, and its rows are laid out as `feature_map` says, the same for both backends.
+
+    Raises:
+        `ValueError`: shapes, dtypes or options that do not fit; the message names the argument.
+        `RuntimeError`: `backend="triton"` where it cannot run.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_rebased import rebased_attention
+
+    >>> q, k, v = torch.randn(2, 100, 4, 16), torch.randn(2, 100, 4, 16), torch.randn(2, 100, 4, 64)
+    >>> o, _ = rebased_attention(q, k, v)
+    >>> o.shape
+    torch.Size([2, 100, 4, 64])
+
+    >>> first, state = rebased_attention(q[:, :60], k[:, :60], v[:, :60], output_final_state=True)
+    >>> rest, state = rebased_attention(q[:, 60:], k[:, 60:], v[:, 60:], initial_state=state, output_final_state=True)
+    >>> torch.allclose(torch.cat([first, rest], dim=1), o, atol=1e-5)
+    True
+
+    ```
+    """
+    coefficients = tuple(float(c) for c in coefficients)
+    _check_tensors(q, k, v, coefficients)
+    _check(eps > 0, f"`eps` must be positive, but got {eps}.")
+    batch, length, _, feature_dim = q.shape
+    scale = feature_dim**-0.5 if scale is None else float(scale)
+    attention_mask = _check_mask(attention_mask, batch, length)
+    sequences = batch
+    if cu_seqlens is not None:
+        _check(batch == 1, f"`cu_seqlens` packs sequences into a batch of 1, but the batch of `q` is {batch}.")
+        _check(
+            cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 2 and cu_seqlens.dtype in (torch.int32, torch.int64),
+            "`cu_seqlens` must be a vector of at least two int32 or int64, but it is "
+            f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}.",
+        )
+        # Reading the values of a GPU tensor would make the host wait for it in every layer.
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            bounds = cu_seqlens.tolist()
+            _check(
+                bounds[0] == 0 and bounds[-1] == length and bounds == sorted(bounds),
+                f"`cu_seqlens` must rise from 0 to the number of tokens, {length}, but it is {bounds}.",
+            )
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        features = num_features(feature_dim, coefficients)
+        _check_state(initial_state, "initial_state", (sequences, k.shape[2], features, v.shape[3] + 1))
+
+    options = {"coefficients": coefficients, "scale": scale, "eps": eps}
+    if segment_ids is not None:
+        _check(
+            cu_seqlens is None and initial_state is None and not output_final_state,
+            "`segment_ids` goes with none of `cu_seqlens`, `initial_state` and `output_final_state`.",
+        )
+        _check(backend != "triton", "`segment_ids` needs the eager backend: give `backend='triton'` `cu_seqlens`.")
+        return eager_rebased_attention(q, k, v, **options, attention_mask=attention_mask, segment_ids=segment_ids)
+    if choose_backend(backend, q, k, v) == "triton":
+        return triton_rebased_attention(
+            q,
+            k,
+            v,
+            **options,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+        )
+    if cu_seqlens is None:
+        return eager_rebased_attention(
+            q,
+            k,
+            v,
+            **options,
+            attention_mask=attention_mask,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+        )
+    if initial_state is None and not output_final_state:
+        return eager_rebased_attention(
+            q,
+            k,
+            v,
+            **options,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids_of(cu_seqlens, length),
+        )
+    return _eager_by_sequence(q, k, v, options, attention_mask, cu_seqlens, initial_state, output_final_state)
+
+
+def segment_ids_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """[1, T] int64: the number of the packed sequence that each of the T tokens belongs to."""
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(tokens, cu_seqlens[1:], right=True)[None]
+
+
+def _eager_by_sequence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: dict,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Packed sequences that bring or leave states: one call a sequence."""
+    outputs, states = [], []
+    bounds = cu_seqlens.tolist()
+    state_shape = (1, k.shape[2], num_features(q.shape[3], options["coefficients"]), v.shape[3] + 1)
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        state = initial_state[i : i + 1] if initial_state is not None else None
+        if stop > start:
+            output, state = eager_rebased_attention(
+                q[:, start:stop],
+                k[:, start:stop],
+                v[:, start:stop],
+                **options,
+                attention_mask=attention_mask[:, start:stop] if attention_mask is not None else None,
+                initial_state=state,
+                output_final_state=output_final_state,
+            )
+            outputs.append(output)
+        elif state is None:
+            state = q.new_zeros(state_shape, dtype=torch.float32)
+        states.append(state)
+    return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
+
+
+def rebased_attention_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0),
+    scale: float | None = None,
+    eps: float = 1e-12,
+    attention_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """One token of generation: `rebased_attention` with T = 1, the state changed in place, no gradients.
+
+    Args:
+        q (`torch.Tensor`): [B, 1, H_q, F].
+        k (`torch.Tensor`): [B, 1, H_kv, F].
+        v (`torch.Tensor`): [B, 1, H_kv, D].
+        state (`torch.Tensor`): float32 [B, H_kv, n_features, D + 1], changed in place.
+        coefficients, scale, eps, backend: as in `rebased_attention`.
+        attention_mask (`torch.Tensor`, *optional*): [B, 1]; a row that is False keeps its state.
+
+    Returns:
+        `torch.Tensor`: [B, 1, H_q, D] in q's dtype.
+    """
+    coefficients = tuple(float(c) for c in coefficients)
+    _check_tensors(q, k, v, coefficients)
+    _check(q.shape[1] == 1, f"`q` must hold one token, but it holds {q.shape[1]}.")
+    features = num_features(q.shape[3], coefficients)
+    _check_state(state, "state", (q.shape[0], k.shape[2], features, v.shape[3] + 1))
+    decode = triton_rebased_decode if choose_backend(backend, q, k, v) == "triton" else eager_rebased_decode
+    return decode(
+        q,
+        k,
+        v,
+        state,
+        coefficients=coefficients,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        eps=eps,
+        attention_mask=_check_mask(attention_mask, q.shape[0], 1),
+    )

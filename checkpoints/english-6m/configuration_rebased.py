@@ -1,0 +1,313 @@
+# Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
+"""ReBased model configuration."""
+
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+KERNEL_COEFFICIENTS = {"rebased": (0.0, 0.0, 1.0), "based": (1.0, 1.0, 0.5)}
+LAYER_TYPES = ("conv", "linear_attention", "sliding_attention", "full_attention", "hybrid_sliding")
+LINEAR_LAYER_TYPES = ("linear_attention", "hybrid_sliding")
+SOFTMAX_LAYER_TYPES = ("sliding_attention", "full_attention", "hybrid_sliding")
+
+
+@strict
+class ReBasedConfig(PreTrainedConfig):
+    r"""
+    Configuration of a ReBased model (Aksenov et al., "Linear Transformers with Learnable Kernel Functions are Better
+    In-Context Models", ACL 2024). The paper's models, Based, hybrids with softmax layers and the softmax baseline are
+    all configurations of the one model class.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000):
+            Number of tokens.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Size of the residual stream.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of layers.
+        layer_types (`list[str]`, *optional*):
+            The sequence mixer of each layer: "conv" (the gated short convolution BaseConv), "linear_attention"
+            (ReBased or Based), "sliding_attention" (softmax over a window), "full_attention" (softmax), or
+            "hybrid_sliding" (ReBased and a softmax window in one layer). Defaults to alternating "conv" and
+            "linear_attention", as in the paper.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of query heads.
+        num_key_value_heads (`int`, *optional*, defaults to `num_attention_heads`):
+            Number of key and value heads; divides `num_attention_heads`.
+        feature_dim (`int`, *optional*, defaults to 16):
+            Size F of a query or key of the linear layers, per head. Their state has F(F+1)/2 rows for ReBased.
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
+            Size of a value, per head, and of the queries and keys of softmax layers. `head_dim *
+            num_attention_heads` need not be `hidden_size`.
+        kernel (`str`, *optional*, defaults to `"rebased"`):
+            "rebased" (w = s^2) or "based" (w = 1 + s + s^2/2).
+        kernel_coefficients (`list[float]`, *optional*):
+            (c0, c1, c2) of w = c0 + c1 s + c2 s^2 instead of those of `kernel`. The polynomial must never be
+            negative: c2 >= 0 and c1^2 <= 4 c0 c2.
+        normalize (`bool`, *optional*, defaults to `True` for "rebased", `False` for "based"):
+            Bring queries and keys to zero mean and unit variance.
+        use_gamma (`bool`, *optional*, defaults to `True` for "rebased", `False` for "based"):
+            Multiply them by a learnt gamma.
+        use_beta (`bool`, *optional*, defaults to `True` for "rebased", `False` for "based"):
+            Add a learnt beta.
+        qk_norm_scope (`str`, *optional*, defaults to `"all_heads"`):
+            What one normalisation spans: "all_heads" (a vector of heads * feature_dim, as the authors) or "head" (one
+            head, its parameters shared by all heads, as flash-linear-attention).
+        qk_norm_shared (`bool`, *optional*, defaults to `False`):
+            Whether queries and keys share gamma and beta.
+        qk_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Added to the variance.
+        attention_eps (`float`, *optional*, defaults to 1e-12):
+            Added to the normaliser of the linear attention. 1e-12 in the authors' code, 1e-5 in
+            flash-linear-attention.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether the query, key and value projections have biases.
+        conv_kernel_size (`int`, *optional*, defaults to 3):
+            Tokens that the convolution of "conv" layers sees, its own included.
+        mlp_type (`str`, *optional*, defaults to `"gelu"`):
+            "gelu" (two linear maps with `hidden_act` between), "swiglu" (gated) or "none": the identity, so that the
+            second half of a layer is x + norm(x), as in the authors' MQAR runs.
+        intermediate_size (`int`, *optional*):
+            Width of the MLP. Defaults to 4 * hidden_size for "gelu" and 8/3 of it, rounded up to a multiple of 64, for
+            "swiglu".
+        hidden_act (`str`, *optional*, defaults to `"gelu"` or, for "swiglu", `"silu"`):
+            Activation of the MLP.
+        mlp_bias (`bool`, *optional*, defaults to `True` for "gelu", `False` for "swiglu"):
+            Whether the MLP's linear maps have biases.
+        norm_type (`str`, *optional*, defaults to `"layernorm"`):
+            "layernorm" or "rmsnorm", for the norms of the residual stream.
+        norm_eps (`float`, *optional*, defaults to 1e-5):
+            Their epsilon.
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            Longest sequence that learned positions can number; for all others the length trained on.
+        position_embedding_type (`str`, *optional*, defaults to `"none"`):
+            "none", "learned" (added to the word embedding) or "rope" (rotary, in softmax layers).
+        rope_parameters (`dict`, *optional*):
+            transformers' rotary parameters; `rope_theta` defaults to 10000.
+        rope_linear_attention (`bool`, *optional*, defaults to `False`):
+            With "rope", rotate the queries and keys of the linear layers too, after their normalisation.
+        sliding_window (`int`, *optional*, defaults to 64):
+            Tokens that "sliding_attention" and the window of "hybrid_sliding" see, their own included.
+        embedding_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout after the embedding.
+        residual_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of each mixer's and MLP's output.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights; those of `mlp.down_proj` are divided by
+            sqrt(2 * num_hidden_layers), as by the authors.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the output layer is the word embedding.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether to return the cache for generation.
+        kernel_backend (`str`, *optional*, defaults to `"auto"`):
+            Implementation of the linear attention: "auto", "eager" or "triton". See `rebased_attention`.
+
+    ```python
+    >>> from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+
+    >>> configuration = ReBasedConfig(vocab_size=1000, hidden_size=96, num_hidden_layers=2)
+    >>> model = ReBasedForCausalLM(configuration)
+    >>> model.config.layer_types
+    ['conv', 'linear_attention']
+
+    ```
+    """
+
+    model_type = "rebased"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    layer_types: list[str] | None = None
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    feature_dim: int = 16
+    head_dim: int | None = None
+    kernel: Literal["rebased", "based"] = "rebased"
+    kernel_coefficients: list[int | float] | tuple[int | float, ...] | None = None
+    normalize: bool | None = None
+    use_gamma: bool | None = None
+    use_beta: bool | None = None
+    qk_norm_scope: Literal["all_heads", "head"] = "all_heads"
+    qk_norm_shared: bool = False
+    qk_norm_eps: float = 1e-5
+    attention_eps: float = 1e-12
+    attention_bias: bool = False
+    conv_kernel_size: int = 3
+    mlp_type: Literal["none", "gelu", "swiglu"] = "gelu"
+    intermediate_size: int | None = None
+    hidden_act: str | None = None
+    mlp_bias: bool | None = None
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    position_embedding_type: Literal["none", "learned", "rope"] = "none"
+    rope_parameters: RopeParameters | dict | None = None
+    rope_linear_attention: bool = False
+    sliding_window: int | None = 64
+    embedding_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    kernel_backend: Literal["auto", "eager", "triton"] = "auto"
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention" if i % 2 else "conv" for i in range(self.num_hidden_layers)]
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        for flag in ("normalize", "use_gamma", "use_beta"):
+            if getattr(self, flag) is None:
+                setattr(self, flag, self.kernel == "rebased")
+        if self.mlp_type != "none":
+            swiglu = self.mlp_type == "swiglu"
+            if self.intermediate_size is None:
+                self.intermediate_size = -(-self.hidden_size * 8 // 192) * 64 if swiglu else 4 * self.hidden_size
+            if self.hidden_act is None:
+                self.hidden_act = "silu" if swiglu else "gelu"
+            if self.mlp_bias is None:
+                self.mlp_bias = not swiglu
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+        super().__post_init__(**kwargs)
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        """Part of the library's initialisation: leaves `rope_parameters` alone where nothing is rotated."""
+        return super().convert_rope_params_to_dict(**kwargs) if self.position_embedding_type == "rope" else kwargs
+
+    def validate_rope(self):
+        """Part of `@strict`-powered validation. The library's checks are about softmax layers' `head_dim`."""
+        if self.position_embedding_type == "rope" and set(self.layer_types) & set(SOFTMAX_LAYER_TYPES):
+            super().validate_rope()
+
+    @property
+    def coefficients(self) -> tuple[float, float, float]:
+        """(c0, c1, c2) of the kernel."""
+        return tuple(float(c) for c in self.kernel_coefficients or KERNEL_COEFFICIENTS[self.kernel])
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Tensor-parallel plan: by heads, unless a layer needs all heads in one place (a norm across them)."""
+        whole = self.qk_norm_scope == "all_heads" and (self.normalize or self.use_gamma or self.use_beta)
+        column, row = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
+        if "hybrid_sliding" in self.layer_types:  # its gate holds a number for every head
+            column, row = "colwise_gather_output", "rowwise_split_input"
+        plan = {f"layers.*.self_attn.{name}_proj": column for name in ("q", "k", "v", "window_q", "window_k")}
+        return plan | {
+            "layers.*.self_attn.o_proj": row,
+            "layers.*.conv.proj": "colwise_gather_output",
+            "layers.*.mlp.gate_proj": "colwise",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        }
+
+    def validate_layer_type(self):
+        """Part of `@strict`-powered validation. The library's own, in 5.17, renames "conv" to "linear_attention"."""
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"`layer_types` must be of {LAYER_TYPES}, but holds {unknown}.")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must have one entry for each of `num_hidden_layers`={self.num_hidden_layers}, but has "
+                f"{len(self.layer_types)}."
+            )
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: refuses what cannot work, and names the fields at odds."""
+
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(message)
+
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "conv_kernel_size",
+            "max_position_embeddings",
+        ):
+            require(getattr(self, field) >= 1, f"`{field}` must be at least 1, but got {getattr(self, field)}.")
+        for field in ("qk_norm_eps", "attention_eps", "norm_eps"):
+            require(getattr(self, field) > 0, f"`{field}` must be positive, but got {getattr(self, field)}.")
+        for field in ("embedding_dropout", "residual_dropout"):
+            value = getattr(self, field)
+            require(0 <= value < 1, f"`{field}` must be at least 0 and less than 1, but got {value}.")
+        require(
+            self.initializer_range >= 0, f"`initializer_range` must not be negative, but got {self.initializer_range}."
+        )
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+            f"({self.num_key_value_heads}).",
+        )
+        require(
+            1 <= self.head_dim <= 256,
+            f"`head_dim` must be 1 to 256, but it is {self.head_dim} (`hidden_size`={self.hidden_size}, "
+            f"`num_attention_heads`={self.num_attention_heads}).",
+        )
+        require(1 <= self.feature_dim <= 128, f"`feature_dim` must be 1 to 128, but got {self.feature_dim}.")
+        if self.kernel_coefficients is not None:
+            c = tuple(self.kernel_coefficients)
+            require(
+                len(c) == 3 and any(c) and c[2] >= 0 and c[0] >= 0 and c[1] ** 2 <= 4 * c[0] * c[2],
+                "`kernel_coefficients` must be (c0, c1, c2) of a polynomial that is never negative and not zero: "
+                f"c0 >= 0, c2 >= 0 and c1^2 <= 4 c0 c2, but got {c}.",
+            )
+        require(
+            not (
+                self.qk_norm_shared
+                and self.qk_norm_scope == "all_heads"
+                and (self.use_gamma or self.use_beta)
+                and self.num_key_value_heads != self.num_attention_heads
+            ),
+            "`qk_norm_shared=True` with `qk_norm_scope='all_heads'` needs as many `num_key_value_heads` "
+            f"({self.num_key_value_heads}) as `num_attention_heads` ({self.num_attention_heads}): queries and keys "
+            "have different sizes.",
+        )
+        softmax = sorted(set(self.layer_types) & set(SOFTMAX_LAYER_TYPES))
+        windowed = [t for t in softmax if t != "full_attention"]
+        require(
+            not windowed or (self.sliding_window is not None and self.sliding_window >= 1),
+            f"`sliding_window` must be at least 1 where `layer_types` has {windowed}, but got {self.sliding_window}.",
+        )
+        rope = self.position_embedding_type == "rope"
+        require(
+            not (rope and softmax) or self.head_dim % 2 == 0,
+            f"`position_embedding_type='rope'` needs an even `head_dim` in softmax layers, but it is {self.head_dim}.",
+        )
+        require(
+            not rope
+            or (
+                {"rope_type", "rope_theta"} <= set(self.rope_parameters)
+                and self.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0
+            ),
+            "`rope_parameters` must be one flat set of parameters without a `partial_rotary_factor`, but they are "
+            f"{self.rope_parameters}.",
+        )
+        require(
+            rope or not self.rope_linear_attention,
+            "`rope_linear_attention=True` needs `position_embedding_type='rope'`, but that is "
+            f"{self.position_embedding_type!r}.",
+        )
+        require(
+            not self.rope_linear_attention or self.feature_dim % 2 == 0,
+            f"`rope_linear_attention=True` needs an even `feature_dim`, but it is {self.feature_dim}.",
+        )
+
+
+__all__ = ["ReBasedConfig"]

@@ -1,0 +1,365 @@
+# Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
+"""ReBased attention in plain PyTorch: any device, any autograd feature, O(T) time.
+
+The kernel is a polynomial of degree two in the scaled dot product (Aksenov et al., 2024, section 4):
+
+    s_ij = (q_i . k_j) * scale,   w_ij = c0 + c1 s_ij + c2 s_ij**2   for j <= i,
+    o_i = sum_j w_ij v_j / (sum_j w_ij + eps).
+
+`w` is an inner product of feature maps, so the sum over all earlier chunks is one matrix (the state) and only the
+tokens of the chunk at hand meet each other pairwise.
+"""
+
+import math
+
+import torch
+
+
+def num_features(feature_dim: int, coefficients: tuple[float, float, float]) -> int:
+    """Number of rows of the recurrent state.
+
+    Args:
+        feature_dim (`int`): F, the size of one head's query or key.
+        coefficients (`tuple[float, float, float]`): (c0, c1, c2) of the kernel.
+
+    Returns:
+        `int`: F(F+1)/2 if c2 != 0, plus F if c1 != 0, plus 1 if c0 != 0.
+    """
+    return sum(_block_sizes(feature_dim, coefficients))
+
+
+def _block_sizes(feature_dim: int, coefficients: tuple[float, float, float]) -> list[int]:
+    """Rows of each block of the state that is present: quadratic, linear, constant."""
+    sizes = (feature_dim * (feature_dim + 1) // 2, feature_dim, 1)
+    return [size for size, c in zip(sizes, reversed(coefficients)) if c]
+
+
+def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
+    """The features phi(x) whose inner products make up the kernel, in the layout of the recurrent state.
+
+    In this order: `x_a * x_a` for every a; `sqrt(2) * x_a * x_b` for a < b, lexicographically (both only if c2 != 0);
+    `x_a` for every a (only if c1 != 0); 1 (only if c0 != 0). Neither scale nor coefficients enter here: the query side
+    carries them.
+
+    Args:
+        x (`torch.Tensor`): [..., F], float32 or float64.
+        coefficients (`tuple[float, float, float]`): (c0, c1, c2); only whether each is zero matters.
+
+    Returns:
+        `torch.Tensor`: [..., num_features(F, coefficients)].
+    """
+    c0, c1, c2 = coefficients
+    size = x.shape[-1]
+    features = []
+    if c2:
+        # Selecting columns by a 0/1 matrix is exact, and unlike a gather its backward pass is a matmul too: fast
+        # and deterministic.
+        diagonal = torch.arange(size, device=x.device)
+        row, column = torch.triu_indices(size, size, 1, device=x.device)
+        identity = torch.eye(size, dtype=x.dtype, device=x.device)
+        left = torch.cat([diagonal, row])
+        right = torch.cat([diagonal, column])
+        weight = torch.cat([x.new_ones(size), x.new_full((row.shape[0],), math.sqrt(2))])
+        features.append((x @ identity[:, left]) * (x @ (identity[:, right] * weight)))
+    if c1:
+        features.append(x)
+    if c0:
+        features.append(torch.ones_like(x[..., :1]))
+    return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+
+
+def _query_features(
+    q: torch.Tensor, coefficients: tuple[float, float, float], weights: tuple[torch.Tensor | float, ...]
+) -> torch.Tensor:
+    """phi(q) times the kernel's coefficients. `weights` (c0, c1, c2) may vary by query: tensors [..., 1]."""
+    features = feature_map(q, coefficients)
+    present = [w for c, w in zip(reversed(coefficients), reversed(weights)) if c]
+    blocks = features.split(_block_sizes(q.shape[-1], coefficients), dim=-1)
+    return torch.cat([block * weight for block, weight in zip(blocks, present)], dim=-1)
+
+
+def _power_of_two_below(x: torch.Tensor) -> torch.Tensor:
+    """The largest power of two <= x, elementwise, for normal float32 or float64 x > 0: the mantissa's bits cleared."""
+    if x.dtype == torch.float64:
+        return (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def naive_rebased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0),
+    scale: float | None = None,
+    eps: float = 1e-12,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The definition, quadratic in T, a line a formula: the oracle for every other implementation.
+
+    Args:
+        q (`torch.Tensor`): [B, T, H_q, F].
+        k (`torch.Tensor`): [B, T, H_kv, F].
+        v (`torch.Tensor`): [B, T, H_kv, D].
+        coefficients, scale, eps, attention_mask: as in `rebased_attention`.
+
+    Returns:
+        `torch.Tensor`: [B, T, H_q, D] in q's dtype, computed in q's dtype.
+    """
+    c0, c1, c2 = coefficients
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    s = torch.einsum("bihf,bjhf->bhij", q, k) * scale
+    w = (c0 + c1 * s + c2 * s**2).tril()
+    if attention_mask is not None:
+        w = w * attention_mask[:, None, None, :].to(w.dtype)
+    return torch.einsum("bhij,bjhd->bihd", w, v) / (w.sum(-1).transpose(1, 2)[..., None] + eps)
+
+
+def _chunk_size(length: int, features: int) -> int:
+    """Tokens that meet pairwise. The pairs cost O(chunk), the state O(features / chunk) a token."""
+    chunk = 64
+    while chunk < features // 8:
+        chunk *= 2
+    return length if length <= 4 * chunk else chunk
+
+
+def eager_rebased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
+    attention_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Chunked ReBased attention. Arguments are those of `rebased_attention`, already checked, and:
+
+    Args:
+        segment_ids (`torch.Tensor`, *optional*): [B, T] int64, never decreasing along T. Tokens attend only within
+            their segment. Excludes `initial_state` and `output_final_state`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: output [B, T, H_q, D] in q's dtype and, if asked for, the state
+        [B, H_kv, n_features, D + 1] after the last token in the computation's dtype.
+    """
+    # A mixed-precision region must not turn the fp32 sums into bf16 ones.
+    with torch.autocast(q.device.type, enabled=False):
+        return _chunked(
+            q, k, v, coefficients, scale, eps, attention_mask, segment_ids, initial_state, output_final_state
+        )
+
+
+def _chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`eager_rebased_attention`, a block of chunks at a time: what is larger than an input exists for one block."""
+    batch, length, q_heads, feature_dim = q.shape
+    kv_heads, head_dim = k.shape[2], v.shape[3]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    features = num_features(feature_dim, coefficients)
+
+    chunk = _chunk_size(length, features)
+    with_state = initial_state is not None or output_final_state or length > chunk
+    # Chunks that are worked on at once: enough to keep the device busy, few enough to keep memory small.
+    block = length
+    if with_state:
+        block = chunk * max(1, min(64, 2**26 // (batch * q_heads * chunk * features)))
+
+    # s**2 of large but finite inputs can exceed the dtype's range although o does not. Multiplying w and eps by the
+    # same r**2 > 0 leaves o as it is, so r, a power of two for exactness, brings |r s| to at most 1. It is the
+    # product of a factor of each query row (in the block) and this one of each head's keys.
+    with torch.no_grad():
+        key_max = torch.maximum(k.amax((1, 3)), -k.amin((1, 3))).to(dtype)[..., None, None]  # [B, H_kv, 1, 1]
+        key_factor = _power_of_two_below(1.0 / key_max.clamp_min(1.0))
+    # The same change of units for the rows of the state: the keys' factor to the power of the row's degree.
+    degrees = [degree for degree, c in zip((2, 1, 0), reversed(coefficients)) if c]
+    state_factor = torch.cat(
+        [
+            (key_factor**degree).expand(-1, -1, size, -1)
+            for degree, size in zip(degrees, _block_sizes(feature_dim, coefficients))
+        ],
+        dim=2,
+    )  # [B, H_kv, features, 1]
+
+    state = None
+    if initial_state is not None:
+        state = initial_state.to(dtype) * state_factor
+    elif with_state:
+        state = torch.zeros(batch, kv_heads, features, head_dim + 1, dtype=dtype, device=q.device)
+    last_segment = segment_ids[:, :1] if segment_ids is not None else None
+
+    # Without gradients each block writes its part of the output; a graph of such writes would cost O(T) a block.
+    output = None if torch.is_grad_enabled() else q.new_empty(batch, length, q_heads, head_dim)
+    outputs = []
+    for start in range(0, length, block):
+        part = slice(start, min(start + block, length))
+        out, state = _block(
+            q[:, part],
+            k[:, part],
+            v[:, part],
+            coefficients,
+            scale,
+            eps,
+            key_factor,
+            attention_mask[:, part] if attention_mask is not None else None,
+            segment_ids[:, part] if segment_ids is not None else None,
+            last_segment,
+            state,
+            chunk,
+        )
+        if segment_ids is not None:
+            last_segment = segment_ids[:, part][:, -1:]
+        if output is None:
+            outputs.append(out.to(q.dtype))
+        else:
+            output[:, part] = out
+    if output is None:
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return output, state / state_factor if output_final_state else None
+
+
+def _block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
+    key_factor: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    last_segment: torch.Tensor | None,
+    state: torch.Tensor | None,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """N chunks of C tokens at once.
+
+    q [B, T, H_q, F], k [B, T, H_kv, F], v [B, T, H_kv, D], where T is at most N * C; `key_factor` [B, H_kv, 1, 1];
+    `state` [B, H_kv, features, D + 1] before the block, in units of the factor, `None` if nothing comes before or
+    after; `last_segment` [B, 1], the segment that the state belongs to. Returns [B, T, H_q, D] and the state after.
+    """
+    batch, length, q_heads, feature_dim = q.shape
+    kv_heads, head_dim = k.shape[2], v.shape[3]
+    groups = q_heads // kv_heads
+    dtype = key_factor.dtype
+    c0, c1, c2 = coefficients
+    n_chunks = -(-length // chunk)
+    padding = n_chunks * chunk - length
+
+    def chunks(x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H, *] -> [B, H, N, C, *], zeros after the end."""
+        if padding:
+            x = torch.cat([x, x.new_zeros(batch, padding, *x.shape[2:])], dim=1)
+        return x.transpose(1, 2).unflatten(2, (n_chunks, chunk))
+
+    # The query heads of one key-value head stand beside each other, as more rows: [B, H_kv, N, C * G, F].
+    q_c = chunks((q.to(dtype) * scale).unflatten(2, (kv_heads, groups))).flatten(3, 4)
+    k_c = chunks(k.to(dtype)) * key_factor[:, :, None]  # [B, H_kv, N, C, F]
+    # The column of ones becomes the normaliser, and a dropped key is a row of zeros in both.
+    values = torch.cat([v.to(dtype), torch.ones_like(v[..., :1], dtype=dtype)], dim=-1)
+    if attention_mask is not None:
+        values = values * attention_mask[:, :, None, None].to(dtype)
+    v_c = chunks(values)  # [B, H_kv, N, C, D + 1]
+
+    with torch.no_grad():
+        query_max = q_c.abs().amax(-1, keepdim=True) * feature_dim  # [B, H_kv, N, C * G, 1]
+        query_factor = _power_of_two_below(1.0 / query_max.clamp_min(1.0))
+        factor = query_factor * key_factor[:, :, None]
+        weights = (c0 * factor**2, c1 * factor, c2)
+        row_eps = (eps * factor**2).clamp_min(torch.finfo(dtype).tiny)
+    q_c = q_c * query_factor
+
+    # Within a chunk, pairwise: [B, H_kv, N, C * G, C].
+    s = q_c @ k_c.transpose(-1, -2)
+    w = c2 * s.square()
+    if c1:
+        w = w + weights[1] * s
+    if c0:
+        w = w + weights[0]
+    allowed = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    if segment_ids is not None:
+        if padding:
+            segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, padding)], dim=1)
+        segments = segment_ids.unflatten(1, (n_chunks, chunk))  # [B, N, C]
+        allowed = (allowed & (segments[:, :, :, None] == segments[:, :, None, :]))[:, None]  # [B, 1, N, C, C]
+    w = w * allowed.repeat_interleave(groups, dim=-2).to(dtype)
+    out = w @ v_c  # [B, H_kv, N, C * G, D + 1]
+
+    if state is not None:
+        # Across chunks: the state before each chunk is the sum of what the chunks before it add. The sum over chunks
+        # is a product with a triangle of ones; the carried state counts as chunk number -1.
+        adds = v_c
+        before = torch.ones(n_chunks + 1, n_chunks + 1, dtype=dtype, device=q.device).tril()
+        if segment_ids is not None:
+            last = segments[:, :, -1]  # [B, N]
+            adds = v_c * (segments == last[..., None])[:, None, ..., None].to(dtype)
+            last = torch.cat([last_segment, last], dim=1)
+            before = (before * (last[:, :, None] == last[:, None, :]).to(dtype))[:, None]  # [B, 1, N + 1, N + 1]
+        update = feature_map(k_c, coefficients).transpose(-1, -2) @ adds  # [B, H_kv, N, features, D + 1]
+        states = before @ torch.cat([state[:, :, None], update], dim=2).flatten(3)
+        states = states.unflatten(3, update.shape[3:])
+        from_state = _query_features(q_c, coefficients, weights) @ states[:, :, :-1]
+        if segment_ids is not None:
+            reached = (segments == last[:, :-1, None])[:, None, ..., None]  # [B, 1, N, C, 1]
+            from_state = from_state * reached.repeat_interleave(groups, dim=-2).to(dtype)
+        out = out + from_state
+        state = states[:, :, -1]
+
+    out = out[..., :-1] / (out[..., -1:] + row_eps)
+    out = out.flatten(2, 3).unflatten(2, (n_chunks * chunk, groups))[:, :, :length]  # [B, H_kv, T, G, D]
+    return out.transpose(1, 2).reshape(batch, length, q_heads, head_dim), state
+
+
+def eager_rebased_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token: the query reads the state and the token itself, then `state += phi(k) [v, 1]^T` in place.
+
+    Args:
+        q (`torch.Tensor`): [B, 1, H_q, F].
+        k (`torch.Tensor`): [B, 1, H_kv, F].
+        v (`torch.Tensor`): [B, 1, H_kv, D].
+        state (`torch.Tensor`): fp32 [B, H_kv, n_features, D + 1]; changed in place.
+        coefficients, scale, eps, attention_mask: as in `rebased_attention`.
+
+    Returns:
+        `torch.Tensor`: [B, 1, H_q, D] in q's dtype.
+    """
+    kv_heads = k.shape[2]
+    with torch.autocast(q.device.type, enabled=False):
+        values = torch.cat([v[:, 0].to(state.dtype), torch.ones_like(v[:, 0, :, :1], dtype=state.dtype)], dim=-1)
+        if attention_mask is not None:
+            values = values * attention_mask[:, -1, None, None].to(state.dtype)
+        keys = k[:, 0].to(state.dtype)  # [B, H_kv, F]
+        queries = q[:, 0].to(state.dtype).unflatten(1, (kv_heads, -1)) * scale  # [B, H_kv, G, F]
+        # The token's own weight by its formula: as a sum of products of features it is less exact where it is small.
+        s = queries @ keys[..., None]  # [B, H_kv, G, 1]
+        c0, c1, c2 = coefficients
+        out = _query_features(queries, coefficients, coefficients) @ state  # [B, H_kv, G, D + 1]
+        out = out + (c0 + c1 * s + c2 * s.square()) * values[:, :, None, :]
+        state += feature_map(keys, coefficients)[..., None] * values[:, :, None, :]
+        out = out[..., :-1] / (out[..., -1:] + eps)
+    return out.flatten(1, 2)[:, None].to(q.dtype)

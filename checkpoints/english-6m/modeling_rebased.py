@@ -1,0 +1,973 @@
+# Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
+"""PyTorch ReBased model.
+
+From the bottom up: normalisation of queries and keys, the sequence mixers (BaseConv, ReBased, softmax, both in one),
+the MLP, the layer, the model and its heads. Shapes: B batch, T tokens, H heads, F feature_dim, D head_dim.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_rebased import rebased_attention, rebased_attention_decode, segment_ids_of
+from .cache_rebased import check_cache, let_cache_tell_its_length, previous_state, tokens_seen
+from .configuration_rebased import ReBasedConfig
+
+
+class ReBasedRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def build_norm(config: ReBasedConfig) -> nn.Module:
+    """The norm of the residual stream."""
+    norm = nn.LayerNorm if config.norm_type == "layernorm" else ReBasedRMSNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+class ReBasedQKNorm(nn.Module):
+    """The learnable part of the kernel (paper, section 4.2): gamma * (x - mean) / std + beta, each step optional.
+
+    With all three it is LayerNorm; with none the identity, which leaves the plain x^2 kernel. Gamma and beta move the
+    minimum of (q.k)^2, so that a token can be ignored.
+    """
+
+    def __init__(self, size: int, config: ReBasedConfig):
+        super().__init__()
+        self.size = size
+        self.normalize = config.normalize
+        self.eps = config.qk_norm_eps
+        self.weight = nn.Parameter(torch.ones(size)) if config.use_gamma else None
+        self.bias = nn.Parameter(torch.zeros(size)) if config.use_beta else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]"""
+        if self.normalize:
+            return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+        if self.weight is not None:
+            x = x * self.weight
+        if self.bias is not None:
+            x = x + self.bias
+        return x
+
+    def extra_repr(self) -> str:
+        gamma, beta = self.weight is not None, self.bias is not None
+        return f"{self.size}, normalize={self.normalize}, gamma={gamma}, beta={beta}"
+
+
+class ReBasedRotaryEmbedding(nn.Module):
+    def __init__(self, config: ReBasedConfig, dim: int):
+        super().__init__()
+        self.config = config
+        self.dim = dim
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        if self.rope_type == "default":
+            inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
+        elif dim == config.head_dim:
+            inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config)
+        else:
+            raise ValueError(
+                f"`rope_linear_attention=True` with `rope_parameters` of type {self.rope_type!r} needs `feature_dim` "
+                f"({dim}) to be `head_dim` ({config.head_dim}); only the 'default' type serves two sizes."
+            )
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def compute_default_rope_parameters(self, config: ReBasedConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        exponent = torch.arange(0, self.dim, 2, dtype=torch.float) / self.dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+class ReBasedShortConv(nn.Module):
+    """BaseConv (Arora et al., 2023), the gated short convolution that alternates with ReBased in the paper.
+
+    y = conv(u) * (W u + b) + u with a depthwise causal convolution: the residual is the mixer's own, on top of the
+    layer's.
+    """
+
+    def __init__(self, config: ReBasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.kernel_size = config.conv_kernel_size
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.conv = nn.Conv1d(
+            config.hidden_size, config.hidden_size, self.kernel_size, groups=config.hidden_size, bias=True
+        )
+
+    @force_accelerate_hooks("conv")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        segment_ids: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): [B, T, hidden_size].
+            attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding, which may stand anywhere: the
+                convolution passes over it.
+            past_key_values (`Cache`, *optional*): holds the last `kernel_size` inputs, [B, hidden_size, kernel_size].
+            segment_ids (`torch.Tensor`, *optional*): [B, T], the number of each token's packed sequence.
+            counts (`torch.Tensor`, *optional*): int64 [B, 2, 1], what the cache shall count after these tokens.
+
+        Returns:
+            `torch.Tensor`: [B, T, hidden_size].
+        """
+        x = hidden_states.transpose(1, 2)  # [B, hidden, T]
+        if segment_ids is not None:
+            out = self._packed_conv(x, segment_ids)
+        else:
+            length = x.shape[2]
+            state, _ = previous_state(past_key_values, self.layer_idx)
+            if state is None:
+                state = x.new_zeros(*x.shape[:2], self.kernel_size)
+            state = state.to(x.dtype)
+            if attention_mask is not None:
+                # Bring each row's real tokens together at its start, and remember where each went.
+                kept = attention_mask.bool()
+                order = kept.logical_not().long().argsort(dim=1, stable=True)[:, None].expand_as(x)
+                x = x.gather(2, order)
+            window = torch.cat([state, x], dim=2)
+            out = F.conv1d(window[..., 1:], self.conv.weight, self.conv.bias, groups=x.shape[1])
+            if past_key_values is not None:
+                if attention_mask is None:
+                    state = window[..., -self.kernel_size :]
+                else:
+                    last = kept.sum(1)[:, None] + torch.arange(self.kernel_size, device=x.device)
+                    state = window.gather(2, last[:, None].expand(-1, x.shape[1], -1))
+                past_key_values.update_conv_state(state, self.layer_idx)
+                past_key_values.update_recurrent_state(counts, self.layer_idx)
+            if attention_mask is not None:
+                position = (kept.long().cumsum(1) - 1).clamp_min(0)
+                out = out.gather(2, position[:, None].expand(-1, out.shape[1], length))
+        return out.transpose(1, 2) * self.proj(hidden_states) + hidden_states
+
+    def _packed_conv(self, x: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+        """The convolution tap by tap, so that no tap reaches into the sequence before: [B, hidden, T]."""
+        length = x.shape[2]
+        weight = self.conv.weight[:, 0]  # [hidden, kernel_size]
+        out = weight[:, -1:] * x + self.conv.bias[:, None]
+        for distance in range(1, min(self.kernel_size, length)):
+            same = (segment_ids[:, distance:] == segment_ids[:, :-distance])[:, None].to(x.dtype)
+            tap = weight[:, -1 - distance, None] * x[..., :-distance] * same
+            out = out + F.pad(tap, (distance, 0))
+        return out
+
+
+class ReBasedLinearAttention(nn.Module):
+    """Linear attention with the configured kernel: ReBased's (q.k)^2 of learnt normalisation, or Based's."""
+
+    def __init__(self, config: ReBasedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.feature_dim = config.feature_dim
+        self.head_dim = config.head_dim
+        self.coefficients = config.coefficients
+        self.eps = config.attention_eps
+        self.backend = config.kernel_backend
+        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.feature_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.feature_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        self.norm_by_head = config.qk_norm_scope == "head"
+        self.q_norm = ReBasedQKNorm(self.feature_dim if self.norm_by_head else heads * self.feature_dim, config)
+        self.k_norm = None
+        if not config.qk_norm_shared:
+            self.k_norm = ReBasedQKNorm(self.feature_dim if self.norm_by_head else kv_heads * self.feature_dim, config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        linear_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): [B, T, hidden_size].
+            attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding.
+            past_key_values (`Cache`, *optional*): holds the state, float32 [B, H_kv, n_features, D + 1].
+            linear_position_embeddings (`tuple[torch.Tensor, torch.Tensor]`, *optional*): cos and sin, [B, T, F].
+            cu_seqlens, segment_ids (`torch.Tensor`, *optional*): [N + 1], bounds of packed sequences, and [B, T], the
+                number of each token's.
+            counts (`torch.Tensor`, *optional*): int64 [B, 2, 1], what the cache shall count after these tokens.
+
+        Returns:
+            `tuple[torch.Tensor, None]`: [B, T, hidden_size], and no attention weights.
+        """
+        values = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        output = self.attend(
+            hidden_states,
+            values,
+            attention_mask,
+            past_key_values,
+            linear_position_embeddings,
+            cu_seqlens,
+            segment_ids,
+            counts,
+        )
+        return self.o_proj(output.flatten(-2)), None
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        cu_seqlens: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        counts: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[B, T, hidden_size] and values [B, T, H_kv, D] -> [B, T, H, D]"""
+        q_norm, k_norm = self.q_norm, self.k_norm if self.k_norm is not None else self.q_norm
+        split = (-1, self.feature_dim)
+        if self.norm_by_head:
+            q = q_norm(self.q_proj(hidden_states).unflatten(-1, split))
+            k = k_norm(self.k_proj(hidden_states).unflatten(-1, split))
+        else:
+            q = q_norm(self.q_proj(hidden_states)).unflatten(-1, split)
+            k = k_norm(self.k_proj(hidden_states)).unflatten(-1, split)
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        # Under autocast the norms are in float32 and the projections not.
+        q, k = q.to(values.dtype), k.to(values.dtype)
+
+        options = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
+        _, state = previous_state(past_key_values, self.layer_idx)
+        training = torch.is_grad_enabled() and (q.requires_grad or values.requires_grad)
+        if state is not None and q.shape[1] == 1 and not training:
+            output = rebased_attention_decode(q, k, values, state, attention_mask=attention_mask, **options)
+        else:
+            output, state = rebased_attention(
+                q,
+                k,
+                values,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                segment_ids=segment_ids if cu_seqlens is None else None,
+                initial_state=state,
+                output_final_state=past_key_values is not None,
+                **options,
+            )
+            if past_key_values is not None:
+                past_key_values.update_recurrent_state(state, self.layer_idx)
+        if past_key_values is not None:
+            past_key_values.update_conv_state(counts, self.layer_idx)
+        return output
+
+
+def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """[B, H_kv, T, D] -> [B, H_kv * n_rep, T, D], each head n_rep times in a row"""
+    return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def softmax_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """query [B, T, H * D], key [B, T, H_kv * D], values [B, T, H_kv, D] -> [B, T, H, D] and the weights, if any."""
+    query = query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    key = key.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    values = values.transpose(1, 2)
+    if position_embeddings is not None:
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    if past_key_values is not None:
+        key, values = past_key_values.update(key, values, module.layer_idx)
+    attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    return attention_interface(
+        module,
+        query,
+        key,
+        values,
+        attention_mask,
+        dropout=0.0,
+        scaling=module.head_dim**-0.5,
+        sliding_window=module.sliding_window,
+        **kwargs,
+    )
+
+
+class ReBasedSoftmaxAttention(nn.Module):
+    """Softmax attention, over all tokens or over a window."""
+
+    is_causal = True
+
+    def __init__(self, config: ReBasedConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, hidden_size] -> [B, T, hidden_size] and the attention weights, where the implementation has them."""
+        output, weights = softmax_attention(
+            self,
+            self.q_proj(hidden_states),
+            self.k_proj(hidden_states),
+            self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)),
+            attention_mask,
+            past_key_values,
+            position_embeddings,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(-2)), weights
+
+
+class ReBasedHybridAttention(ReBasedLinearAttention):
+    """ReBased over the whole past and softmax over a window, of the same values, mixed head by head.
+
+    o = sigmoid(gate) * o_rebased + (1 - sigmoid(gate)) * o_window, with a learnt gate for every head that starts at 0.
+    """
+
+    is_causal = True
+
+    def __init__(self, config: ReBasedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.config = config
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.sliding_window = config.sliding_window
+        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.window_q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
+        self.window_k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.gate = nn.Parameter(torch.zeros(heads))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        linear_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        window_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in the two parents of the idea; `attention_mask` is the linear part's, `window_mask` the softmax's."""
+        values = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        linear = self.attend(
+            hidden_states,
+            values,
+            attention_mask,
+            past_key_values,
+            linear_position_embeddings,
+            cu_seqlens,
+            segment_ids,
+            counts,
+        )
+        window, weights = softmax_attention(
+            self,
+            self.window_q_proj(hidden_states),
+            self.window_k_proj(hidden_states),
+            values,
+            window_mask,
+            past_key_values,
+            position_embeddings,
+            **kwargs,
+        )
+        output = torch.lerp(window, linear, self.gate.sigmoid()[:, None].to(linear.dtype))
+        return self.o_proj(output.flatten(-2)), weights
+
+
+class ReBasedMLP(nn.Module):
+    def __init__(self, config: ReBasedConfig):
+        super().__init__()
+        hidden_size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if config.mlp_type == "swiglu" else None
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        # Read by _init_weights. The library does not hand it custom modules without parameters of their own, such as
+        # this one.
+        self.down_proj.scaled_by_depth = True
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, hidden_size] -> [B, T, hidden_size]"""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+ATTENTION_CLASSES = {
+    "linear_attention": ReBasedLinearAttention,
+    "sliding_attention": ReBasedSoftmaxAttention,
+    "full_attention": ReBasedSoftmaxAttention,
+    "hybrid_sliding": ReBasedHybridAttention,
+}
+
+
+class ReBasedDecoderLayer(GradientCheckpointingLayer):
+    """x = x + mixer(norm(x)); x = x + mlp(norm(x)). With mlp_type "none" the latter is x + norm(x)."""
+
+    def __init__(self, config: ReBasedConfig, layer_idx: int):
+        super().__init__()
+        self.is_conv = config.layer_types[layer_idx] == "conv"
+        if self.is_conv:
+            self.conv = ReBasedShortConv(config, layer_idx)
+        else:
+            self.self_attn = ATTENTION_CLASSES[config.layer_types[layer_idx]](config, layer_idx)
+        self.mlp = nn.Identity() if config.mlp_type == "none" else ReBasedMLP(config)
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
+        self.residual_dropout = config.residual_dropout
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """[B, T, hidden_size] -> [B, T, hidden_size]"""
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        if self.is_conv:
+            hidden_states = self.conv(
+                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        else:
+            hidden_states, _ = self.self_attn(
+                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        hidden_states = residual + F.dropout(hidden_states, self.residual_dropout, self.training)
+
+        residual = hidden_states
+        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
+        return residual + F.dropout(hidden_states, self.residual_dropout, self.training)
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_rebased.ReBasedConfig",
+    "AutoModel": "modeling_rebased.ReBasedModel",
+    "AutoModelForCausalLM": "modeling_rebased.ReBasedForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_rebased.ReBasedForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_rebased.ReBasedForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_rebased.ReBasedForQuestionAnswering",
+}
+
+
+class ReBasedPreTrainedModel(PreTrainedModel):
+    config: ReBasedConfig
+    config_class = ReBasedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReBasedDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {
+        "hidden_states": ReBasedDecoderLayer,
+        "attentions": [ReBasedSoftmaxAttention, ReBasedHybridAttention],
+    }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As the library's. The code beside the weights has every head, so every Auto class shall find its own.
+
+        By itself the library names only the class that is saved.
+        """
+        if self.is_remote_code():
+            self.config.auto_map = AUTO_MAP | (getattr(self.config, "auto_map", None) or {})
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d):
+            # torch's own initialisation, as in the authors' code: the library's is for wide kernels.
+            bound = 1 / math.sqrt(module.kernel_size[0])
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Linear) and getattr(module, "scaled_by_depth", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, ReBasedQKNorm):
+            if module.weight is not None:
+                init.ones_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ReBasedHybridAttention):
+            init.zeros_(module.gate)
+        elif isinstance(module, ReBasedRotaryEmbedding):
+            init_fn = module.compute_default_rope_parameters
+            if module.rope_type != "default":
+                init_fn = ROPE_INIT_FUNCTIONS[module.rope_type]
+            inv_freq, _ = init_fn(module.config)
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: ReBasedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor | None]:
+        """The masks of the kinds of layer this model has; `generate` calls it too, ahead of a compiled forward.
+
+        Returns:
+            `dict[str, torch.Tensor | None]`: "linear_attention" [B, T], for all recurrent layers;
+            "full_attention" and "sliding_attention", as the attention implementation takes them. `None` masks nothing.
+        """
+        types = set(config.layer_types)
+        masks = {}
+        if types - {"full_attention", "sliding_attention"}:
+            masks["linear_attention"] = local_padding_mask(attention_mask, inputs_embeds.shape[1])
+        for name, build in (
+            ("full_attention", create_causal_mask),
+            ("sliding_attention", create_sliding_window_causal_mask),
+        ):
+            users = [name, "hybrid_sliding"] if name == "sliding_attention" else [name]
+            layer_idx = next((i for i, layer_type in enumerate(config.layer_types) if layer_type in users), None)
+            if layer_idx is not None:
+                # The library sizes a mask by the first layer of the cache that looks right to it. Among layers that
+                # have no length that can be a wrong one, so it sees only a layer that the mask is for.
+                cache = Cache(layers=[past_key_values.layers[layer_idx]]) if past_key_values is not None else None
+                masks[name] = build(
+                    config=config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    position_ids=position_ids,
+                )
+        return masks
+
+
+def local_padding_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The last `length` columns of a padding mask [B, seen + length]; `None` where nothing is padding.
+
+    Unlike the library's `create_recurrent_attention_mask` it keeps the mask of a single token: a prompt may be fed one
+    token at a time, and what is padding must not enter the state.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(
+            "`attention_mask` must be [batch, tokens], as long as the cached and the new tokens together, for a model "
+            f"with recurrent layers, but its shape is {tuple(attention_mask.shape)} for {length} new tokens."
+        )
+    mask = attention_mask[:, -length:]
+    # Asking whether anything is masked makes a GPU's host wait: once a prompt, not once a token.
+    if not is_tracing(mask) and (length > 1 or mask.device.type == "cpu") and torch.all(mask != 0):
+        return None
+    return mask.contiguous()
+
+
+class ReBasedModel(ReBasedPreTrainedModel):
+    """The decoder: token ids to the last hidden states.
+
+    Args:
+        config (`ReBasedConfig`): see there.
+    """
+
+    def __init__(self, config: ReBasedConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self._is_stateful = not set(config.layer_types) <= {"full_attention", "sliding_attention"}
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_positions = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList([ReBasedDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = build_norm(config)
+        self.rotary_emb = self.linear_rotary_emb = None
+        if config.position_embedding_type == "rope":
+            self.rotary_emb = ReBasedRotaryEmbedding(config, config.head_dim)
+            if config.rope_linear_attention:
+                self.linear_rotary_emb = ReBasedRotaryEmbedding(config, config.feature_dim)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor`, *optional*): [B, T].
+            attention_mask (`torch.Tensor`, *optional*): [B, cached + T], 0 at padding, left, right or between. Or the
+                masks that `create_masks_for_generate` made.
+            position_ids (`torch.LongTensor`, *optional*): [B, T] or [1, T]. By default each row's real tokens are
+                counted from 0, on from what the cache holds. Where they restart and there is neither mask nor cache,
+                they mark packed sequences.
+            past_key_values (`Cache`, *optional*): `DynamicCache(config=...)` or `StaticCache(config=..., ...)`.
+            inputs_embeds (`torch.FloatTensor`, *optional*): [B, T, hidden_size], instead of `input_ids`.
+            use_cache (`bool`, *optional*): whether to return a cache.
+            cu_seq_lens_q (`torch.LongTensor`, *optional*): [N + 1], bounds of packed sequences, as
+                `DataCollatorWithFlattening` makes them.
+
+        Returns:
+            `BaseModelOutputWithPast`: last_hidden_state [B, T, hidden_size].
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        cu_seqlens, segment_ids = self._packing(
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs
+        )
+        if cu_seqlens is not None:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and not is_tracing(inputs_embeds):
+            check_cache(past_key_values, self.config.layer_types)
+            let_cache_tell_its_length(past_key_values)
+
+        seen = tokens_seen(past_key_values, self.config.layer_types)
+        if position_ids is None and self.config.position_embedding_type != "none":
+            position_ids = self._positions(inputs_embeds, attention_mask, past_key_values, seen)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = self.create_masks_for_generate(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids
+            )
+        counts = None
+        if past_key_values is not None and self._is_stateful:
+            counts = count_tokens(seen, masks["linear_attention"], inputs_embeds)
+
+        if self.embed_positions is not None:
+            self._check_positions(position_ids)
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        hidden_states = F.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
+        position_embeddings = linear_position_embeddings = None
+        if self.rotary_emb is not None:
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        if self.linear_rotary_emb is not None:
+            linear_position_embeddings = self.linear_rotary_emb(hidden_states, position_ids)
+
+        for layer, layer_type in zip(self.layers, self.config.layer_types):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type if layer_type in masks else "linear_attention"],
+                window_mask=masks["sliding_attention"] if layer_type == "hybrid_sliding" else None,
+                position_embeddings=position_embeddings,
+                linear_position_embeddings=linear_position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cu_seqlens=cu_seqlens,
+                segment_ids=segment_ids,
+                counts=counts,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _packing(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Bounds [N + 1] and numbers [1, T] of packed sequences, or `None`s where the batch is a plain one.
+
+        In a traced model that gets positions without bounds there are only the numbers, [B, T].
+        """
+        batch, length = inputs_embeds.shape[:2]
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is None:
+            if position_ids is None or attention_mask is not None or past_key_values is not None or length == 1:
+                return None, None
+            restarts = torch.diff(position_ids, dim=-1) != 1
+            if is_tracing(position_ids):
+                # Whether positions restart cannot be read while tracing: they may, unless a cache is asked for.
+                return None, None if use_cache else F.pad(restarts.long().cumsum(-1), (1, 0))
+            if not restarts.any():
+                return None, None
+            if batch != 1 or position_ids.shape[0] != 1:
+                raise ValueError(
+                    "`position_ids` restart within a row, which packs sequences: that takes a batch of 1, but the "
+                    f"batch is {batch}."
+                )
+            bounds = restarts[0].nonzero()[:, 0] + 1
+            cu_seqlens = F.pad(F.pad(bounds, (1, 0)), (0, 1), value=length).to(torch.int32)
+        if past_key_values is not None:
+            raise ValueError("Packed sequences (`cu_seq_lens_q`) cannot continue from `past_key_values`.")
+        return cu_seqlens, segment_ids_of(cu_seqlens, length)
+
+    def _positions(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        seen: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[B, T] or [1, T]: each row's real tokens counted from 0; padding repeats the number before it."""
+        length = inputs_embeds.shape[1]
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] > length:
+            return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+        if seen is not None:
+            start = seen[:, 0]  # [B, 1]
+        else:
+            start = past_key_values.get_seq_length() if past_key_values is not None and not self._is_stateful else 0
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1 + start).clamp_min(0)
+        return torch.arange(length, device=inputs_embeds.device)[None] + start
+
+    def _check_positions(self, position_ids: torch.Tensor) -> None:
+        # On a GPU the embedding itself complains; asking first would make the host wait.
+        if position_ids.device.type == "cpu" and not is_tracing(position_ids):
+            last = int(position_ids.max())
+            if last >= self.config.max_position_embeddings:
+                raise ValueError(
+                    f"A token has position {last}, but learned positions end at `max_position_embeddings` - 1 = "
+                    f"{self.config.max_position_embeddings - 1}."
+                )
+
+
+def count_tokens(
+    seen: torch.Tensor | None, padding_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
+) -> torch.Tensor:
+    """int64 [B, 2, 1]: real tokens of each row and columns of the batch, after this call's are added to `seen`."""
+    batch, length = inputs_embeds.shape[:2]
+    columns = torch.full((batch, 1, 1), length, dtype=torch.int64, device=inputs_embeds.device)
+    real = columns if padding_mask is None else (padding_mask != 0).sum(1)[:, None, None]
+    counts = torch.cat([real, columns], dim=1)
+    return counts if seen is None else seen + counts
+
+
+class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
+    """ReBased with a language-modelling head.
+
+    Args:
+        config (`ReBasedConfig`): see there.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ReBasedConfig):
+        super().__init__(config)
+        self.model = ReBasedModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = self.model._is_stateful
+        self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        let_cache_tell_its_length(model_kwargs.get("past_key_values"))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in `ReBasedModel`.
+            labels (`torch.LongTensor`, *optional*): [B, T], ids of the tokens themselves (the loss shifts them), -100
+                where there is nothing to learn.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): compute the logits of the last so many
+                tokens only, or of the tokens at these indices; 0 is all.
+
+        Returns:
+            `CausalLMOutputWithPast`: logits [B, T or kept, vocab_size], and the loss if there are labels.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> folder = "checkpoints/english-6m"
+        >>> model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        >>> inputs = tokenizer("The king said", return_tensors="pt")
+        >>> text = tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
+        ```"""
+        if labels is not None and use_cache is None and past_key_values is None:
+            # A training step is not continued: do without the final states that the configuration would ask for.
+            use_cache = False
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ReBasedGenericHead:
+    """Lets the library's generic heads find their base model.
+
+    They make it by `AutoModel.from_config`. In a checkpoint's own code that must be this file's model, whichever copy
+    of the configuration file `config` comes from, without asking once more whether to trust the code.
+    """
+
+    def __init__(self, config: ReBasedConfig):
+        AutoModel.register(type(config), ReBasedModel, exist_ok=True)
+        super().__init__(config)
+
+
+class ReBasedForSequenceClassification(ReBasedGenericHead, GenericForSequenceClassification, ReBasedPreTrainedModel):
+    """ReBased with a classifier on the last token that is not padding."""
+
+
+class ReBasedForTokenClassification(ReBasedGenericHead, GenericForTokenClassification, ReBasedPreTrainedModel):
+    """ReBased with a classifier on every token."""
+
+
+class ReBasedForQuestionAnswering(ReBasedGenericHead, GenericForQuestionAnswering, ReBasedPreTrainedModel):
+    """ReBased with the start and end of a span as outputs."""
+
+
+__all__ = [
+    "ReBasedForCausalLM",
+    "ReBasedForQuestionAnswering",
+    "ReBasedForSequenceClassification",
+    "ReBasedForTokenClassification",
+    "ReBasedModel",
+    "ReBasedPreTrainedModel",
+]

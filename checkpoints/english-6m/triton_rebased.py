@@ -1,0 +1,2034 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+"""The Triton backend of ReBased attention: forward, backward and one-token decoding, linear in the sequence length.
+
+    s_ij = scale * q_i . k_j,    w_ij = c0 + c1 s_ij + c2 s_ij**2  (j <= i),    o_i = sum_j w_ij v_j / (sum_j w_ij + eps)
+
+How it works (docs/kernels.md has the costs):
+
+* The sequence is cut into segments of L tokens. Inside a segment the kernels build w tile by tile, as FlashAttention
+  does, without a softmax. Across segments they use the state S = sum_j phi(k_j) [v_j, 1], phi(x) the products x_a x_b.
+* States are summed per segment (`_state_kernel`, all segments at once), then turned into running sums (`_scan_kernel`),
+  and each block of queries reads the one state in front of its segment (`_forward_kernel`). Nothing walks along T but
+  the elementwise scan.
+* phi is never stored. Inside the kernels the F dims are cut into blocks of 8, and a *tile* of 64 features is the outer
+  product of two blocks I <= J. It is made with tensor cores: x @ R and x @ C with 0/1 matrices that repeat the dims
+  (exact), multiplied elementwise. The product then is already in the registers where the next matrix product wants it.
+* With u = w / g monic in s (g = c2 scale**2), o = sum u v / (sum u + eps / g): constants leave the inner loops.
+* The backward pass is the same machinery, with a state of later queries, R = sum_i phi(q_i) [do_i / z_i, dz_i],
+  summed from the right. No atomics: two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # the module must import where Triton is missing: the decorators below then do nothing
+    HAS_TRITON = False
+
+    class _Missing:
+        """Stands in for `triton` and `triton.language`, so that the kernels below still parse as plain functions."""
+
+        constexpr = int
+
+        @staticmethod
+        def jit(function=None, **_kwargs):
+            return function if function is not None else (lambda inner: inner)
+
+    triton = tl = _Missing()
+
+
+MAX_FEATURE_DIM = 128
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces shared by the kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _segment(r, BLOCK: tl.constexpr, L: tl.constexpr, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN: tl.constexpr):
+    """Which segment block number `r` belongs to.
+
+    Returns (batch row, sequence, index of the segment in its sequence, segments in the sequence, first token of the
+    segment, tokens in the segment, first row of the block within the segment); no row is valid if that is >= tokens.
+    """
+    if VARLEN:
+        seg = r // (L // BLOCK)
+        row = (r % (L // BLOCK)) * BLOCK
+        used = tl.load(seg_off + N)
+        seq = tl.load(seg_seq + tl.minimum(seg, tl.maximum(used - 1, 0)))
+        first = tl.load(seg_off + seq)
+        index = seg - first
+        count = tl.load(seg_off + seq + 1) - first
+        start = tl.load(cu + seq) + index * L
+        tokens = tl.minimum(tl.load(cu + seq + 1) - start, L)
+        tokens = tl.where(seg < used, tokens, 0)
+        batch = 0
+    else:
+        batch = r // BLOCKS
+        seq = batch
+        t = (r % BLOCKS) * BLOCK
+        index = t // L
+        row = t % L
+        count = (T + L - 1) // L
+        start = index * L
+        tokens = tl.minimum(T - start, L)
+    return batch, seq, index, count, start, tokens, row
+
+
+@triton.jit
+def _selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr):
+    """0/1 matrix [16, 64] that takes 16 dims to the 64 features of a tile: feature n is dim n // 8 (OUTER) or n % 8.
+
+    TRANSPOSED gives [64, 16]. Dims are counted from OFFSET on.
+    """
+    n = tl.arange(0, 64)
+    d = tl.arange(0, 16)
+    if OUTER:
+        source = n // 8 + OFFSET
+    else:
+        source = n % 8 + OFFSET
+    # one return for all branches: Triton goes on compiling behind a `return` in a branch that is always taken
+    if TRANSPOSED:
+        chosen = source[:, None] == d[None, :]
+    else:
+        chosen = d[:, None] == source[None, :]
+    return chosen.to(DTYPE)
+
+
+@triton.jit
+def _load_rows(base, rows, ok, stride, cols, COLS: tl.constexpr, EVEN: tl.constexpr, CHECK: tl.constexpr):
+    """Rows x columns of a tensor with unit column stride, [rows, cols]; 0 where `ok` is false or cols >= COLS."""
+    pointers = base + rows[:, None] * stride + cols[None, :]
+    if CHECK and EVEN:
+        x = tl.load(pointers, mask=ok[:, None], other=0.0)
+    elif CHECK:
+        x = tl.load(pointers, mask=ok[:, None] & (cols < COLS)[None, :], other=0.0)
+    elif EVEN:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=(cols < COLS)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _load_columns(base, rows, ok, stride, cols, COLS: tl.constexpr, EVEN: tl.constexpr, CHECK: tl.constexpr):
+    """The transpose of `_load_rows`: [cols, rows]."""
+    pointers = base + rows[None, :] * stride + cols[:, None]
+    if CHECK and EVEN:
+        x = tl.load(pointers, mask=ok[None, :], other=0.0)
+    elif CHECK:
+        x = tl.load(pointers, mask=ok[None, :] & (cols < COLS)[:, None], other=0.0)
+    elif EVEN:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=(cols < COLS)[:, None], other=0.0)
+    return x
+
+
+@triton.jit
+def _kept(keep, rows, tokens, HAS_MASK: tl.constexpr):
+    """Whether rows are inside the segment and not dropped by the attention mask."""
+    ok = rows < tokens
+    if HAS_MASK:
+        ok = tl.load(keep + rows, mask=ok, other=0) != 0
+    return ok
+
+
+@triton.jit
+def _polynomial(s, alpha, beta, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr):
+    """u(s): s (s + alpha) + beta, or s + beta where c2 = 0, or 1 where only c0 is left."""
+    if QUAD:
+        if LIN:
+            u = s * (s + alpha)
+        else:
+            u = s * s
+        if CONST:
+            u = u + beta
+    elif LIN:
+        u = s
+        if CONST:
+            u = u + beta
+    else:
+        u = s * 0.0 + 1.0
+    return u
+
+
+@triton.jit
+def _tile_of(t, NB: tl.constexpr):
+    """The blocks (I, J), I <= J, of tile number t; tiles are numbered row by row in the upper triangle."""
+    root = tl.sqrt(((2 * NB + 1) * (2 * NB + 1) - 8 * t).to(tl.float32))
+    i = ((2 * NB + 1 - root) * 0.5).to(tl.int32)
+    # the square root may land on the wrong side of an integer: put it right with integers
+    i = tl.where(i * NB - (i * (i - 1)) // 2 > t, i - 1, i)
+    i = tl.where((i + 1) * NB - ((i + 1) * i) // 2 <= t, i + 1, i)
+    j = i + t - (i * NB - (i * (i - 1)) // 2)
+    return i, j
+
+
+@triton.jit
+def _split(value, CT: tl.constexpr):
+    """fp32 as a sum of two numbers of the compute type: 16 bits of mantissa with bfloat16, exact with fp32.
+
+    Bits are cut, not rounded: a round trip through the short type is something compilers remove.
+    """
+    if CT == tl.float32:
+        high = value
+    else:
+        high = (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high, value - high
+
+
+@triton.jit
+def _norm_matrix(norm, a, b, some, NB: tl.constexpr, CT: tl.constexpr):
+    """The quadratic norms as a symmetric matrix M, rows a and columns b: phi(x) . norms = x^T M x; split in two."""
+    i = (a // 8)[:, None]
+    j = (b // 8)[None, :]
+    low = tl.minimum(i, j)
+    high = tl.maximum(i, j)
+    tile = low * NB - (low * (low - 1)) // 2 + high - low
+    a8 = (a % 8)[:, None]
+    b8 = (b % 8)[None, :]
+    place = tl.where(i <= j, a8 * 8 + b8, b8 * 8 + a8)
+    value = tl.load(norm + tile * 64 + place, mask=(high < NB) & some, other=0.0)
+    top, rest = _split(value, CT)
+    return top.to(CT), rest.to(CT)
+
+
+@triton.jit
+def _times_norm(x, top, rest, CT: tl.constexpr, PREC: tl.constexpr):
+    """x @ M, fp32 [C, columns]; x in its own type, M from `_norm_matrix`."""
+    if x.dtype == CT:
+        y = tl.dot(x, top, input_precision=PREC)
+        y = tl.dot(x, rest, y, input_precision=PREC)
+    else:  # fp16: more mantissa than bfloat16 has
+        x_top, x_rest = _split(x.to(tl.float32), CT)
+        y = tl.dot(x_top.to(CT), top, input_precision=PREC)
+        y = tl.dot(x_top.to(CT), rest, y, input_precision=PREC)
+        y = tl.dot(x_rest.to(CT), top, y, input_precision=PREC)
+    return y
+
+
+@triton.jit
+def _state_tile(state, d_cols, some, DP: tl.constexpr, CT: tl.constexpr):
+    """Half a tile of a state, [32, BD]: 4 outer by 8 inner dims."""
+    n = tl.arange(0, 32)
+    return tl.load(state + n[:, None] * DP + d_cols[None, :], mask=some & (d_cols < DP)[None, :], other=0.0).to(CT)
+
+
+@triton.jit
+def _half_selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, DTYPE: tl.constexpr):
+    """`_selector` for half a tile, [16, 32]."""
+    n = tl.arange(0, 32)
+    d = tl.arange(0, 16)
+    if OUTER:
+        source = n // 8 + OFFSET
+    else:
+        source = n % 8 + OFFSET
+    return (d[:, None] == source[None, :]).to(DTYPE)
+
+
+@triton.jit
+def _state_row(
+    acc, grad, side, x, y, selector, inner0, s0, inner1, s1,
+    TWO: tl.constexpr, QUERY: tl.constexpr, GRADIENT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Half a tile on the diagonal and, if TWO, the half beside it, which counts twice; see `_state_tiles`."""
+    outer = tl.dot(x, selector, input_precision=PREC)  # [C, 32]
+    if QUERY:
+        acc = tl.dot((outer * inner0).to(CT), s0, acc, input_precision=PREC)
+        if TWO:
+            acc = tl.dot((outer * (inner1 * 2.0)).to(CT), s1, acc, input_precision=PREC)
+    if GRADIENT:
+        g = tl.dot(y, tl.trans(s0), input_precision=PREC)
+        mixed = g * inner0
+        if TWO:
+            g = tl.dot(y, tl.trans(s1), input_precision=PREC)
+            mixed += g * inner1
+            side += g * outer
+        # selectors are turned with tl.trans: built as [64, 16], Triton 3.6 stored them past their buffer (8 warps)
+        grad = tl.dot(mixed.to(CT), tl.trans(selector.to(CT)), grad, input_precision=PREC)
+    return acc, grad, side
+
+
+@triton.jit
+def _state_tiles(
+    acc, grad, x, y, s0, s1, s2, s3, s4, s5,
+    NB: tl.constexpr, QUERY: tl.constexpr, GRADIENT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """F <= 16, the state's quadratic part, all tiles unrolled in halves (fewer registers).
+
+    QUERY: acc [C, BD] += phi(x) @ state. GRADIENT: grad [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state)
+    by x. phi's gradient is twice a contraction (x_a x_b is symmetric): the caller multiplies by 2, once, at the end.
+    x: [C, 16]; y: [C, DP]; s0, s1: halves of tile (0, 0); s2, s3: of (0, 1); s4, s5: of (1, 1).
+    """
+    last = _half_selector(8 if NB == 2 else 0, False, x.dtype)
+    inner0 = tl.dot(x, _half_selector(0, False, x.dtype), input_precision=PREC)  # [C, 32]
+    if NB == 2:
+        inner1 = tl.dot(x, last, input_precision=PREC)
+    else:
+        inner1 = inner0
+    side = inner0 * 0.0
+    TWO: tl.constexpr = NB == 2
+    first = _half_selector(0, True, x.dtype)
+    acc, grad, side = _state_row(
+        acc, grad, side, x, y, first, inner0, s0, inner1, s2, TWO, QUERY, GRADIENT, CT, PREC
+    )  # fmt: skip
+    second = _half_selector(4, True, x.dtype)
+    acc, grad, side = _state_row(
+        acc, grad, side, x, y, second, inner0, s1, inner1, s3, TWO, QUERY, GRADIENT, CT, PREC
+    )  # fmt: skip
+    if NB == 2:
+        if GRADIENT:
+            grad = tl.dot(side.to(CT), tl.trans(last.to(CT)), grad, input_precision=PREC)
+        third = _half_selector(8, True, x.dtype)
+        acc, grad, side = _state_row(
+            acc, grad, side, x, y, third, inner1, s4, inner1, s4, False, QUERY, GRADIENT, CT, PREC
+        )  # fmt: skip
+        fourth = _half_selector(12, True, x.dtype)
+        acc, grad, side = _state_row(
+            acc, grad, side, x, y, fourth, inner1, s5, inner1, s5, False, QUERY, GRADIENT, CT, PREC
+        )  # fmt: skip
+    return acc, grad
+
+
+@triton.jit
+def _query_loop(
+    acc, x_base, rows, ok, x_stride, state, d_cols,
+    F: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """F > 16: acc [C, BD] += phi(x) @ state in a loop over the tiles; 16 dims of x at a time, of which 8 are used."""
+    d = tl.arange(0, 16)
+    n = tl.arange(0, 64)
+    outer_selector = _selector(0, True, False, x_base.dtype.element_ty)
+    inner_selector = _selector(0, False, False, x_base.dtype.element_ty)
+    tile = 0
+    for i in range(NB):
+        x_i = _load_rows(x_base, rows, ok, x_stride, i * 8 + d, F, False, True)
+        outer = tl.dot(x_i, outer_selector, input_precision=PREC)
+        for j in range(i, NB):
+            x_j = _load_rows(x_base, rows, ok, x_stride, j * 8 + d, F, False, True)
+            inner = tl.dot(x_j, inner_selector, input_precision=PREC)
+            phi = (outer * inner * tl.where(i == j, 1.0, 2.0)).to(CT)
+            s = tl.load(state + (tile * 64 + n)[:, None] * DP + d_cols[None, :])  # [64, BD]
+            acc = tl.dot(phi, s.to(CT), acc, input_precision=PREC)
+            tile += 1
+    return acc
+
+
+@triton.jit
+def _query_low(
+    acc, z, x, state, norm, d_cols, weight_lin, weight_const,
+    FP: tl.constexpr, DP: tl.constexpr, FIRST: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
+    NORM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """acc [C, BD] and z [C] += the linear rows (x itself) and the constant row of the state."""
+    if LIN:
+        f = tl.arange(0, FP)
+        s = tl.load(state + (FIRST + f)[:, None] * DP + d_cols[None, :])
+        acc += weight_lin * tl.dot(x.to(CT), s.to(CT), input_precision=PREC)
+        if NORM:
+            z += weight_lin * tl.sum(x.to(tl.float32) * tl.load(norm + FIRST + f)[None, :], 1)
+    if CONST:
+        ROW: tl.constexpr = FIRST + (FP if LIN else 0)
+        acc += weight_const * tl.load(state + ROW * DP + d_cols)[None, :].to(tl.float32)
+        if NORM:
+            z += weight_const * tl.load(norm + ROW)
+    return acc, z
+
+
+@triton.jit
+def _gradient_low(
+    acc, y, yz, state, norm, weight, FIRST: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """acc [C, FP] += weight * (y @ state_lin^T + yz norm_lin): the linear features' part; yz [C] here."""
+    f = tl.arange(0, FP)
+    d = tl.arange(0, DP)
+    s = tl.load(state + (FIRST + f)[None, :] * DP + d[:, None])
+    g = tl.dot(y, s.to(CT), input_precision=PREC) + yz[:, None] * tl.load(norm + FIRST + f)[None, :]
+    return acc + weight * g
+
+
+@triton.jit
+def _columns(value, CT: tl.constexpr):
+    """A number a row, [C], as [C, 16] for the matrix units: the two parts of `_split`, then zeros."""
+    f = tl.arange(0, 16)
+    top, rest = _split(value, CT)
+    return tl.where((f == 0)[None, :], top[:, None], tl.where((f == 1)[None, :], rest[:, None], 0.0)).to(CT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States: sums of features over each segment, then running sums over the segments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_tile(acc, z, phi, values, dz, REVERSE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """One tile's sums: acc [64, BD] += phi [64, C] @ values, z [64] += sum phi, or z [64, 16] += phi @ dz."""
+    acc = tl.dot(phi.to(CT), values, acc, input_precision=PREC)
+    if REVERSE:
+        z = tl.dot(phi.to(CT), dz, z, input_precision=PREC)
+    else:
+        z += tl.sum(phi, 1)
+    return acc, z
+
+
+@triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N"])
+def _state_kernel(
+    x, y, aux, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sxb, sxt, sxh, syb, syt, syh, smb,
+    T, SEGMENTS, SLOTS, N,
+    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
+    NR: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, C: tl.constexpr, TG: tl.constexpr,
+    REVERSE: tl.constexpr, LAST: tl.constexpr, HAS_INIT: tl.constexpr,
+    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """One segment's quadratic state: states [64 TG, BD] = sum_c phi(x_c) y_c, norms [64 TG] = sum_c phi(x_c).
+
+    REVERSE: x, y are q, do / z; the norms weigh dz_c, which comes as aux [B, T, H, 16] (see `_columns`); heads of a
+    group are summed.
+    Grid: (groups of TG tiles * HKV * segments, blocks of BD value dims). All products are [64, C] x [C, BD].
+    """
+    NT: tl.constexpr = NB * (NB + 1) // 2
+    GROUPS: tl.constexpr = (NT + TG - 1) // TG
+    t0 = (tl.program_id(0) % GROUPS) * TG
+    pid = tl.program_id(0) // GROUPS
+    hkv = pid % HKV
+    r = pid // HKV
+    if VARLEN:
+        batch, seq, index, count, start, tokens, row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
+        if tokens <= 0:
+            return
+        order = index
+        if REVERSE:
+            order = count - 1 - index
+        if order >= count - 1 + LAST:
+            return
+        slot = tl.load(slot_off + seq) + order + HAS_INIT
+    else:
+        batch = r // SEGMENTS
+        order = r % SEGMENTS
+        count = (T + L - 1) // L
+        index = order
+        if REVERSE:
+            index = count - 1 - order
+        start = index * L
+        tokens = tl.minimum(T - start, L)
+        slot = batch * SLOTS + order + HAS_INIT
+    b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
+    x += b64 * sxb + start.to(tl.int64) * sxt + hkv * G * sxh
+    y += b64 * syb + start.to(tl.int64) * syt + hkv * G * syh
+    if HAS_MASK:
+        keep += b64 * smb + start
+    if REVERSE:
+        aux += ((b64 * T + start) * (HKV * G) + hkv * G) * 16
+
+    d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
+    n = tl.arange(0, 64)
+    f = tl.arange(0, 16)
+    acc0 = tl.zeros([64, BD], tl.float32)
+    acc1 = tl.zeros([64, BD], tl.float32)
+    acc2 = tl.zeros([64, BD], tl.float32)
+    z0 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    z1 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    z2 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    if NB > 2:
+        i0, j0 = _tile_of(t0, NB)
+        i1, j1 = _tile_of(tl.minimum(t0 + 1, NT - 1), NB)
+        i2, j2 = _tile_of(tl.minimum(t0 + 2, NT - 1), NB)
+    steps = (tokens + C - 1) // C
+    for step in range(steps * G):
+        g = step // steps
+        rows = (step % steps) * C + tl.arange(0, C)
+        ok = _kept(keep, rows, tokens, HAS_MASK)
+        xg = x + g * sxh
+        dz = 0.0
+        values = _load_rows(y + g * syh, rows, ok, syt, d_cols, D, D == DP, True).to(CT)  # [C, BD]
+        if REVERSE:
+            dz = _load_rows(aux + g * 16, rows, ok, HKV * G * 16, f, 16, True, True)  # [C, 16]
+        if NB <= 2:
+            xt = _load_columns(xg, rows, ok, sxt, f, F, F == 16, True)  # [16, C]
+            outer = tl.dot(_selector(0, True, True, xt.dtype), xt, input_precision=PREC)  # [64, C]
+            inner = tl.dot(_selector(0, False, True, xt.dtype), xt, input_precision=PREC)
+            phi = outer * inner
+            acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
+            if NB == 2:
+                inner = tl.dot(_selector(8, False, True, xt.dtype), xt, input_precision=PREC)
+                phi = outer * inner
+                acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
+                outer = tl.dot(_selector(8, True, True, xt.dtype), xt, input_precision=PREC)
+                phi = outer * inner
+                acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
+        else:
+            outer_selector = _selector(0, True, True, x.dtype.element_ty)
+            inner_selector = _selector(0, False, True, x.dtype.element_ty)
+            xi = _load_columns(xg, rows, ok, sxt, i0 * 8 + f, F, False, True)
+            xj = _load_columns(xg, rows, ok, sxt, j0 * 8 + f, F, False, True)
+            phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(inner_selector, xj, input_precision=PREC)
+            acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
+            if TG > 1:
+                xi = _load_columns(xg, rows, ok, sxt, i1 * 8 + f, F, False, True)
+                xj = _load_columns(xg, rows, ok, sxt, j1 * 8 + f, F, False, True)
+                phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
+                    inner_selector, xj, input_precision=PREC
+                )
+                acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
+            if TG > 2:
+                xi = _load_columns(xg, rows, ok, sxt, i2 * 8 + f, F, False, True)
+                xj = _load_columns(xg, rows, ok, sxt, j2 * 8 + f, F, False, True)
+                phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
+                    inner_selector, xj, input_precision=PREC
+                )
+                acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
+    if REVERSE:
+        z0 = tl.sum(z0, 1)
+        z1 = tl.sum(z1, 1)
+        z2 = tl.sum(z2, 1)
+    s64 = slot.to(tl.int64) * HKV + hkv
+    states += s64 * (NR * DP)
+    norms += s64 * NR
+    first = tl.program_id(1) == 0
+    tl.store(states + (t0 * 64 + n)[:, None] * DP + d_cols[None, :], acc0.to(states.dtype.element_ty))
+    tl.store(norms + t0 * 64 + n, z0, mask=(n < 64) & first)
+    if TG > 1:
+        more = (n < 64) & (t0 + 1 < NT)
+        tl.store(
+            states + ((t0 + 1) * 64 + n)[:, None] * DP + d_cols[None, :], acc1.to(states.dtype.element_ty),
+            mask=more[:, None],
+        )  # fmt: skip
+        tl.store(norms + (t0 + 1) * 64 + n, z1, mask=more & first)
+    if TG > 2:
+        more = (n < 64) & (t0 + 2 < NT)
+        tl.store(
+            states + ((t0 + 2) * 64 + n)[:, None] * DP + d_cols[None, :], acc2.to(states.dtype.element_ty),
+            mask=more[:, None],
+        )  # fmt: skip
+        tl.store(norms + (t0 + 2) * 64 + n, z2, mask=more & first)
+
+
+@triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N"])
+def _low_state_kernel(
+    x, y, delta, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sxb, sxt, sxh, syb, syt, syh, smb,
+    T, SEGMENTS, SLOTS, N, weight_lin, weight_const,
+    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr,
+    NR: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
+    LIN: tl.constexpr, CONST: tl.constexpr, REVERSE: tl.constexpr, LAST: tl.constexpr, HAS_INIT: tl.constexpr,
+    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """The linear rows (x itself) and the constant row (1) of a segment's state, where c1 and c0 ask for them."""
+    pid = tl.program_id(0)
+    hkv = pid % HKV
+    r = pid // HKV
+    if VARLEN:
+        batch, seq, index, count, start, tokens, row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
+        if tokens <= 0:
+            return
+        order = index
+        if REVERSE:
+            order = count - 1 - index
+        if order >= count - 1 + LAST:
+            return
+        slot = tl.load(slot_off + seq) + order + HAS_INIT
+    else:
+        batch = r // SEGMENTS
+        order = r % SEGMENTS
+        count = (T + L - 1) // L
+        index = order
+        if REVERSE:
+            index = count - 1 - order
+        start = index * L
+        tokens = tl.minimum(T - start, L)
+        slot = batch * SLOTS + order + HAS_INIT
+    b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
+    x += b64 * sxb + start.to(tl.int64) * sxt + hkv * G * sxh
+    y += b64 * syb + start.to(tl.int64) * syt + hkv * G * syh
+    if HAS_MASK:
+        keep += b64 * smb + start
+    if REVERSE:
+        delta += (b64 * HKV * G + hkv * G) * T + start
+    d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
+    f = tl.arange(0, FP)
+    lin = tl.zeros([FP, BD], tl.float32)
+    lin_norm = tl.zeros([FP], tl.float32)
+    const = tl.zeros([BD], tl.float32)
+    const_norm = tl.zeros([1], tl.float32)
+    steps = (tokens + C - 1) // C
+    for step in range(steps * G):
+        g = step // steps
+        rows = (step % steps) * C + tl.arange(0, C)
+        ok = _kept(keep, rows, tokens, HAS_MASK)
+        values = _load_rows(y + g * syh, rows, ok, syt, d_cols, D, D == DP, True)
+        if REVERSE:
+            weight = -tl.load(delta + g * T + rows, mask=ok, other=0.0)
+        else:
+            weight = ok.to(tl.float32)
+        if LIN:
+            xt = _load_columns(x + g * sxh, rows, ok, sxt, f, F, F == FP, True).to(tl.float32)
+            lin = tl.dot(xt.to(CT), values.to(CT), lin, input_precision=PREC)
+            lin_norm += tl.sum(xt * weight[None, :], 1)
+        if CONST:
+            const += tl.sum(values.to(tl.float32), 0)
+            const_norm += tl.sum(weight, 0)
+    s64 = slot.to(tl.int64) * HKV + hkv
+    states += s64 * (NR * DP)
+    norms += s64 * NR
+    first = tl.program_id(1) == 0
+    if LIN:
+        tl.store(states + (FIRST + f)[:, None] * DP + d_cols[None, :], (lin * weight_lin).to(states.dtype.element_ty))
+        tl.store(norms + FIRST + f, lin_norm * weight_lin, mask=(f < FP) & first)
+    if CONST:
+        ROW: tl.constexpr = FIRST + (FP if LIN else 0)
+        tl.store(states + ROW * DP + d_cols, (const * weight_const).to(states.dtype.element_ty))
+        one = tl.arange(0, 1)
+        tl.store(norms + ROW + one, const_norm * weight_const, mask=(one < 1) & first)
+
+
+@triton.jit
+def _scan(data, last, base, final, e, ok_e, slots, step, U: tl.constexpr, BE: tl.constexpr, KEEP_LAST: tl.constexpr):
+    u = tl.arange(0, U)
+    carry = tl.zeros([BE], tl.float32)
+    for i in range(0, slots, U):
+        ok = ((i + u) < slots)[:, None] & ok_e[None, :]
+        pointers = data + base + (i + u).to(tl.int64)[:, None] * step + e[None, :]
+        part = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+        total = tl.cumsum(part, 0) + carry[None, :]
+        tl.store(pointers, total.to(data.dtype.element_ty), mask=ok)
+        carry += tl.sum(part, 0)
+    if KEEP_LAST:
+        tl.store(last + final + e, carry, mask=ok_e)
+
+
+@triton.jit(do_not_specialize=["SLOTS"])
+def _scan_kernel(
+    states, norms, last_states, last_norms, slot_off, SLOTS,
+    E: tl.constexpr, NR: tl.constexpr, HKV: tl.constexpr, U: tl.constexpr, BE: tl.constexpr, VARLEN: tl.constexpr,
+    KEEP_LAST: tl.constexpr,
+):  # fmt: skip
+    """Running sums over a sequence's slots, in place: states [slots, HKV, E], norms [slots, HKV, NR]; totals in fp32.
+
+    Grid: (N * HKV, blocks of states, then of norms). U slots are loaded at once, so that their latencies overlap.
+    """
+    pid = tl.program_id(0)
+    hkv = pid % HKV
+    seq = pid // HKV
+    if VARLEN:
+        first = tl.load(slot_off + seq)
+        slots = tl.load(slot_off + seq + 1) - first
+    else:
+        first = seq * SLOTS
+        slots = SLOTS
+    row = first.to(tl.int64) * HKV + hkv
+    p64 = pid.to(tl.int64)
+    BLOCKS: tl.constexpr = (E + BE - 1) // BE
+    if tl.program_id(1) < BLOCKS:
+        e = tl.program_id(1) * BE + tl.arange(0, BE)
+        _scan(states, last_states, row * E, p64 * E, e, e < E, slots, HKV * E, U, BE, KEEP_LAST)
+    else:
+        e = (tl.program_id(1) - BLOCKS) * BE + tl.arange(0, BE)
+        _scan(norms, last_norms, row * NR, p64 * NR, e, e < NR, slots, HKV * NR, U, BE, KEEP_LAST)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_tile(
+    acc, z, xq, kt, values, rows, cols, ok, alpha, beta,
+    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """acc [BM, BD], z [BM] += one tile of keys kt [FP, BM], values [BM, BD]."""
+    s = tl.dot(xq, kt, input_precision=PREC)
+    u = _polynomial(s, alpha, beta, QUAD, LIN, CONST)
+    if DIAGONAL:
+        u = tl.where(rows[:, None] >= cols[None, :], u, 0.0)
+    if HAS_MASK and CONST:
+        u = tl.where(ok[None, :], u, 0.0)
+    z += tl.sum(u, 1)
+    acc = tl.dot(u.to(CT), values.to(CT), acc, input_precision=PREC)
+    return acc, z
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
+def _forward_kernel(
+    q, k, v, o, rz, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, smb,
+    T, BLOCKS, SLOTS, N, alpha, beta, eps,
+    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
+    NR: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
+    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
+    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """o [BM, BD] of one block of queries and one head, and rz = 1 / (normaliser + eps).
+
+    Grid: (blocks of BM queries * H, blocks of BD value dims). Heads run fastest: they share cache lines. Whatever
+    does not depend on other loads is loaded first, so that one wait covers all.
+    """
+    pid = tl.program_id(0)
+    h = pid % H
+    hkv = h // G
+    batch, seq, index, _count, start, tokens, row = _segment(
+        pid // H, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
+    )
+    if row >= tokens:
+        return
+    b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
+    t64 = start.to(tl.int64)
+    q += b64 * sqb + t64 * sqt + h * sqh
+    k += b64 * skb + t64 * skt + hkv * skh
+    v += b64 * svb + t64 * svt + hkv * svh
+    if HAS_MASK:
+        keep += b64 * smb + t64
+    d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
+    f = tl.arange(0, FP)
+    block = tl.arange(0, BM)
+    rows = row + block
+    inside = rows < tokens
+    xq = _load_rows(q, rows, inside, sqt, f, F, F == FP, True)  # [BM, FP]
+    ok = _kept(keep, rows, tokens, HAS_MASK)
+    kt = _load_columns(k, rows, ok, skt, f, F, F == FP, True)  # [FP, BM]
+    values = _load_rows(v, rows, ok, svt, d_cols, D, D == DP, True)  # [BM, BD]
+    if HAS_STATE:
+        before = index - 1 + HAS_INIT
+        if VARLEN:
+            slot = tl.load(slot_off + seq) + before
+        else:
+            slot = seq * SLOTS + before
+        s64 = slot.to(tl.int64) * (H // G) + hkv
+        state = states + s64 * (NR * DP)
+        norm = norms + s64 * NR
+        if QUAD and NB <= 2:
+            some = before >= 0
+            s0 = _state_tile(state, d_cols, some, DP, CT)
+            s1 = _state_tile(state + 32 * DP, d_cols, some, DP, CT)
+            s2 = _state_tile(state + 64 * DP, d_cols, some & (NB == 2), DP, CT)
+            s3 = _state_tile(state + 96 * DP, d_cols, some & (NB == 2), DP, CT)
+            s4 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), DP, CT)
+            s5 = _state_tile(state + 160 * DP, d_cols, some & (NB == 2), DP, CT)
+            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
+    acc = tl.zeros([BM, BD], tl.float32)
+    z = tl.zeros([BM], tl.float32)
+    acc, z = _forward_tile(
+        acc, z, xq, kt, values, rows, rows, ok, alpha, beta, QUAD, LIN, CONST, True, HAS_MASK, CT, PREC
+    )
+    if HAS_STATE:
+        if before >= 0:
+            if QUAD:
+                if NB <= 2:
+                    acc, _unused = _state_tiles(
+                        acc, 0.0, xq, 0.0, s0, s1, s2, s3, s4, s5, NB, True, False, CT, PREC
+                    )  # fmt: skip
+                else:
+                    acc = _query_loop(acc, q, rows, inside, sqt, state, d_cols, F, DP, NB, CT, PREC)
+                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                quad = tl.sum(_times_norm(xq, top, rest, CT, PREC) * xq.to(tl.float32), 1)
+                if not LIN and not CONST:
+                    quad = tl.maximum(quad, 0.0)  # a sum of squares, which rounding may leave below 0
+                z += quad
+            if LIN or CONST:
+                FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
+                acc, z = _query_low(
+                    acc, z, xq, state, norm, d_cols, alpha, beta, FP, DP, FIRST, LIN, CONST, True, CT, PREC
+                )
+    for j in range(0, row, BM):
+        cols = j + block
+        ok = _kept(keep, cols, tokens, HAS_MASK)
+        kt = _load_columns(k, cols, ok, skt, f, F, F == FP, HAS_MASK)
+        values = _load_rows(v, cols, ok, svt, d_cols, D, D == DP, HAS_MASK)
+        acc, z = _forward_tile(
+            acc, z, xq, kt, values, rows, cols, ok, alpha, beta, QUAD, LIN, CONST, False, HAS_MASK, CT, PREC
+        )
+    z += eps
+    inverse = tl.where(z == 0.0, 0.0, 1.0 / z)
+    o += ((b64 * T + t64) * H + h) * D
+    tl.store(
+        o + rows[:, None] * (H * D) + d_cols[None, :], (acc * inverse[:, None]).to(o.dtype.element_ty),
+        mask=inside[:, None] & (d_cols < D)[None, :],
+    )  # fmt: skip
+    tl.store(rz + (b64 * H + h) * T + t64 + rows, inverse, mask=inside & (tl.program_id(1) == 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scaled_gradient(
+    o, do, rz, dn, delta, aux, rows, inside, sdt, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, CT: tl.constexpr
+):
+    """do / z and delta = do . o / z of some rows, written to dn, delta and aux (-delta, see `_columns`).
+
+    With them dv_j = sum_i u(s_ij) dn_i and du_ij = dn_i . v_j - delta_i: no 1 / z is left in the other kernels.
+    """
+    d = tl.arange(0, DP)
+    f = tl.arange(0, 16)
+    grad = _load_rows(do, rows, inside, sdt, d, D, D == DP, True).to(tl.float32)  # [BM, DP]
+    out = _load_rows(o, rows, inside, H * D, d, D, D == DP, True).to(tl.float32)
+    scale = tl.load(rz + rows, mask=inside, other=0.0)
+    dl = tl.sum(grad * out, 1) * scale
+    scaled = (grad * scale[:, None]).to(CT)
+    tl.store(dn + rows[:, None] * (H * DP) + d[None, :], scaled, mask=inside[:, None])
+    tl.store(delta + rows, dl, mask=inside)
+    tl.store(aux + rows[:, None] * (H * 16) + f[None, :], _columns(-dl, CT), mask=inside[:, None])
+    return scaled, dl
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS"])
+def _scale_kernel(
+    o, do, rz, dn, delta, aux, sdb, sdt, sdh, T, BLOCKS, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr,
+    BM: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """`_scaled_gradient` alone, where the state's part of dq needs it before `_dq_kernel` runs (F > 16)."""
+    pid = tl.program_id(0)
+    h = pid % H
+    b64 = (pid // H // BLOCKS).to(tl.int64)
+    t64 = (pid // H % BLOCKS).to(tl.int64) * BM
+    rows = tl.arange(0, BM)
+    first = (b64 * T + t64) * H + h
+    vector = (b64 * H + h) * T + t64
+    _scaled_gradient(
+        o + first * D, do + b64 * sdb + t64 * sdt + h * sdh, rz + vector, dn + first * DP, delta + vector,
+        aux + first * 16, rows, rows + t64 < T, sdt, D, DP, H, CT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dq_tile(
+    acc, xq, grad, dl, keys, vt, rows, cols, half_alpha,
+    QUAD: tl.constexpr, LIN: tl.constexpr, DIAGONAL: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """acc [BM, FP] += (dn . v - delta) u'(s) / 2 k over one tile of keys (u' itself where u is linear)."""
+    du = tl.dot(grad, vt.to(CT), input_precision=PREC) - dl[:, None]
+    if QUAD:
+        s = tl.dot(xq, tl.trans(keys), input_precision=PREC)
+        if LIN:
+            s += half_alpha
+        du *= s
+    if DIAGONAL:
+        du = tl.where(rows[:, None] >= cols[None, :], du, 0.0)
+    return tl.dot(du.to(CT), keys.to(CT), acc, input_precision=PREC)  # a dropped key is 0 here
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
+def _dq_kernel(
+    q, k, v, o, do, rz, dn, delta, aux, dq, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh, smb,
+    T, BLOCKS, SLOTS, N, alpha, half_alpha,
+    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
+    QUAD: tl.constexpr, LIN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr, PART: tl.constexpr,
+    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dq [BM, F] of one block of queries: dq_i = sum_j (dn_i . v_j - delta_i) u'(s_ij) k_j.
+
+    Writes dn, delta and aux on the way, unless PART says that they are there, with the state's part of dq.
+    """
+    pid = tl.program_id(0)
+    h = pid % H
+    hkv = h // G
+    batch, seq, index, _count, start, tokens, row = _segment(
+        pid // H, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
+    )
+    if row >= tokens:
+        return
+    b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
+    t64 = start.to(tl.int64)
+    q += b64 * sqb + t64 * sqt + h * sqh
+    k += b64 * skb + t64 * skt + hkv * skh
+    v += b64 * svb + t64 * svt + hkv * svh
+    if HAS_MASK:
+        keep += b64 * smb + t64
+    f = tl.arange(0, FP)
+    d = tl.arange(0, DP)
+    block = tl.arange(0, BM)
+    rows = row + block
+    inside = rows < tokens
+    first = (b64 * T + t64) * H + h
+    vector = (b64 * H + h) * T + t64
+    xq = _load_rows(q, rows, inside, sqt, f, F, F == FP, True)
+    ok = _kept(keep, rows, tokens, HAS_MASK)
+    keys = _load_rows(k, rows, ok, skt, f, F, F == FP, True)  # [BM, FP]
+    vt = _load_columns(v, rows, ok, svt, d, D, D == DP, True)  # [DP, BM]
+    if HAS_STATE:
+        before = index - 1 + HAS_INIT
+        if VARLEN:
+            slot = tl.load(slot_off + seq) + before
+        else:
+            slot = seq * SLOTS + before
+        s64 = slot.to(tl.int64) * (H // G) + hkv
+        state = states + s64 * (NR * DP)
+        norm = norms + s64 * NR
+        if QUAD and NB <= 2:
+            some = before >= 0
+            s0 = _state_tile(state, d, some, DP, CT)
+            s1 = _state_tile(state + 32 * DP, d, some, DP, CT)
+            s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
+            s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), DP, CT)
+            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
+            s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
+            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
+    acc = tl.zeros([BM, FP], tl.float32)
+    if PART:
+        grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
+        dl = tl.load(delta + vector + rows, mask=inside, other=0.0)
+        acc += tl.load(part + first * FP + rows[:, None] * (H * FP) + f[None, :], mask=inside[:, None], other=0.0)
+    else:
+        grad, dl = _scaled_gradient(
+            o + first * D, do + b64 * sdb + t64 * sdt + h * sdh, rz + vector, dn + first * DP, delta + vector,
+            aux + first * 16, rows, inside, sdt, D, DP, H, CT,
+        )  # fmt: skip
+    acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, rows, half_alpha, QUAD, LIN, True, CT, PREC)
+    extra = tl.zeros([BM, FP], tl.float32)
+    if HAS_STATE:
+        if before >= 0:
+            if QUAD:
+                if NB <= 2:
+                    _unused, acc = _state_tiles(
+                        0.0, acc, xq, grad, s0, s1, s2, s3, s4, s5, NB, False, True, CT, PREC
+                    )  # fmt: skip
+                else:
+                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                # kept apart from acc until the end: changed by hand here, acc would serialise the matrix units
+                extra = dl[:, None] * _times_norm(xq, top, rest, CT, PREC)
+            if LIN:
+                FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
+                acc = _gradient_low(acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC)
+    for j in range(0, row, BM):
+        cols = j + block
+        ok = _kept(keep, cols, tokens, HAS_MASK)
+        keys = _load_rows(k, cols, ok, skt, f, F, F == FP, HAS_MASK)
+        vt = _load_columns(v, cols, ok, svt, d, D, D == DP, HAS_MASK)
+        acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, cols, half_alpha, QUAD, LIN, False, CT, PREC)
+    if QUAD:
+        acc = 2.0 * (acc - extra)
+    elif not LIN:
+        acc *= 0.0
+    tl.store(
+        dq + first * F + rows[:, None] * (H * F) + f[None, :], acc.to(dq.dtype.element_ty),
+        mask=inside[:, None] & (f < F)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _dkdv_tile(
+    dk, dv, xk, xv, pick, queries, grad, minus, rows, cols, alpha, half_alpha, beta,
+    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dk [BM, FP] and dv [BM, DP] += one tile of queries; tiles are transposed, [keys, queries].
+
+    -delta reaches all rows through a matrix product, pick [BM, 16] @ minus^T: as a vector along the columns it would
+    take 16 loads a thread.
+    """
+    du = tl.dot(pick, tl.trans(minus), input_precision=PREC)
+    du = tl.dot(xv, tl.trans(grad), du, input_precision=PREC)
+    if QUAD or LIN:
+        s = tl.dot(xk, tl.trans(queries), input_precision=PREC)
+        u = _polynomial(s, alpha, beta, QUAD, LIN, CONST)
+    else:
+        u = du * 0.0 + 1.0
+    if QUAD:
+        if LIN:
+            s += half_alpha
+        du *= s
+    if DIAGONAL:
+        below = cols[None, :] >= rows[:, None]
+        u = tl.where(below, u, 0.0)
+        du = tl.where(below, du, 0.0)
+    dv = tl.dot(u.to(CT), grad, dv, input_precision=PREC)
+    if QUAD or LIN:
+        dk = tl.dot(du.to(CT), queries.to(CT), dk, input_precision=PREC)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
+def _dkdv_kernel(
+    q, k, v, dn, aux, dk, dv, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, smb,
+    T, BLOCKS, SLOTS, N, alpha, half_alpha, beta,
+    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
+    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
+    PART: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dk [BM, F] and dv [BM, D] of one block of keys, summed over the G query heads that share them.
+
+    dv_j = sum_i u(s_ij) dn_i, dk_j = sum_i (dn_i . v_j - delta_i) u'(s_ij) q_i; later segments come through R.
+    """
+    pid = tl.program_id(0)
+    hkv = pid % HKV
+    batch, seq, index, count, start, tokens, row = _segment(
+        pid // HKV, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
+    )
+    if row >= tokens:
+        return
+    b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
+    t64 = start.to(tl.int64)
+    k += b64 * skb + t64 * skt + hkv * skh
+    v += b64 * svb + t64 * svt + hkv * svh
+    if HAS_MASK:
+        keep += b64 * smb + t64
+    f = tl.arange(0, FP)
+    d = tl.arange(0, DP)
+    f16 = tl.arange(0, 16)
+    block = tl.arange(0, BM)
+    rows = row + block
+    inside = rows < tokens
+    ok = _kept(keep, rows, tokens, HAS_MASK)
+    xk = _load_rows(k, rows, ok, skt, f, F, F == FP, True)
+    xv = _load_rows(v, rows, ok, svt, d, D, D == DP, True).to(CT)
+    pick = tl.where((f16 < 2)[None, :], block[:, None] * 0 + 1.0, 0.0).to(CT)
+    acc_k = tl.zeros([BM, FP], tl.float32)
+    acc_v = tl.zeros([BM, DP], tl.float32)
+    if HAS_STATE:
+        before = count - 2 - index + HAS_INIT
+        if VARLEN:
+            slot = tl.load(slot_off + seq) + before
+        else:
+            slot = seq * SLOTS + before
+        s64 = slot.to(tl.int64) * HKV + hkv
+        state = states + s64 * (NR * DP)
+        norm = norms + s64 * NR
+        if QUAD and NB <= 2:
+            some = before >= 0
+            s0 = _state_tile(state, d, some, DP, CT)
+            s1 = _state_tile(state + 32 * DP, d, some, DP, CT)
+            s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
+            s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), DP, CT)
+            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
+            s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
+            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
+        if before >= 0:
+            ones = tl.full([BM], 1.0, tl.float32)
+            if QUAD:
+                if NB <= 2:
+                    acc_v, acc_k = _state_tiles(
+                        acc_v, acc_k, xk, xv, s0, s1, s2, s3, s4, s5, NB, True, True, CT, PREC
+                    )  # fmt: skip
+                else:
+                    acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, CT, PREC)
+                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                acc_k += _times_norm(xk, top, rest, CT, PREC)
+            if PART:
+                base = part + ((b64 * T + t64) * HKV + hkv) * FP
+                acc_k += tl.load(base + rows[:, None] * (HKV * FP) + f[None, :], mask=inside[:, None], other=0.0)
+            if LIN or CONST:
+                FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
+                acc_v, ones = _query_low(
+                    acc_v, ones, xk, state, norm, d, 1.0, 1.0, FP, DP, FIRST, LIN, CONST, False, CT, PREC
+                )
+                if LIN:
+                    acc_k = _gradient_low(
+                        acc_k, xv, ones, state, norm, 0.5 if QUAD else 1.0, FIRST, FP, DP, CT, PREC
+                    )  # fmt: skip
+    for g in range(G):
+        h = hkv * G + g
+        first = (b64 * T + t64) * (HKV * G) + h
+        qg = q + b64 * sqb + t64 * sqt + h * sqh
+        dg = dn + first * DP
+        ag = aux + first * 16
+        queries = _load_rows(qg, rows, inside, sqt, f, F, F == FP, True)  # [BM, FP]
+        grad = _load_rows(dg, rows, inside, HKV * G * DP, d, DP, True, True)  # [BM, DP]
+        minus = _load_rows(ag, rows, inside, HKV * G * 16, f16, 16, True, True)  # [BM, 16]
+        acc_k, acc_v = _dkdv_tile(
+            acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
+            QUAD, LIN, CONST, True, CT, PREC,
+        )  # fmt: skip
+        for i in range(row + BM, tokens, BM):
+            cols = i + block
+            later = cols < tokens
+            queries = _load_rows(qg, cols, later, sqt, f, F, F == FP, True)
+            grad = _load_rows(dg, cols, later, HKV * G * DP, d, DP, True, True)
+            minus = _load_rows(ag, cols, later, HKV * G * 16, f16, 16, True, True)
+            acc_k, acc_v = _dkdv_tile(
+                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, cols, alpha, half_alpha, beta,
+                QUAD, LIN, CONST, False, CT, PREC,
+            )  # fmt: skip
+    if QUAD:
+        acc_k *= 2.0
+    if HAS_MASK:
+        acc_k = tl.where(ok[:, None], acc_k, 0.0)
+        acc_v = tl.where(ok[:, None], acc_v, 0.0)
+    dk += ((b64 * T + t64) * HKV + hkv) * F
+    dv += ((b64 * T + t64) * HKV + hkv) * D
+    tl.store(
+        dk + rows[:, None] * (HKV * F) + f[None, :], acc_k.to(dk.dtype.element_ty),
+        mask=inside[:, None] & (f < F)[None, :],
+    )  # fmt: skip
+    tl.store(
+        dv + rows[:, None] * (HKV * D) + d[None, :], acc_v.to(dv.dtype.element_ty),
+        mask=inside[:, None] & (d < D)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
+def _gradient_kernel(
+    x, y, part, states, keep, cu, seg_seq, seg_off, slot_off,
+    sxb, sxt, sxh, syb, syt, syh, smb,
+    T, BLOCKS, SLOTS, N,
+    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
+    KEYS: tl.constexpr, HAS_INIT: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """F > 16: 16 dims of half the gradient by x that comes through the state (see `_state_tiles`), fp32.
+
+    KEYS: x, y are k, v and the state is R; otherwise q, dn and S. The norms' part is left to the caller.
+    Grid: (slices of 16 dims, blocks of BM rows * H). Walks the ordered pairs of blocks (i in the slice, j).
+    """
+    slice_ = tl.program_id(0) % (FP // 16)
+    pid = tl.program_id(0) // (FP // 16)
+    h = pid % H
+    hkv = h // G
+    batch, seq, index, count, start, tokens, row = _segment(
+        pid // H, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
+    )
+    if row >= tokens:
+        return
+    b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
+    t64 = start.to(tl.int64)
+    x += b64 * sxb + t64 * sxt + h * sxh
+    y += b64 * syb + t64 * syt + h * syh
+    if HAS_MASK:
+        keep += b64 * smb + t64
+    rows = row + tl.arange(0, BM)
+    inside = rows < tokens
+    ok = _kept(keep, rows, tokens, HAS_MASK)
+    n = tl.arange(0, 64)
+    f = tl.arange(0, 16)
+    d = tl.arange(0, DP)
+    acc = tl.zeros([BM, 16], tl.float32)
+    if KEYS:
+        before = count - 2 - index + HAS_INIT
+    else:
+        before = index - 1 + HAS_INIT
+    first = (b64 * T + t64) * H + h
+    if before >= 0:
+        if VARLEN:
+            slot = tl.load(slot_off + seq) + before
+        else:
+            slot = seq * SLOTS + before
+        s64 = slot.to(tl.int64) * (H // G) + hkv
+        state = states + s64 * (NR * DP)
+        values = _load_rows(y, rows, ok, syt, d, D, D == DP, True).to(CT)  # [BM, DP]
+        inner_selector = _selector(0, False, False, x.dtype.element_ty)
+        for step in range(2 * NB):
+            half = step % 2
+            i = slice_ * 2 + half
+            j = step // 2
+            # the stored tile is (min, max); read from the other side, its rows swap their two indices
+            low = tl.minimum(i, j)
+            high = tl.maximum(i, j)
+            tile = low * NB - (low * (low - 1)) // 2 + high - low
+            feature = tl.where(i < NB, tile, 0) * 64 + tl.where(i <= j, n, (n % 8) * 8 + n // 8)
+            xj = _load_rows(x, rows, ok, sxt, j * 8 + f, F, False, True)
+            inner = tl.dot(xj, inner_selector, input_precision=PREC)
+            s = tl.load(state + feature[:, None] * DP + d[None, :])  # [64, DP]
+            g = tl.dot(values, tl.trans(s.to(CT)), input_precision=PREC)
+            # dims past the last block, where F is not a multiple of 16, are computed from tile 0 and never read
+            fold = (f[:, None] == (n // 8 + half * 8)[None, :]).to(CT)  # [16, 64]
+            acc = tl.dot((g * inner).to(CT), tl.trans(fold), acc, input_precision=PREC)
+    tl.store(
+        part + first * FP + rows[:, None] * (H * FP) + (slice_ * 16 + f)[None, :], acc, mask=inside[:, None]
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One token
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, state, o, keep,
+    sqb, sqh, skb, skh, svb, svh, ssb, ssh, ssf, ssd, smb,
+    alpha, beta, eps,
+    F: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NF: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    GP: tl.constexpr, BF: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """state [NF, D + 1] += phi(k) [v, 1] in place, then o of the G query heads from it, all in fp32.
+
+    One program a batch row and key head. The feature order is the public one; index pairs come from arithmetic, so
+    that no table is needed. Tiles: features [BF], values [BF, BD], results [G, BD].
+    """
+    pid = tl.program_id(0)
+    b = pid // (H // G)
+    hkv = pid % (H // G)
+    b64 = b.to(tl.int64)
+    kept = 1.0
+    if HAS_MASK:
+        kept = (tl.load(keep + b64 * smb) != 0).to(tl.float32)
+    q += b64 * sqb + hkv * G * sqh
+    k += b64 * skb + hkv * skh
+    v += b64 * svb + hkv * svh
+    state += b64 * ssb + hkv * ssh
+    d = tl.arange(0, BD)
+    g = tl.arange(0, GP)
+    value = tl.load(v + d, mask=d < D, other=0.0).to(tl.float32)
+    value = tl.where(kept > 0, value, 0.0)
+    if G == 1:
+        acc = tl.zeros([BF, BD], tl.float32)
+        z = tl.zeros([BF], tl.float32)
+    else:
+        acc = tl.zeros([GP, BD], tl.float32)
+        z = tl.zeros([GP], tl.float32)
+    PAIRS: tl.constexpr = F * (F + 1) // 2 if QUAD else 0
+    ROOT2: tl.constexpr = 1.4142135623730951
+    for start in range(0, NF, BF):
+        n = start + tl.arange(0, BF)
+        exists = n < NF
+        rows = state + n * ssf
+        tile = tl.load(rows[:, None] + d[None, :] * ssd, mask=exists[:, None] & (d < D)[None, :], other=0.0)
+        total = tl.load(rows + D * ssd, mask=exists, other=0.0)
+        # feature n is x_a x_b (times sqrt 2 where a < b), x_a, or 1
+        p = tl.minimum(tl.maximum(n - F, 0), F * (F - 1) // 2) if QUAD else n * 0
+        root = tl.sqrt(((2 * F - 1) * (2 * F - 1) - 8 * p).to(tl.float32))
+        a = ((2 * F - 1 - root) * 0.5).to(tl.int32)
+        a = tl.where(a * (F - 1) - (a * (a - 1)) // 2 > p, a - 1, a)
+        a = tl.where((a + 1) * (F - 1) - ((a + 1) * a) // 2 <= p, a + 1, a)
+        c = a + 1 + p - (a * (F - 1) - (a * (a - 1)) // 2)
+        square = (n < F) & (n < PAIRS)
+        cross = (n >= F) & (n < PAIRS)
+        linear = (n >= PAIRS) & (n < PAIRS + F) & LIN
+        first = tl.where(square, n, tl.where(cross, a, n - PAIRS))
+        second = tl.where(square, n, c)
+        factor = tl.where(cross, ROOT2, 1.0)
+        has_first = square | cross | linear
+        has_second = square | cross
+        x = tl.load(k + first, mask=has_first & exists, other=1.0).to(tl.float32)
+        x *= tl.load(k + second, mask=has_second & exists, other=1.0).to(tl.float32)
+        x = tl.where(kept > 0, x * factor, 0.0)
+        tile += x[:, None] * value[None, :]
+        total += x * kept
+        tl.store(rows[:, None] + d[None, :] * ssd, tile, mask=exists[:, None] & (d < D)[None, :])
+        tl.store(rows + D * ssd, total, mask=exists)
+        weight = tl.where(has_second, factor, tl.where(linear, alpha, beta))
+        weight = tl.where(exists, weight, 0.0)
+        if G == 1:
+            w = tl.load(q + first, mask=has_first & exists, other=1.0).to(tl.float32)
+            w *= tl.load(q + second, mask=has_second & exists, other=1.0).to(tl.float32)
+            w *= weight
+            acc += w[:, None] * tile
+            z += w * total
+        else:
+            ok = (g < G)[:, None] & exists[None, :]
+            qg = q + g[:, None] * sqh
+            w = tl.load(qg + first[None, :], mask=ok & has_first[None, :], other=1.0).to(tl.float32)
+            w *= tl.load(qg + second[None, :], mask=ok & has_second[None, :], other=1.0).to(tl.float32)
+            w *= weight[None, :]
+            acc += tl.sum(w[:, :, None] * tile[None, :, :], 1)
+            z += tl.sum(w * total[None, :], 1)
+    if G == 1:
+        z0 = tl.sum(z, 0) + eps
+        out = tl.sum(acc, 0) * tl.where(z0 == 0.0, 0.0, 1.0 / z0)
+        tl.store(o + (b64 * H + hkv) * D + d, out.to(o.dtype.element_ty), mask=d < D)
+    else:
+        z += eps
+        out = acc * tl.where(z == 0.0, 0.0, 1.0 / z)[:, None]
+        tl.store(
+            o + (b64 * H + hkv * G + g)[:, None] * D + d[None, :], out.to(o.dtype.element_ty),
+            mask=(g < G)[:, None] & (d < D)[None, :],
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """Tile sizes of the kernels for one (F, D, dtype).
+
+    segment: tokens between two states; forward, dq, dkdv, gradient: (rows of a tile, warps, stages), tiles of keys by
+    queries are square; state, later: (tokens a step, warps, stages) of the sums over keys and over later queries;
+    decode: (features a step, warps); registers: most registers a thread, by kernel, where fewer than the compiler
+    would take pay.
+    """
+
+    segment: int
+    forward: tuple[int, int, int]
+    dq: tuple[int, int, int]
+    dkdv: tuple[int, int, int]
+    state: tuple[int, int, int]
+    later: tuple[int, int, int]
+    gradient: tuple[int, int, int]
+    decode: tuple[int, int]
+    registers: tuple[tuple[str, int], ...] = ()
+
+    def options(self, kernel: str) -> dict[str, int]:
+        return {"maxnreg": n for name, n in self.registers if name == kernel and not _INTERPRETED}
+
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _mend_interpreter() -> None:
+    """Triton's interpreter (3.6) takes loop bounds with int() of arrays of one element, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+    if getattr(original, "mended", False):
+        return
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch.mended = True
+    interpreter._patch_lang_tensor = patch
+
+
+if HAS_TRITON and _INTERPRETED:
+    _mend_interpreter()
+
+
+def _power_of_2(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
+    """Tile sizes, by size of the features, values and dtype only: the same on every call, and no timing at run time.
+
+    The segment trades the quadratic part (160 L / 2 operations a token at F = 16) against the states' traffic
+    (features / L a token) and must not depend on T, so that shapes of saved tensors are plain formulas in T.
+    """
+    if _INTERPRETED:
+        return Plan(64, *[(32, 4, 1)] * 6, (16, 4))
+    if feature_dim <= 16:
+        segment = 512
+    elif feature_dim <= 32:
+        segment = 1024
+    elif feature_dim <= 64:
+        segment = 2048
+    else:
+        segment = 4096
+    if dtype == torch.float32:
+        rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
+        return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows, (16, 2))
+    if feature_dim <= 16 and head_dim <= 64:
+        return Plan(
+            segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 3), (16, 1),
+            (("forward", 128),),
+        )  # fmt: skip
+    if feature_dim <= 64 and head_dim <= 64:
+        return Plan(
+            segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), (16, 1),
+            (("dkdv", 168),),
+        )  # fmt: skip
+    if feature_dim <= 64 and head_dim <= 128:
+        return Plan(segment, (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1), (16, 2))
+    return Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1), (16, 4))
+
+
+class _Layout(NamedTuple):
+    """Sizes that follow from F, D and the coefficients. Rows of an internal state: 64 a tile, then F linear, then 1."""
+
+    f: int  # F padded to a power of 2, at least 16
+    d: int  # D likewise
+    blocks: int  # blocks of 8 dims
+    rows: int
+    features: int  # rows of the public state
+    quad: bool
+    lin: bool
+    const: bool
+    alpha: float
+    beta: float
+    factor: float  # w = factor * u
+
+
+def _layout(feature_dim: int, head_dim: int, c0: float, c1: float, c2: float, scale: float) -> _Layout:
+    quad, lin, const = c2 != 0, c1 != 0, c0 != 0
+    if quad:
+        factor, alpha, beta = c2 * scale * scale, c1 / (c2 * scale), c0 / (c2 * scale * scale)
+    elif lin:
+        factor, alpha, beta = c1 * scale, 1.0, c0 / (c1 * scale)
+    elif const:
+        factor, alpha, beta = c0, 0.0, 1.0
+    else:
+        raise ValueError("coefficients: (0, 0, 0) weighs every key with 0; at least one has to differ from 0.")
+    blocks = -(-feature_dim // 8) if quad else 1
+    f = _power_of_2(feature_dim)
+    rows = (blocks * (blocks + 1) * 32 if quad else 0) + (f if lin else 0) + (1 if const else 0)
+    features = n_features(feature_dim, (c0, c1, c2))
+    return _Layout(f, _power_of_2(head_dim), blocks, rows, features, quad, lin, const, alpha, beta, factor)
+
+
+def n_features(feature_dim: int, coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> int:
+    """Rows of the public state: F (F + 1) / 2 if c2 != 0, F more if c1 != 0, one more if c0 != 0."""
+    c0, c1, c2 = coefficients
+    return feature_dim * (feature_dim + 1) // 2 * (c2 != 0) + feature_dim * (c1 != 0) + (c0 != 0)
+
+
+def _index_tables(feature_dim: int, layout: _Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Between the public feature order and the kernels' rows.
+
+    Returns (row of each feature [features], its factor: sqrt 2 for a < b; feature of each row [rows], its factor:
+    1 / sqrt 2 likewise and 0 for padding). Computed on the device, without a copy from the host.
+    """
+    n, nb = feature_dim, layout.blocks
+    row_parts, factor_parts, back_parts, inverse_parts = [], [], [], []
+    first_row = first_feature = 0
+    if layout.quad:
+        a, b = torch.triu_indices(n, n, 1, device=device).unbind(0)
+        square = torch.arange(n, device=device)
+        a, b = torch.cat([square, a]), torch.cat([square, b])
+        i, j = a // 8, b // 8
+        row_parts.append((i * nb - i * (i - 1) // 2 + j - i) * 64 + a % 8 * 8 + b % 8)
+        factor_parts.append(torch.where(a == b, 1.0, math.sqrt(2.0)))
+        tile_i, tile_j = torch.triu_indices(nb, nb, 0, device=device).unbind(0)
+        inside = torch.arange(64, device=device)
+        a = (tile_i[:, None] * 8 + inside // 8).flatten()
+        b = (tile_j[:, None] * 8 + inside % 8).flatten()
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        feature = torch.where(low == high, low, n + low * (n - 1) - low * (low - 1) // 2 + high - low - 1)
+        real = high < n
+        back_parts.append(torch.where(real, feature, 0))
+        inverse_parts.append(torch.where(low == high, 1.0, math.sqrt(0.5)) * real)
+        first_row, first_feature = nb * (nb + 1) * 32, n * (n + 1) // 2
+    if layout.lin:
+        f = torch.arange(layout.f, device=device)
+        row_parts.append(first_row + f[:n])
+        factor_parts.append(torch.ones(n, device=device))
+        back_parts.append(torch.where(f < n, first_feature + f, 0))
+        inverse_parts.append((f < n).float())
+        first_row, first_feature = first_row + layout.f, first_feature + n
+    if layout.const:
+        row_parts.append(torch.full((1,), first_row, device=device))
+        factor_parts.append(torch.ones(1, device=device))
+        back_parts.append(torch.full((1,), first_feature, device=device))
+        inverse_parts.append(torch.ones(1, device=device))
+    return torch.cat(row_parts), torch.cat(factor_parts), torch.cat(back_parts), torch.cat(inverse_parts)
+
+
+def _to_public(states: Tensor, norms: Tensor, feature_dim: int, head_dim: int, layout: _Layout) -> Tensor:
+    """Internal [N, H, rows, DP] and [N, H, rows] to the public state [N, H, features, D + 1]."""
+    row, factor, _, _ = _index_tables(feature_dim, layout, states.device)
+    values = states.index_select(2, row)[..., :head_dim]
+    return torch.cat([values, norms.index_select(2, row)[..., None]], -1) * factor[:, None]
+
+
+def _to_internal(public: Tensor, feature_dim: int, head_dim: int, layout: _Layout) -> tuple[Tensor, Tensor]:
+    """The public state to internal ([N, H, rows, D], [N, H, rows])."""
+    _, _, feature, factor = _index_tables(feature_dim, layout, public.device)
+    rows = public.float().index_select(2, feature) * factor[:, None]
+    return rows[..., :head_dim], rows[..., head_dim]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Segments(NamedTuple):
+    """How the tokens are cut: tables for packed sequences, and how many slots (stored states) each sequence has."""
+
+    sequences: int
+    slots: int  # slots of each sequence, or of all together if packed
+    total: int  # slots of all sequences
+    computed: int  # segments of a sequence whose own state is needed, or of all together if packed
+    cu: Tensor | None
+    seq_of: Tensor | None
+    first_segment: Tensor | None
+    first_slot: Tensor | None
+
+
+def _slots(batch: int, length: int, segment: int, initial: bool, last: bool, sequences: int | None) -> int:
+    """Slots of all sequences: a formula without branches on T, as the fake implementations need it."""
+    if sequences is None:
+        return batch * ((length - 1) // segment + int(initial) + int(last))
+    return length // segment + sequences * (int(initial) + int(last))
+
+
+def _cut(batch: int, length: int, segment: int, initial: bool, last: bool, cu: Tensor | None) -> _Segments:
+    if cu is None:
+        slots = (length - 1) // segment + initial + last
+        computed = (length - 1) // segment + last
+        return _Segments(batch, slots, batch * slots, computed, None, None, None, None)
+    sequences = cu.shape[0] - 1
+    cu = cu.to(torch.int32)
+    count = (cu.diff() + segment - 1) // segment
+    zero = torch.zeros(1, dtype=torch.int32, device=cu.device)
+    first_segment = torch.cat([zero, count.cumsum(0, dtype=torch.int32)])
+    slots = (count - 1 + int(last)).clamp(min=0) + int(initial)
+    first_slot = torch.cat([zero, slots.cumsum(0, dtype=torch.int32)])
+    most = length // segment + sequences
+    numbers = torch.arange(most, dtype=torch.int32, device=cu.device)
+    seq_of = torch.searchsorted(first_segment[1:].contiguous(), numbers, right=True, out_int32=True)
+    seq_of = seq_of.clamp(max=sequences - 1)
+    total = _slots(batch, length, segment, initial, last, sequences)
+    return _Segments(sequences, total, total, most, cu, seq_of, first_segment, first_slot)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """fp32 products: three TF32 products (error about 1e-7), or one where torch's own matmuls may use TF32."""
+    if dtype != torch.float32:
+        return "tf32"
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _compute_type(dtype: torch.dtype):
+    """What features, weights and states are rounded to for the matrix units: fp16 would overflow on squares."""
+    return tl.float32 if dtype == torch.float32 else tl.bfloat16
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
+
+
+def _byte_mask(mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = mask if mask.dtype == torch.bool else mask != 0
+    return (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)
+
+
+class _Guard:
+    """Makes the tensor's GPU the current one while kernels are launched, where it is not (or the CPU interprets)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+        self.guard = torch.cuda.device(tensor.device) if elsewhere else None
+
+    def __enter__(self) -> None:
+        if self.guard is not None:
+            self.guard.__enter__()
+
+    def __exit__(self, *exc) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*exc)
+
+
+def _new_states(like: Tensor, slots: int, kv_heads: int, layout: _Layout, exact: bool) -> tuple[Tensor, Tensor]:
+    """Flat storage for [slots, H_kv, rows, DP] and [slots, H_kv, rows].
+
+    In the compute type, or in fp32 if the totals are results of their own (`exact`). The spare elements keep sizes
+    away from 0 and 1, on which torch.export would specialise the sequence length.
+    """
+    exact = exact or like.dtype == torch.float32 or _INTERPRETED
+    rows = slots * kv_heads * layout.rows
+    # opcheck, which runs on the interpreter, compares every element, spare ones too
+    empty = like.new_zeros if _INTERPRETED else like.new_empty
+    states = empty(rows * layout.d + 16, dtype=torch.float32 if exact else torch.bfloat16)
+    return states, empty(rows + 16, dtype=torch.float32)
+
+
+def _make_states(
+    x: Tensor, y: Tensor, states: Tensor, norms: Tensor, cut: _Segments, layout: _Layout, plan: Plan,
+    mask: Tensor | None, kv_heads: int, weights: tuple[Tensor, Tensor] | None, initial: Tensor | None, last: bool,
+    head_dim: int,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Fills `states` and `norms` with running sums; returns the totals in fp32 if `last`.
+
+    `weights` (delta, aux) marks the backward direction: x, y are q, do / z and the sums run from the end.
+    """
+    batch, length, heads, feature_dim = x.shape
+    reverse = weights is not None
+    varlen = cut.cu is not None
+    if initial is not None:
+        values, total = _to_internal(initial, feature_dim, head_dim, layout)
+        if varlen:
+            first = cut.first_slot[:-1].long()
+            padded = states.new_zeros(cut.sequences, kv_heads, layout.rows, layout.d)
+            padded[..., :head_dim] = values
+            states[:-16].view(cut.total, kv_heads, layout.rows, layout.d).index_copy_(0, first, padded)
+            norms[:-16].view(cut.total, kv_heads, layout.rows).index_copy_(0, first, total)
+        else:
+            first = states[:-16].view(batch, cut.slots, kv_heads, layout.rows, layout.d)[:, 0]
+            first[..., head_dim:] = 0
+            first[..., :head_dim] = values
+            norms[:-16].view(batch, cut.slots, kv_heads, layout.rows)[:, 0] = total
+    block_d = min(layout.d, 64)
+    tokens, warps, stages = plan.later if reverse else plan.state
+    delta, aux = weights if reverse else (None, None)
+    shape = (
+        x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2),
+        0 if mask is None else mask.stride(0), length, cut.computed, cut.slots, cut.sequences,
+    )  # fmt: skip
+    tables = (states, norms, mask, cut.cu, cut.seq_of, cut.first_segment, cut.first_slot)
+    flags = {
+        "F": feature_dim, "D": y.shape[-1], "FP": layout.f, "DP": layout.d, "BD": block_d, "NR": layout.rows,
+        "HKV": kv_heads, "G": heads // kv_heads, "L": plan.segment, "C": tokens, "REVERSE": reverse,
+        "LAST": int(last), "HAS_INIT": int(initial is not None), "HAS_MASK": mask is not None, "VARLEN": varlen,
+        "CT": _compute_type(x.dtype), "PREC": _precision(x.dtype), "num_warps": warps,
+    }  # fmt: skip
+    programs = (cut.computed if varlen else batch * cut.computed) * kv_heads
+    tiles = layout.blocks * (layout.blocks + 1) // 2 if layout.quad else 0
+    if programs > 0 and layout.quad:
+        group = min(tiles, 3)
+        _state_kernel[(-(-tiles // group) * programs, layout.d // block_d)](
+            x, y, aux, *tables, *shape, **flags, NB=layout.blocks, TG=group, num_stages=stages
+        )
+    if programs > 0 and (layout.lin or layout.const):
+        _low_state_kernel[(programs, layout.d // block_d)](
+            x, y, delta, *tables, *shape, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0, **flags,
+            FIRST=tiles * 64, LIN=layout.lin, CONST=layout.const, num_stages=1,
+        )  # fmt: skip
+    if cut.total == 0 or (cut.slots == 1 and not varlen and not last):
+        return None  # nothing to add up
+    totals = None, None
+    if last:
+        totals = (
+            norms.new_empty(cut.sequences, kv_heads, layout.rows, layout.d),
+            norms.new_empty(cut.sequences, kv_heads, layout.rows),
+        )
+    elements = layout.rows * layout.d
+    block = min(512, _power_of_2(elements))
+    together = 16 if varlen else min(16, _power_of_2(cut.slots, 2))
+    _scan_kernel[(cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block))](
+        states, norms, *totals, cut.first_slot, cut.slots, E=elements, NR=layout.rows, HKV=kv_heads, U=together,
+        BE=block, VARLEN=varlen, KEEP_LAST=last, num_warps=4,
+    )  # fmt: skip
+    return totals if last else None
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    initial_state: Tensor | None, c0: float, c1: float, c2: float, scale: float, eps: float, output_final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, final state (empty if not asked for), rz [B, H, T], and the states and norms that the backward pass reads."""
+    if _INTERPRETED and q.dtype != torch.float32:  # the interpreter multiplies bfloat16 as if they were integers
+        arguments = (attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state)
+        o, *rest = _forward(q.float(), k.float(), v.float(), *arguments)
+        return o.to(q.dtype), *rest
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    batch, length, heads, feature_dim = q.shape
+    kv_heads, head_dim = v.shape[2:]
+    layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
+    plan = _plan(feature_dim, head_dim, q.dtype)
+    mask = _byte_mask(attention_mask)
+    initial = initial_state is not None
+    with _Guard(q):
+        cut = _cut(batch, length, plan.segment, initial, output_final_state, cu_seqlens)
+        varlen = cut.cu is not None
+        o = q.new_empty(batch, length, heads, head_dim)
+        rz = q.new_empty(batch, heads, length, dtype=torch.float32)
+        states, norms = _new_states(q, cut.total, kv_heads, layout, output_final_state)
+        totals = None
+        if cut.total > 0:
+            totals = _make_states(
+                k, v, states, norms, cut, layout, plan, mask, kv_heads, None, initial_state, output_final_state,
+                head_dim,
+            )  # fmt: skip
+        rows, warps, stages = plan.forward
+        blocks = -(-length // rows)
+        programs = (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * heads
+        block_d = min(layout.d, 128)
+        _forward_kernel[(programs, layout.d // block_d)](
+            q, k, v, o, rz, states, norms, mask, cut.cu, cut.seq_of, cut.first_segment, cut.first_slot,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if mask is None else mask.stride(0),
+            length, blocks, cut.slots, cut.sequences, layout.alpha, layout.beta, eps / layout.factor,
+            F=feature_dim, D=head_dim, FP=layout.f, DP=layout.d, BD=block_d, NB=layout.blocks, NR=layout.rows,
+            H=heads, G=heads // kv_heads, L=plan.segment, BM=rows, QUAD=layout.quad, LIN=layout.lin,
+            CONST=layout.const, HAS_STATE=varlen or initial or length > plan.segment, HAS_INIT=int(initial),
+            HAS_MASK=mask is not None, VARLEN=varlen, CT=_compute_type(q.dtype), PREC=_precision(q.dtype),
+            num_warps=warps, num_stages=stages, **plan.options("forward"),
+        )  # fmt: skip
+        if output_final_state:
+            final = _to_public(*totals, feature_dim, head_dim, layout)
+        else:
+            final = norms.new_empty(0)
+    return o, final, rz, states, norms
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    initial_state: Tensor | None, c0: float, c1: float, c2: float, scale: float, eps: float, output_final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, length, heads, feature_dim = q.shape
+    kv_heads, head_dim = v.shape[2:]
+    layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
+    plan = _plan(feature_dim, head_dim, q.dtype)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = _slots(batch, length, plan.segment, initial_state is not None, output_final_state, sequences)
+    if output_final_state:
+        rows = batch if sequences is None else sequences
+        final = q.new_empty(rows, kv_heads, layout.features, head_dim + 1, dtype=torch.float32)
+    else:
+        final = q.new_empty(0, dtype=torch.float32)
+    return (
+        q.new_empty(batch, length, heads, head_dim),
+        final,
+        q.new_empty(batch, heads, length, dtype=torch.float32),
+        *_new_states(q, slots, kv_heads, layout, output_final_state),
+    )
+
+
+def _backward(
+    grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, rz: Tensor, states: Tensor,
+    norms: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool, has_last: bool,
+    grad_initial: bool, c0: float, c1: float, c2: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv and the initial state's gradient (empty if not asked for)."""
+    if _INTERPRETED and q.dtype != torch.float32:
+        dq, dk, dv, d_initial = _backward(
+            grad.float(), grad_final, q.float(), k.float(), v.float(), o.float(), rz, states, norms, attention_mask,
+            cu_seqlens, has_initial, has_last, grad_initial, c0, c1, c2, scale,
+        )  # fmt: skip
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_initial
+    q, k, v, grad, o = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad), o.contiguous()
+    batch, length, heads, feature_dim = q.shape
+    kv_heads, head_dim = v.shape[2:]
+    group = heads // kv_heads
+    layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
+    plan = _plan(feature_dim, head_dim, q.dtype)
+    mask = _byte_mask(attention_mask)
+    mask_stride = 0 if mask is None else mask.stride(0)
+    final = grad_final is not None
+    compute = _compute_type(q.dtype)
+    with _Guard(q):
+        cut = _cut(batch, length, plan.segment, has_initial, has_last, cu_seqlens)
+        varlen = cut.cu is not None
+        has_state = varlen or has_initial or length > plan.segment
+        dq = q.new_empty(q.shape)
+        dk = k.new_empty(k.shape)
+        dv = v.new_empty(v.shape)
+        half = torch.float32 if q.dtype == torch.float32 or _INTERPRETED else torch.bfloat16
+        dn = q.new_empty(batch, length, heads, layout.d, dtype=half)
+        delta = torch.empty_like(rz)
+        aux = q.new_empty(batch, length, heads, 16, dtype=half)
+        inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+        sizes = {
+            "F": feature_dim, "D": head_dim, "FP": layout.f, "DP": layout.d, "NB": layout.blocks, "NR": layout.rows,
+            "L": plan.segment, "HAS_MASK": mask is not None, "VARLEN": varlen, "CT": compute,
+            "PREC": _precision(q.dtype),
+        }  # fmt: skip
+
+        def grid(cut: _Segments, rows: int, heads: int) -> tuple[int, int]:
+            """Programs and blocks of a sequence."""
+            blocks = -(-length // rows)
+            return (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * heads, blocks
+
+        def tables(cut: _Segments):
+            return cut.cu, cut.seq_of, cut.first_segment, cut.first_slot
+
+        def through_state(x: Tensor, y: Tensor, keys: bool, states: Tensor, cut: _Segments, init: bool) -> Tensor:
+            rows, warps, stages = plan.gradient
+            part = q.new_empty(batch, length, x.shape[2], layout.f, dtype=torch.float32)
+            programs, blocks = grid(cut, rows, x.shape[2])
+            _gradient_kernel[(programs * (layout.f // 16),)](
+                x, y, part, states, mask if keys else None, *tables(cut), *x.stride()[:3], *y.stride()[:3],
+                mask_stride, length, blocks, cut.slots, cut.sequences,
+                **{**sizes, "D": y.shape[-1], "HAS_MASK": keys and mask is not None}, H=x.shape[2],
+                G=1 if keys else group, BM=rows, KEYS=keys, HAS_INIT=int(init), num_warps=warps, num_stages=stages,
+                **plan.options("gradient"),
+            )  # fmt: skip
+            return part
+
+        # beyond 16 dims the state's part of a gradient has a kernel of its own, which leaves it here
+        parts = layout.quad and layout.blocks > 2 and has_state
+        part = None
+        if parts:
+            steps = -(-length // 64)
+            _scale_kernel[(batch * steps * heads,)](
+                o, grad, rz, dn, delta, aux, *grad.stride()[:3], length, steps, D=head_dim, DP=layout.d, H=heads,
+                BM=64, CT=compute,
+            )  # fmt: skip
+            part = through_state(q, dn, False, states, cut, has_initial)
+        rows, warps, stages = plan.dq
+        programs, blocks = grid(cut, rows, heads)
+        half_alpha = layout.alpha / 2 if layout.quad else 0.0
+        _dq_kernel[(programs,)](
+            q, k, v, o, grad, rz, dn, delta, aux, dq, part, states, norms, mask, *tables(cut), *inputs,
+            *grad.stride()[:3], mask_stride, length, blocks, cut.slots, cut.sequences, layout.alpha, half_alpha,
+            **sizes, H=heads, G=group, BM=rows, QUAD=layout.quad, LIN=layout.lin, HAS_STATE=has_state,
+            HAS_INIT=int(has_initial), PART=parts, num_warps=warps, num_stages=stages, **plan.options("dq"),
+        )  # fmt: skip
+        del part
+
+        # from here on, the state of later queries: its first slot is the final state's gradient
+        cut = _cut(batch, length, plan.segment, final, grad_initial, cu_seqlens)
+        has_state = varlen or final or length > plan.segment
+        later, later_norms = _new_states(q, cut.total, kv_heads, layout, grad_initial)
+        totals = None
+        if cut.total > 0:
+            totals = _make_states(
+                q, dn, later, later_norms, cut, layout, plan, None, kv_heads, (delta, aux), grad_final, grad_initial,
+                head_dim,
+            )  # fmt: skip
+        parts = layout.quad and layout.blocks > 2 and has_state
+        part = through_state(k, v, True, later, cut, final) if parts else None
+        rows, warps, stages = plan.dkdv
+        programs, blocks = grid(cut, rows, kv_heads)
+        _dkdv_kernel[(programs,)](
+            q, k, v, dn, aux, dk, dv, part, later, later_norms, mask, *tables(cut), *inputs, mask_stride, length,
+            blocks, cut.slots, cut.sequences, layout.alpha, half_alpha, layout.beta, **sizes, HKV=kv_heads, G=group,
+            BM=rows, QUAD=layout.quad, LIN=layout.lin, CONST=layout.const, HAS_STATE=has_state, HAS_INIT=int(final),
+            PART=parts, num_warps=warps, num_stages=stages, **plan.options("dkdv"),
+        )  # fmt: skip
+        if grad_initial:
+            d_initial = _to_public(*totals, feature_dim, head_dim, layout)
+        else:
+            d_initial = rz.new_empty(0)
+    return dq, dk, dv, d_initial
+
+
+def _backward_fake(
+    grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, rz: Tensor, states: Tensor,
+    norms: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool, has_last: bool,
+    grad_initial: bool, c0: float, c1: float, c2: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, _, _, feature_dim = q.shape
+    if grad_initial:
+        rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        features = n_features(feature_dim, (c0, c1, c2))
+        d_initial = rz.new_empty(rows, v.shape[2], features, v.shape[3] + 1)
+    else:
+        d_initial = rz.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_initial
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None,
+    c0: float, c1: float, c2: float, scale: float, eps: float,
+) -> Tensor:  # fmt: skip
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    batch, _, heads, feature_dim = q.shape
+    kv_heads, head_dim = v.shape[2:]
+    group = heads // kv_heads
+    layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
+    features, warps = _plan(feature_dim, head_dim, q.dtype).decode
+    o = q.new_empty(batch, 1, heads, head_dim)
+    mask = _byte_mask(attention_mask)
+    # with several query heads a program the tile has three dims, [heads, features, values]: keep it in registers
+    if group > 1:
+        features = 16 if group <= 2 else 8 if group <= 4 else 4
+    with _Guard(q):
+        _decode_kernel[(batch * kv_heads,)](
+            q, k, v, state, o, state if mask is None else mask, q.stride(0), q.stride(2), k.stride(0), k.stride(2),
+            v.stride(0), v.stride(2), *state.stride(), 0 if mask is None else mask.stride(0), layout.alpha,
+            layout.beta, eps / layout.factor, F=feature_dim, D=head_dim, BD=layout.d, NF=layout.features, H=heads,
+            G=group, GP=1 << (group - 1).bit_length(), BF=features, QUAD=layout.quad, LIN=layout.lin,
+            CONST=layout.const, HAS_MASK=mask is not None, num_warps=warps,
+        )  # fmt: skip
+    return o
+
+
+def _decode_fake(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None,
+    c0: float, c1: float, c2: float, scale: float, eps: float,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape[0], 1, q.shape[2], v.shape[3])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, mask, cu, initial, c0, c1, c2, scale, _, last = inputs
+    o, _final, rz, states, norms = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rz, states, norms)
+    ctx.save_for_backward(q, k, v, mask, cu, o, rz, states, norms)
+    ctx.coefficients = (c0, c1, c2, scale)
+    ctx.has_initial = initial is not None
+    ctx.has_last = last
+    ctx.grad_initial = ctx.has_initial and ctx.needs_input_grad[5]
+    ctx.initial_dtype = initial.dtype if initial is not None else None
+
+
+def _make_autograd(backward_op):
+    def autograd(ctx, grad, grad_final, *_):
+        q, k, v, mask, cu, o, rz, states, norms = ctx.saved_tensors
+        if grad is None and grad_final is None:
+            return (None,) * 12
+        if grad is None:
+            grad = torch.zeros_like(o)
+        if not ctx.has_last:
+            grad_final = None
+        dq, dk, dv, d_initial = backward_op(
+            grad, grad_final, q, k, v, o, rz, states, norms, mask, cu, ctx.has_initial, ctx.has_last, ctx.grad_initial,
+            *ctx.coefficients,
+        )  # fmt: skip
+        d_initial = d_initial.to(ctx.initial_dtype) if ctx.grad_initial else None
+        return dq, dk, dv, None, None, d_initial, None, None, None, None, None, None
+
+    return autograd
+
+
+class _Attention(torch.autograd.Function):
+    """The same forward and backward pass without the dispatcher: plain eager calls save most of the host's time."""
+
+    @staticmethod
+    def forward(*inputs):
+        return _forward(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_make_autograd(_backward))
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nobody traces or intercepts operators: then the registered ones have nothing to add."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    )
+
+
+_COEFFICIENTS = "float c0, float c1, float c2, float scale"
+_SCHEMAS = {
+    "forward": "(Tensor q, Tensor k, Tensor v, Tensor? attention_mask, Tensor? cu_seqlens, Tensor? initial_state, "
+    f"{_COEFFICIENTS}, float eps, bool output_final_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "backward": "(Tensor grad, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor o, Tensor rz, Tensor states, "
+    "Tensor norms, Tensor? attention_mask, Tensor? cu_seqlens, bool has_initial, bool has_last, bool grad_initial, "
+    f"{_COEFFICIENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "decode": "(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? attention_mask, "
+    f"{_COEFFICIENTS}, float eps) -> Tensor",
+}
+
+
+def _register():
+    """The operators of this very source text, registered once a process.
+
+    Several copies of this file live in one process: the installed package, and one for each checkpoint loaded with
+    trust_remote_code, reloaded at will. The namespace is a hash of the text, so that equal copies share operators and
+    different versions never meet; the Library is kept on the torch module, so that no copy's end takes them away.
+    """
+    name = "rebased_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    libraries = torch.library.__dict__.setdefault("_rebased_libraries", {})
+    if name not in libraries:
+        library = torch.library.Library(name, "FRAGMENT")
+        for op, (real, fake) in {
+            "forward": (_forward, _forward_fake),
+            "backward": (_backward, _backward_fake),
+            "decode": (_decode, _decode_fake),
+        }.items():
+            library.define(op + _SCHEMAS[op], tags=torch.Tag.pt2_compliant_tag)
+            library.impl(op, real, "CUDA")
+            library.impl(op, real, "CPU")
+            torch.library.register_fake(f"{name}::{op}", fake, lib=library)
+        backward_op = getattr(torch.ops, name).backward.default
+        torch.library.register_autograd(
+            f"{name}::forward", _make_autograd(backward_op), setup_context=_setup_context, lib=library
+        )
+        libraries[name] = library
+    return getattr(torch.ops, name)
+
+
+_OPS = _register() if HAS_TRITON else None
+
+
+def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, feature_dim: int, head_dim: int) -> str | None:
+    """Why the Triton backend cannot run for such tensors, or None if it can.
+
+    `device` is where q, k and v are, `dtype` theirs, `feature_dim` F (1 to 128) and `head_dim` D (1 to 256).
+    """
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    device = torch.device(device)
+    if device.type == "cuda":
+        if _INTERPRETED:
+            return None
+        if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8:
+            major, minor = torch.cuda.get_device_capability(device)
+            return f"it needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
+    elif device.type == "cpu":
+        if not _INTERPRETED:
+            return "the tensors are on the CPU (Triton kernels run there only with TRITON_INTERPRET=1, for tests)"
+    else:
+        return f"the tensors are on {device.type!r}, and the kernels are for GPUs"
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not one of bfloat16, float16 and float32"
+    if not 1 <= feature_dim <= MAX_FEATURE_DIM:
+        return f"feature_dim is {feature_dim}, and the kernels take 1 to {MAX_FEATURE_DIM}"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim is {head_dim}, and the kernels take 1 to {MAX_HEAD_DIM}"
+    return None
+
+
+def triton_rebased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """ReBased attention with Triton kernels; arguments are taken as checked (`rebased_attention` does that).
+
+    Args:
+        q: [B, T, H_q, F]; k: [B, T, H_kv, F]; v: [B, T, H_kv, D]: bfloat16, float16 or float32, one dtype, any strides
+            (a copy is made only if the last one is not 1).
+        coefficients: (c0, c1, c2) of w = c0 + c1 s + c2 s**2, s = scale * q . k.
+        scale: factor of q . k, usually F**-0.5.
+        eps: added to the normaliser.
+        attention_mask: bool [B, T], False drops the token as a key; or None.
+        cu_seqlens: int32 [N + 1], where packed sequences start and end, B = 1; or None.
+        initial_state: fp32 [B or N, H_kv, n_features, D + 1], or None for zeros.
+        output_final_state: also return the state after the last token.
+
+    Returns:
+        o [B, T, H_q, D] in q's dtype, and the final state, fp32 like the initial one, or None. A row whose normaliser
+        (with eps) is 0 is 0.
+
+    State: sum_j phi(k_j) [v_j, 1] over the kept keys, with k as given. phi's order: x_a x_a for every a; sqrt(2) x_a
+    x_b for a < b, in the order of torch.triu_indices(F, F, 1); x_a if c1 != 0; 1 if c0 != 0. No squares if c2 == 0.
+    """
+    c0, c1, c2 = (float(c) for c in coefficients)
+    inputs = (q, k, v, attention_mask, cu_seqlens, initial_state)
+    options = (c0, c1, c2, float(scale), float(eps), output_final_state)
+    if not _is_plain(*inputs):
+        o, final, _, _, _ = _OPS.forward(*inputs, *options)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        o, final, _, _, _ = _Attention.apply(*inputs, *options)
+    else:
+        o, final, _, _, _ = _forward(*inputs, *options)
+    return o, final if output_final_state else None
+
+
+def triton_rebased_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """One token (T = 1) for every row of a batch: adds it to `state` in place and returns o [B, 1, H_q, D].
+
+    q: [B, 1, H_q, F]; k: [B, 1, H_kv, F]; v: [B, 1, H_kv, D]; state: fp32 [B, H_kv, n_features, D + 1], layout as in
+    `triton_rebased_attention`. A row with attention_mask [B, 1] False leaves its state as it was. No gradients. One
+    kernel without host-side decisions on values: safe inside CUDA graphs.
+    """
+    c0, c1, c2 = (float(c) for c in coefficients)
+    run = _decode if _is_plain(q, k, v, state, attention_mask) else _OPS.decode
+    return run(q, k, v, state, attention_mask, c0, c1, c2, float(scale), float(eps))

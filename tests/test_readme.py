@@ -1,0 +1,60 @@
+"""Every python and bash block of README.md runs as it stands, in a copy of the checkout."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder that looks like the checkout, in which output may be written."""
+    for path in REPOSITORY.iterdir():
+        if not path.name.startswith(".") and path.name not in ("output", "data"):
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def run(checkout: Path, command: list[str]) -> str:
+    """Run a command there, with this interpreter's scripts first on the path, and return what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=checkout, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_python_blocks_one_after_another(checkout):
+    code = "\n".join(block for language, block in BLOCKS if language == "python")
+    printed = run(checkout, [sys.executable, "-c", code])
+    assert "My fellow citizens, " in printed
+    assert "torch.Size([2, 1000, 8, 64])" in printed
+
+
+@pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "bash"])
+def test_a_bash_block(checkout, code):
+    if "lm-eval" in code:
+        pytest.importorskip("lm_eval")
+    printed = run(checkout, ["bash", "-euo", "pipefail", "-c", code])
+    assert "bits_per_byte" in printed or "model.safetensors" in printed
+
+
+def test_there_is_a_block_for_each_main_job():
+    code = "\n".join(block for _, block in BLOCKS)
+    for needed in ("AutoModelForCausalLM.from_pretrained", ".generate(", "training.train_lm", "lm-eval run"):
+        assert needed in code
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (REPOSITORY / target).exists(), target
