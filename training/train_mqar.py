@@ -780,7 +780,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         "--race",
         type=int,
         metavar="EPOCH",
-        help="fast loop: train the first seed to this epoch at every rate, then go on with the rate of the lowest loss; "
+        help="fast loop: train the first seed to this epoch at every rate, then go on with the one of lowest loss; "
         "MQAR first stays on a plateau for some epochs, and a race that ends there is a lottery",
     )
     add("--loop", choices=("fast", "plain"), default="fast")
