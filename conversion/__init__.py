@@ -7,6 +7,18 @@ is exact and what is not.
 from .authors import from_authors, to_authors
 from .files import ConversionError, Report
 from .fla import from_fla, load_attention, to_fla
+from .hub import export
+from .stranger import verify
 
 
-__all__ = ["ConversionError", "Report", "from_authors", "from_fla", "load_attention", "to_authors", "to_fla"]
+__all__ = [
+    "ConversionError",
+    "Report",
+    "export",
+    "from_authors",
+    "from_fla",
+    "load_attention",
+    "to_authors",
+    "to_fla",
+    "verify",
+]

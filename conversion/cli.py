@@ -17,6 +17,8 @@ from typing import Any
 from .authors import from_authors, to_authors
 from .files import ConversionError
 from .fla import from_fla, to_fla
+from .hub import export
+from .stranger import verify
 
 
 EXAMPLES = {
@@ -36,6 +38,13 @@ EXAMPLES = {
   rebased-convert to-fla out/ again.pt
   rebased-convert to-fla out/ layer3.pt --layer 3
   rebased-convert to-fla out/ stack.safetensors --attention-only""",
+    "export": """\
+  rebased-convert export output/final hub/ --license apache-2.0 --dataset wikitext --language en
+  rebased-convert export output/final hub/ --license mit --results lm-eval-output/ --card-text about.md
+  rebased-convert export output/final hub/ --license mit --push user/my-rebased --private""",
+    "verify": """\
+  rebased-convert verify hub/
+  rebased-convert verify hub/ --source output/final""",
 }
 
 
@@ -58,8 +67,10 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(function=function)
-        command.add_argument("source", metavar="SOURCE", help=source)
-        if destination is not None:
+        if destination is None:
+            command.add_argument("folder", metavar="DIR", help=source)
+        else:
+            command.add_argument("source", metavar="SOURCE", help=source)
             command.add_argument("destination", metavar="DESTINATION", help=destination)
             command.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
             command.add_argument(
@@ -101,6 +112,29 @@ def _parser() -> argparse.ArgumentParser:
     command = add("to-fla", to_fla, folder, "new file, of torch.save or .safetensors")
     command.add_argument("--layer", type=int, help="convert this layer alone")
     command.add_argument("--attention-only", action="store_true", help="convert the attention layers alone")
+
+    command = add("export", export, folder, "new folder")
+    command.add_argument("--license", help="the Hub's identifier, such as apache-2.0; 'other' needs --license-name")
+    command.add_argument("--license-name", help="of another license")
+    command.add_argument("--license-link", help="address of its text")
+    command.add_argument("--name", help="the model's name in its card")
+    command.add_argument("--dataset", dest="datasets", action="append", help="trained on; may be repeated")
+    command.add_argument("--language", dest="languages", action="append", help="such as en; may be repeated")
+    command.add_argument("--base-model", help="the Hub's name of the model that this one was made from")
+    command.add_argument("--tag", dest="tags", action="append", help="one more tag; may be repeated")
+    command.add_argument("--results", action="append", help="lm-eval's output, a file or folder; may be repeated")
+    command.add_argument("--card-text", help="Markdown file to stand in the card")
+    command.add_argument("--tokenizer", help="folder with a tokenizer, if SOURCE has none")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    command.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default: 5GB)")
+    command.add_argument("--push", metavar="USER/NAME", help="upload to this repository of the Hub")
+    command.add_argument("--private", action="store_true", help="create the repository as a private one")
+
+    command = add("verify", verify, "the folder to load; its own code is run", None)
+    command.add_argument("--source", help="folder of the model it was made from")
+    command.add_argument("--tolerance", type=float, default=1e-5, help="of the logits, in float32 (default: 1e-5)")
+    command.add_argument("--new-tokens", type=int, default=8, help="tokens to generate (default: 8)")
+    command.add_argument("--timeout", type=float, default=900, help="seconds to wait (default: 900)")
     return parser
 
 

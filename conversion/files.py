@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 
@@ -52,6 +53,7 @@ class Report:
             has no counterpart.
         notes: what was inferred or assumed, a sentence each.
         dry_run: whether nothing was written.
+        closing: the last line, instead of the usual one.
     """
 
     source: str
@@ -59,6 +61,7 @@ class Report:
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
+    closing: str | None = None
 
     def map(self, source: str, tensor: torch.Tensor, destination: str) -> None:
         """Add a row: `source` becomes `destination`."""
@@ -74,10 +77,8 @@ class Report:
         lines += [f"note: {note}" for note in self.notes]
         if self.dry_run:
             lines.append(f"dry run: {self.destination} was not written")
-        elif self.rows:
-            lines.append(f"{len(self.rows)} tensors: {self.source} -> {self.destination}")
         else:
-            lines.append(f"wrote {self.destination}")
+            lines.append(self.closing or f"{len(self.rows)} tensors: {self.source} -> {self.destination}")
         return "\n".join(lines)
 
 
@@ -368,6 +369,8 @@ def write_model(
     state: State,
     record: dict[str, Any] | None = None,
     unused: State | None = None,
+    generation_config: GenerationConfig | None = None,
+    max_shard_size: int | str = "50GB",
 ) -> None:
     """Write a model's folder: weights bit for bit, configuration, the model's code, and the record of the conversion.
 
@@ -376,6 +379,8 @@ def write_model(
         config: the configuration.
         state: every tensor that `model_shapes` lists.
         record, unused: what the way back needs; see `RECORD`.
+        generation_config: instead of the one that follows from the configuration.
+        max_shard_size: in bytes, or as "5GB".
     """
     with torch.device("meta"):
         model = ReBasedForCausalLM(config)
@@ -384,7 +389,9 @@ def write_model(
     model.load_state_dict(own, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = model.dtype
-    model.save_pretrained(folder)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_record(folder, record, unused)
 
 

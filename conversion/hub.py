@@ -1,0 +1,479 @@
+"""A folder for the Hub: sharded safetensors, configuration, code, generation settings, tokenizer and a model card."""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from modeling_rebased import ReBasedConfig
+
+from .files import ConversionError, Report, check_destination, load_folder, progress, write_model, written
+
+
+# The Hub's identifiers of licenses.
+LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl mpl-2.0 odc-by odbl openmdw-1.0
+    openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial
+    llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
+    """.split()  # noqa: SIM905  a list of strings would take a page
+)
+DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+# lm-eval's names of metrics, as the Hub's.
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy",
+    "word_perplexity": "perplexity",
+    "byte_perplexity": "perplexity",
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
+
+
+@dataclass
+class Evaluation:
+    """What the files of lm-eval's results say.
+
+    Attributes:
+        results: for the card's metadata.
+        rows: (task, shots, metric, value, standard error), for its table.
+        versions: of lm-eval.
+        skipped: figures that are no finite numbers.
+    """
+
+    results: list[EvalResult] = field(default_factory=list)
+    rows: list[tuple[str, str, str, str, str]] = field(default_factory=list)
+    versions: set[str] = field(default_factory=set)
+    skipped: list[str] = field(default_factory=list)
+
+
+def export(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    name: str | None = None,
+    datasets: list[str] | None = None,
+    languages: list[str] | None = None,
+    base_model: str | None = None,
+    tags: list[str] | None = None,
+    results: list[str | os.PathLike] | None = None,
+    card_text: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    push: str | None = None,
+    private: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Report:
+    """Make a folder for the Hub of a model's folder, and upload it if asked to.
+
+    The weights are copied bit for bit, unless `dtype` changes their type.
+
+    Args:
+        source: the folder of a model, as `save_pretrained` or a trainer writes it. What its own README.md says in
+            `license`, `datasets`, `language` and `base_model` is the default of these.
+        destination: the folder to make.
+        license: the Hub's identifier, such as "apache-2.0"; "other" needs `license_name`.
+        license_name, license_link: of a license that the Hub has no identifier for.
+        name: of the model, in the card; by default that of `push` or `destination`.
+        datasets: the Hub's identifiers of what the model was trained on.
+        languages: their codes, such as "en".
+        base_model: the Hub's identifier of the model that this one was made from.
+        tags: beside "rebased" and "linear-attention".
+        results: files that `lm-eval --output_path` wrote, or folders with them, of which the newest is taken.
+        card_text: a Markdown file to stand in the card, for what no configuration says: the training, the limits.
+        tokenizer: a folder with one, if `source` has none.
+        dtype: "float32", "bfloat16" or "float16"; by default as they are.
+        max_shard_size: of one safetensors file.
+        push: "user/name" of the repository to create, if it is not there, and upload to, with the account that
+            `hf auth login` knows.
+        private: whether a repository that is created can be seen by its owner only.
+        overwrite: replace `destination` if it exists.
+        dry_run: write and upload nothing.
+
+    Returns:
+        The tensors, and what the folder has.
+
+    Raises:
+        ConversionError: naming the argument or file at fault. Nothing is left behind, unless it is the upload that
+            failed: then `destination` is complete.
+    """
+    check_destination(destination, overwrite, source)
+    if push is not None:
+        try:
+            validate_repo_id(push)
+        except HFValidationError as error:
+            raise ConversionError(f"--push is {push!r}, which is not a repository's name: {error}") from error
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise ConversionError(f"--dtype is {dtype!r}; it must be one of {', '.join(dtypes)}.")
+    if not re.fullmatch(r"[1-9][0-9]*([KMG]i?B)", max_shard_size):
+        raise ConversionError(f"--max-shard-size is {max_shard_size!r}; it must be a number with KB, MB or GB.")
+    folder = Path(source)
+    config, state = load_folder(folder)
+    if dtype is not None:
+        state = {key: tensor.to(dtypes[dtype]) for key, tensor in progress(state.items(), "casting")}
+    parameters = sum(tensor.numel() for tensor in state.values())
+    tokens = _load_tokenizer(folder, tokenizer, config)
+    settings = _generation_config(folder, config, tokens)
+    evaluation = read_results(results or [], parameters)
+    said = _said_by_readme(folder)
+    name = name or (push or Path(os.path.abspath(destination)).name).split("/")[-1]
+    card = model_card(
+        config,
+        parameters,
+        name=name,
+        license=license or said.get("license"),
+        license_name=license_name or said.get("license_name"),
+        license_link=license_link or said.get("license_link"),
+        datasets=datasets or said.get("datasets"),
+        languages=languages or said.get("language"),
+        base_model=base_model or said.get("base_model"),
+        tags=tags or [],
+        evaluation=evaluation,
+        text=_read_text(card_text),
+    )
+
+    report = Report(str(source), str(destination), dry_run=dry_run)
+    for key, tensor in state.items():
+        report.map(key, tensor, key)
+    report.notes += [f"left out of the card, no finite number: {each}" for each in evaluation.skipped]
+    if tokens is None:
+        report.notes.append("there is no tokenizer: SOURCE has none and --tokenizer was not given")
+    report.notes.append(
+        f"model card: license {card.data.license}, {len(evaluation.results)} results, "
+        f"datasets {', '.join(card.data.datasets or []) or 'not stated'}"
+    )
+    if dry_run:
+        if push is not None:
+            report.notes.append(f"would be uploaded to {push}")
+        return report
+    with written(destination, overwrite, source) as path:
+        write_model(path, config, state, generation_config=settings, max_shard_size=max_shard_size)
+        if tokens is not None:
+            tokens.save_pretrained(path)
+        card.save(path / "README.md")
+        report.notes.append("files: " + ", ".join(sorted(each.name for each in path.iterdir())))
+    if push is not None:
+        report.notes.append(f"uploaded to {upload(destination, push, private)}")
+    return report
+
+
+def upload(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
+    """Upload a folder to the Hub, creating the repository if it is not there; returns its address.
+
+    Raises:
+        ConversionError: the Hub refused or could not be reached. The folder stays as it is.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=os.fspath(folder), repo_type="model", commit_message="Upload the model"
+        )
+    except Exception as error:  # the client's errors have no base but this
+        raise ConversionError(
+            f"{str(folder)!r} is complete, but its upload to {repo_id!r} failed: {type(error).__name__}: {error}"
+        ) from error
+    return str(url)
+
+
+# ---------------------------------------------------------------- what goes into the folder
+
+
+def _load_tokenizer(
+    folder: Path, given: str | os.PathLike | None, config: ReBasedConfig
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `given` or `folder`, or `None` if there is none in the latter."""
+    path = folder if given is None else Path(given)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        if given is not None:
+            raise ConversionError(
+                f"--tokenizer {str(path)!r} must be a folder with one of {', '.join(TOKENIZER_FILES)}."
+            )
+        return None
+    try:
+        tokens = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # each tokenizer class has its own errors
+        raise ConversionError(f"The tokenizer in {str(path)!r} cannot be loaded: {error}") from error
+    last = max(tokens.get_vocab().values(), default=0)
+    if last >= config.vocab_size:
+        raise ConversionError(
+            f"The tokenizer in {str(path)!r} has the token id {last}, but the model's vocab_size is "
+            f"{config.vocab_size}."
+        )
+    return tokens
+
+
+def _generation_config(
+    folder: Path, config: ReBasedConfig, tokens: PreTrainedTokenizerBase | None
+) -> GenerationConfig:
+    """The source's settings, or those that follow from its configuration, with the tokenizer's special tokens."""
+    if (folder / "generation_config.json").is_file():
+        try:
+            settings = GenerationConfig.from_pretrained(folder)
+            settings.validate(strict=True)
+        except Exception as error:  # ValueError, OSError and whatever odd values raise
+            raise ConversionError(f"generation_config.json in {str(folder)!r} is not valid: {error}") from error
+    else:
+        settings = GenerationConfig.from_model_config(config)
+    if tokens is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(settings, name) is None:
+                setattr(settings, name, getattr(tokens, name))
+    return settings
+
+
+def _said_by_readme(folder: Path) -> dict[str, Any]:
+    """What the README.md of a model's folder says in its metadata."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # yaml's and the card's
+        raise ConversionError(f"{str(path)!r} has metadata that cannot be read: {error}") from error
+
+
+def _read_text(path: str | os.PathLike | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"--card-text {str(path)!r} cannot be read: {error}") from error
+
+
+# ---------------------------------------------------------------- results
+
+
+def read_results(paths: list[str | os.PathLike], parameters: int | None = None) -> Evaluation:
+    """Read files that `lm-eval --output_path` wrote.
+
+    Args:
+        paths: files, or folders, of whose `results_*.json` the newest is taken.
+        parameters: of the model. Results that say that their model had another number are refused.
+
+    Raises:
+        ConversionError: a file is not lm-eval's, or is of another model.
+    """
+    evaluation = Evaluation()
+    for each in paths:
+        path = Path(each)
+        if path.is_dir():
+            found = sorted(path.rglob("results_*.json"), key=lambda file: file.name)
+            if not found:
+                raise ConversionError(f"--results {str(path)!r} has no results_*.json.")
+            path = found[-1]
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+            tasks = loaded["results"]
+            count = loaded.get("config", {}).get("model_num_parameters")
+            _add_tasks(evaluation, loaded, tasks)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(
+                f"--results {str(path)!r} is not a file of lm-eval's results: {type(error).__name__}: {error}"
+            ) from error
+        if parameters is not None and count not in (None, parameters):
+            raise ConversionError(
+                f"--results {str(path)!r} are of a model with {count} parameters; SOURCE has {parameters}."
+            )
+    return evaluation
+
+
+def _add_tasks(evaluation: Evaluation, loaded: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> None:
+    evaluation.versions.add(str(loaded.get("lm_eval_version") or "of an unknown version"))
+    for task, figures in tasks.items():
+        about = loaded.get("configs", {}).get(task, {})
+        shots = loaded.get("n-shot", {}).get(task)
+        for key, value in figures.items():
+            metric, _, filtering = key.partition(",")
+            if not filtering or metric.endswith("_stderr"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                evaluation.skipped.append(f"{task} {metric}: {value!r}")
+                continue
+            stderr = figures.get(f"{metric}_stderr,{filtering}")
+            label = metric if filtering == "none" else f"{metric} ({filtering})"
+            with_shots = label if shots is None else f"{label}, {shots}-shot"
+            evaluation.results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=str(about.get("dataset_path") or task),
+                    dataset_name=str(figures.get("alias") or task).strip(" -"),
+                    dataset_config=about.get("dataset_name"),
+                    dataset_split=about.get("test_split") or about.get("validation_split"),
+                    metric_type=METRICS.get(metric, metric),
+                    metric_name=f"{task} {with_shots}",
+                    metric_value=value,
+                    source_name="lm-evaluation-harness",
+                    source_url=HARNESS,
+                )
+            )
+            error = f"{stderr:.4f}" if isinstance(stderr, float) and math.isfinite(stderr) else ""
+            evaluation.rows.append((task, "" if shots is None else str(shots), label, f"{value:.4f}", error))
+
+
+# ---------------------------------------------------------------- the card
+
+
+def model_card(
+    config: ReBasedConfig,
+    parameters: int,
+    *,
+    name: str,
+    license: str | None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    datasets: list[str] | None = None,
+    languages: list[str] | None = None,
+    base_model: str | None = None,
+    tags: list[str] | None = None,
+    evaluation: Evaluation | None = None,
+    text: str = "",
+) -> ModelCard:
+    """The card of a model, its metadata checked.
+
+    Args:
+        config, parameters: of the model.
+        evaluation: from `read_results`.
+        text: Markdown to stand after the description.
+        others: as in `export`.
+
+    Raises:
+        ConversionError: a field of the metadata is not one that the Hub knows.
+    """
+    evaluation = evaluation or Evaluation()
+    if license is None:
+        raise ConversionError("--license is needed: neither it nor SOURCE's README.md says under which the model is.")
+    if license not in LICENSES:
+        raise ConversionError(
+            f"--license is {license!r}; it must be one of the Hub's identifiers, such as 'apache-2.0', 'mit', "
+            "'cc-by-4.0', or 'other' with --license-name."
+        )
+    if license == "other" and not license_name:
+        raise ConversionError("--license is 'other', which needs --license-name.")
+    datasets, languages = _as_list(datasets), _as_list(languages)
+    for each in datasets:
+        if not DATASET.fullmatch(each):
+            raise ConversionError(f"--dataset is {each!r}; it must be 'name' or 'user/name' of a dataset on the Hub.")
+    for each in languages:
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", each):
+            raise ConversionError(f"--language is {each!r}; it must be a code such as 'en'.")
+    data = ModelCardData(
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        datasets=datasets or None,
+        language=languages or None,
+        base_model=base_model,
+        metrics=sorted({result.metric_type for result in evaluation.results}) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["rebased", "linear-attention", *(tags or [])],
+        model_name=name,
+        eval_results=evaluation.results or None,
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(config, parameters, name, datasets, evaluation, text)}")
+    check_card(card)
+    return card
+
+
+def check_card(card: ModelCard) -> None:
+    """Check a card as far as that goes without the Hub: its metadata reads back as it was meant.
+
+    Raises:
+        ConversionError: naming the field.
+    """
+    again = ModelCard(str(card))
+    if again.data.to_dict() != card.data.to_dict():
+        raise ConversionError("The model card's metadata does not read back as it was written.")
+    fields = yaml.safe_load(str(card).split("---\n")[1])
+    for key, allowed in (("library_name", "transformers"), ("pipeline_tag", "text-generation")):
+        if fields.get(key) != allowed:
+            raise ConversionError(f"The model card's {key} is {fields.get(key)!r}; it must be {allowed!r}.")
+
+
+def _body(
+    config: ReBasedConfig, parameters: int, name: str, datasets: list[str], evaluation: Evaluation, text: str
+) -> str:
+    linear = {"linear_attention", "hybrid_sliding"} & set(config.layer_types)
+    counts = ", ".join(f"{count} {layer_type}" for layer_type, count in Counter(config.layer_types).items())
+    rows = [
+        ("parameters", f"{parameters:,}"),
+        ("layers", f"{config.num_hidden_layers}: {counts}"),
+        ("hidden size", config.hidden_size),
+        ("MLP", config.mlp_type),
+        ("positions", config.position_embedding_type),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("length trained on", config.max_position_embeddings),
+    ]
+    if linear:
+        features = config.feature_dim * (config.feature_dim + 1) // 2
+        if config.coefficients[:2] != (0.0, 0.0):
+            features += config.feature_dim + 1
+        rows += [
+            ("kernel", f"{config.kernel}, w = c0 + c1 s + c2 s² with {config.coefficients}"),
+            ("heads", f"{config.num_attention_heads}, of {config.head_dim}; queries and keys of {config.feature_dim}"),
+            (
+                "state of a linear layer",
+                f"{config.num_key_value_heads} x {features} x {config.head_dim + 1} numbers, whatever the length",
+            ),
+        ]
+    parts = [
+        f"# {name}",
+        "A causal language model with ReBased linear attention, a learnable quadratic kernel "
+        "([arXiv 2402.10644](https://arxiv.org/abs/2402.10644))."
+        if config.kernel == "rebased" and linear
+        else "A causal language model of the ReBased family ([arXiv 2402.10644](https://arxiv.org/abs/2402.10644)).",
+        text,
+        _table(("", ""), rows),
+        "## Use",
+        "The model's code is in this repository, so `transformers` and `torch` are all it needs:",
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("REPOSITORY OR FOLDER", trust_remote_code=True)\n```',
+        "## Training data",
+        ", ".join(f"[{each}](https://huggingface.co/datasets/{each})" for each in datasets) or "Not stated.",
+        "## Results",
+    ]
+    if evaluation.rows:
+        versions = ", ".join(sorted(evaluation.versions))
+        parts += [
+            _table(("task", "shots", "metric", "value", "standard error"), evaluation.rows),
+            f"Measured with [lm-eval]({HARNESS}) {versions}.",
+        ]
+    else:
+        parts.append("None were given.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    def line(cells: tuple[Any, ...]) -> str:
+        return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)])
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else [str(each) for each in value]
