@@ -8,6 +8,7 @@ from .authors import from_authors, to_authors
 from .files import ConversionError, Report
 from .fla import from_fla, load_attention, to_fla
 from .hub import export
+from .softmax import linearize, to_rebased
 from .stranger import verify
 
 
@@ -17,8 +18,10 @@ __all__ = [
     "export",
     "from_authors",
     "from_fla",
+    "linearize",
     "load_attention",
     "to_authors",
     "to_fla",
+    "to_rebased",
     "verify",
 ]

@@ -18,6 +18,7 @@ from .authors import from_authors, to_authors
 from .files import ConversionError
 from .fla import from_fla, to_fla
 from .hub import export
+from .softmax import linearize, to_rebased
 from .stranger import verify
 
 
@@ -38,6 +39,12 @@ EXAMPLES = {
   rebased-convert to-fla out/ again.pt
   rebased-convert to-fla out/ layer3.pt --layer 3
   rebased-convert to-fla out/ stack.safetensors --attention-only""",
+    "linearize": """\
+  rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers window --window 64
+  rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers hybrid --feature-dim 32
+  rebased-convert linearize tiny/ start/ --layers linear_attention,full_attention --dry-run""",
+    "to-rebased": """\
+  rebased-convert to-rebased based/ start/""",
     "export": """\
   rebased-convert export output/final hub/ --license apache-2.0 --dataset wikitext --language en
   rebased-convert export output/final hub/ --license mit --results lm-eval-output/ --card-text about.md
@@ -112,6 +119,20 @@ def _parser() -> argparse.ArgumentParser:
     command = add("to-fla", to_fla, folder, "new file, of torch.save or .safetensors")
     command.add_argument("--layer", type=int, help="convert this layer alone")
     command.add_argument("--attention-only", action="store_true", help="convert the attention layers alone")
+
+    command = add("linearize", linearize, "folder of a Llama, Mistral or Qwen2 model", "new folder")
+    command.add_argument(
+        "--layers", default="window", help="pure, window, hybrid, or a type for each layer (default: window)"
+    )
+    command.add_argument("--feature-dim", type=int, default=16, help="size of linear queries and keys (default: 16)")
+    command.add_argument("--window", type=int, default=64, help="tokens that the window sees (default: 64)")
+    command.add_argument(
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        help="whether linear queries and keys are rotated by position (default: where that is possible)",
+    )
+
+    add("to-rebased", to_rebased, "folder of a Based model of this package", "new folder")
 
     command = add("export", export, folder, "new folder")
     command.add_argument("--license", help="the Hub's identifier, such as apache-2.0; 'other' needs --license-name")

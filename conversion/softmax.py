@@ -1,0 +1,391 @@
+"""Softmax models of the Llama family, and Based models, as the start of a ReBased model.
+
+Nothing here is exact: what is copied is copied bit for bit, and the queries and keys of the linear layers start from
+the closest that (q.k)^2 comes to what they replace. Training does the rest; see `distill.py`.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from modeling_rebased import ReBasedConfig
+
+from .files import (
+    ConversionError,
+    Report,
+    State,
+    check_against,
+    check_destination,
+    load_folder,
+    make_config,
+    model_shapes,
+    progress,
+    write_model,
+    written,
+)
+from .hub import _load_tokenizer
+
+
+FAMILY = ("llama", "mistral", "qwen2")
+VARIANTS = ("pure", "window", "hybrid")
+
+
+def linearize(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    layers: str = "window",
+    feature_dim: int = 16,
+    window: int = 64,
+    rotate: bool | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Report:
+    """Start a ReBased model from a softmax decoder of the Llama family: Llama, SmolLM, Mistral, Qwen2.
+
+    Embeddings, norms, MLP and the value and output projections are copied, and in layers that keep softmax the query
+    and key projections too. The queries and keys of the linear layers start as `reduce_heads` says, normalised by
+    head, with a beta that makes the kernel (2 + s)^2 / 4 = 1 + s + s^2/4, close to exp(s) for small s.
+
+    The result is no finished model, except with softmax in every layer: train it with `distill`.
+
+    Args:
+        source: the folder of the model, with safetensors.
+        destination: the folder to make.
+        layers: "pure", every layer linear; "window", every layer linear plus a softmax window; "hybrid", every fourth
+            layer keeps softmax; or a type for each layer, separated by commas: "linear_attention", "hybrid_sliding",
+            "full_attention".
+        feature_dim: size of a query or key of the linear layers, at most the model's head_dim.
+        window: tokens that the window sees.
+        rotate: whether queries and keys of the linear layers are rotated by position, as the model's own are. By
+            default, if its rotary embedding is of the plain kind and `feature_dim` divides its head_dim.
+        overwrite: replace `destination` if it exists.
+        dry_run: only report what maps where.
+
+    Returns:
+        What maps where.
+
+    Raises:
+        ConversionError: the model has something that ours has no place for, or an argument does not fit it.
+    """
+    check_destination(destination, overwrite, source)
+    folder = Path(source)
+    try:
+        theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library's errors about configurations are of many kinds
+        raise ConversionError(f"SOURCE {str(folder)!r} has no configuration of a known model: {error}") from error
+    types = layer_types(theirs, layers)
+    config = student_config(theirs, types, feature_dim, window, rotate)
+    try:
+        teacher = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # missing, truncated or mismatched weights
+        raise ConversionError(f"The weights in SOURCE {str(folder)!r} cannot be loaded: {error}") from error
+    tokens = _load_tokenizer(folder, None, config)
+
+    report = Report(str(source), str(destination), dry_run=dry_run)
+    report.notes.append(
+        f"{len(types)} layers: " + ", ".join(f"{types.count(each)} {each}" for each in sorted(set(types)))
+    )
+    if config.rope_linear_attention:
+        report.notes.append("queries and keys of the linear layers are rotated by position")
+    elif "linear_attention" in types:
+        report.notes.append("queries and keys of the linear layers are not rotated by position")
+    state = initial_state(teacher.state_dict(), config, report)
+    check_against(config, state, str(source))
+    report.notes.append("the linear layers are a start, not a model: train them (python -m conversion.distill)")
+    if not dry_run:
+        with written(destination, overwrite, source) as path:
+            write_model(path, config, state, generation_config=GenerationConfig.from_model_config(config))
+            if tokens is not None:
+                tokens.save_pretrained(path)
+    return report
+
+
+def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:
+    """The type of each layer.
+
+    Raises:
+        ConversionError: `layers` is no variant, and no list of as many types as the model has layers.
+    """
+    count = theirs.num_hidden_layers
+    if layers == "hybrid":
+        return ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(count)]
+    if layers in VARIANTS:
+        return ["linear_attention" if layers == "pure" else "hybrid_sliding"] * count
+    types = layers.split(",")
+    known = ("linear_attention", "hybrid_sliding", "full_attention")
+    if len(types) != count or set(types) - set(known):
+        raise ConversionError(
+            f"--layers is {layers!r}; it must be one of {', '.join(VARIANTS)}, or {count} of {', '.join(known)}, "
+            "separated by commas."
+        )
+    return types
+
+
+def student_config(
+    theirs: PreTrainedConfig, types: list[str], feature_dim: int, window: int, rotate: bool | None
+) -> ReBasedConfig:
+    """The configuration of the ReBased model that starts from a model of configuration `theirs`.
+
+    Raises:
+        ConversionError: naming the fields of `theirs` that ours has no place for, or the argument that does not fit.
+    """
+    if theirs.model_type not in FAMILY:
+        raise ConversionError(f"SOURCE has model_type {theirs.model_type!r}; it must be one of {', '.join(FAMILY)}.")
+    heads = theirs.num_attention_heads
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+    rope = dict(theirs.rope_parameters)
+    qwen = theirs.model_type == "qwen2"  # biases on q, k and v, always, and none on o
+    sliding = "sliding_attention" in (getattr(theirs, "layer_types", None) or [])
+    sliding |= theirs.model_type == "mistral" and theirs.sliding_window is not None
+    wrong = [
+        (name, value)
+        for name, value, allowed in (
+            ("hidden_act", theirs.hidden_act, "silu"),
+            ("attention_bias", getattr(theirs, "attention_bias", False), False),
+            ("mlp_bias", getattr(theirs, "mlp_bias", False), False),
+            ("a sliding window", sliding, False),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
+        )
+        if value != allowed
+    ]
+    if wrong:
+        raise ConversionError(
+            "SOURCE has what a ReBased model has no place for: " + ", ".join(f"{n} {v!r}" for n, v in wrong) + "."
+        )
+    linear = set(types) & {"linear_attention", "hybrid_sliding"}
+    if not linear:
+        feature_dim = min(feature_dim, head_dim)
+    if not 1 <= feature_dim <= head_dim:
+        raise ConversionError(f"--feature-dim is {feature_dim}; it must be 1 to the model's head_dim, {head_dim}.")
+    plain = rope.get("rope_type", "default") == "default"
+    can = plain and feature_dim % 2 == 0 and head_dim % feature_dim == 0
+    if rotate and not can:
+        raise ConversionError(
+            f"--rotate needs an even --feature-dim that divides head_dim ({head_dim}) and a plain rotary embedding, "
+            f"but they are {feature_dim} and {rope.get('rope_type', 'default')!r}."
+        )
+    return make_config(
+        vocab_size=theirs.vocab_size,
+        hidden_size=theirs.hidden_size,
+        num_hidden_layers=theirs.num_hidden_layers,
+        layer_types=types,
+        num_attention_heads=heads,
+        num_key_value_heads=theirs.num_key_value_heads,
+        head_dim=head_dim,
+        feature_dim=feature_dim,
+        kernel="rebased",
+        qk_norm_scope="head",
+        attention_eps=1e-5,
+        attention_bias=qwen,
+        mlp_type="swiglu",
+        intermediate_size=theirs.intermediate_size,
+        norm_type="rmsnorm",
+        norm_eps=theirs.rms_norm_eps,
+        max_position_embeddings=theirs.max_position_embeddings,
+        position_embedding_type="rope",
+        rope_parameters=rope,
+        rope_linear_attention=bool(linear) and (can if rotate is None else rotate),
+        sliding_window=window,
+        initializer_range=theirs.initializer_range,
+        tie_word_embeddings=theirs.tie_word_embeddings,
+        bos_token_id=theirs.bos_token_id,
+        eos_token_id=theirs.eos_token_id,
+        pad_token_id=theirs.pad_token_id,
+        architectures=["ReBasedForCausalLM"],
+    )
+
+
+def initial_state(teacher: State, config: ReBasedConfig, report: Report) -> State:
+    """The weights to start from, by their names in the ReBased model of `config`."""
+    state: State = {}
+    reduced: dict[int, dict[str, torch.Tensor]] = {}
+    beta = exp_beta(config.feature_dim, 2.0)
+    for name, shape in progress(model_shapes(config).items(), "copying"):
+        origin = name.replace(".window_q_proj.", ".q_proj.").replace(".window_k_proj.", ".k_proj.")
+        part = name.split(".self_attn.")[-1]
+        i = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
+        linear = ".self_attn." in name and config.layer_types[i] != "full_attention"
+        like = teacher[f"model.layers.{i}.self_attn.q_proj.weight"]
+        if linear and part.startswith(("q_norm", "k_norm")):
+            state[name] = torch.full(shape, 1.0 if part.endswith("weight") else beta, dtype=like.dtype)
+            report.map("- (1 or beta)", state[name], name)
+        elif linear and part == "gate":
+            state[name] = torch.zeros(shape, dtype=like.dtype)
+            report.map("- (0: an even mixture)", state[name], name)
+        elif linear and part.startswith(("q_proj", "k_proj")):
+            if i not in reduced:
+                reduced.clear()
+                reduced[i] = _reduce_layer(teacher, config, i)
+            state[name] = reduced[i][part]
+            report.map(f"{name} (reduced)", state[name], name)
+        else:
+            state[name] = teacher[origin]
+            report.map(origin, state[name], name)
+    return state
+
+
+def exp_beta(feature_dim: int, constant: float) -> float:
+    """The beta with which the kernel of queries and keys normalised by head is (constant + s)^2.
+
+    Such queries have mean 0, so the vector that is beta everywhere is at right angles to them, and
+    (q + beta)(k + beta) = q.k + F beta^2. Over sqrt(F) that is s + constant for beta^2 = constant / sqrt(F).
+    """
+    return math.sqrt(constant / math.sqrt(feature_dim))
+
+
+def _reduce_layer(teacher: State, config: ReBasedConfig, i: int) -> dict[str, torch.Tensor]:
+    """q_proj and k_proj of a linear layer, from the teacher's."""
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    root = f"model.layers.{i}.self_attn."
+    stacked = {}
+    for x, count in (("q", heads), ("k", kv_heads)):
+        weight = teacher[f"{root}{x}_proj.weight"]
+        dtype = weight.dtype
+        full = weight.double()
+        if config.attention_bias:  # a bias is the weight of an input that is always 1
+            full = torch.cat([full, teacher[f"{root}{x}_proj.bias"].double()[:, None]], dim=1)
+        stacked[x] = full.unflatten(0, (count, head_dim))
+    queries, keys = reduce_heads(stacked["q"], stacked["k"], config.feature_dim, config.rope_linear_attention)
+    parts = {}
+    for x, reduced in (("q", queries), ("k", keys)):
+        flat = reduced.flatten(0, 1).to(dtype)
+        hidden = config.hidden_size
+        parts[f"{x}_proj.weight"] = flat[:, :hidden].contiguous()
+        if config.attention_bias:
+            parts[f"{x}_proj.bias"] = flat[:, hidden].contiguous()
+    return parts
+
+
+def reduce_heads(
+    queries: torch.Tensor, keys: torch.Tensor, feature_dim: int, rotated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of `feature_dim` numbers whose products come closest to those of the full ones.
+
+    For x and y of unit covariance the error of the score x^T Q^T K y is the Frobenius norm of Q^T K - Q'^T K', summed
+    over the query heads that share a key head. With Q' = B^T Q and K' = A K the best B and A come from a singular
+    value decomposition of the size of a head.
+
+    Where queries and keys are rotated by position, pairs of numbers are complex numbers that turn at one frequency
+    each, and only numbers of like frequency may be added. The head's pairs are parted into `feature_dim / 2` bands,
+    whose first frequency is that of the reduced pair, and each band is reduced to one complex number.
+
+    Args:
+        queries: float64 [H, head_dim, inputs].
+        keys: float64 [H_kv, head_dim, inputs].
+        feature_dim: at most head_dim; with `rotated` an even divisor of it.
+        rotated: whether a rotary embedding follows.
+
+    Returns:
+        [H, feature_dim, inputs] and [H_kv, feature_dim, inputs].
+    """
+    group = queries.shape[0] // keys.shape[0]
+    queries = queries.unflatten(0, (-1, group))  # [H_kv, group, head_dim, inputs]
+    if not rotated:
+        new_q, new_k = _best_projection(queries, keys, feature_dim)
+        return new_q.flatten(0, 1), new_k
+    band = queries.shape[-2] // feature_dim
+
+    def bands(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-2)
+        return torch.complex(first, second).unflatten(-2, (feature_dim // 2, band))
+
+    def pairs(x: list[torch.Tensor]) -> torch.Tensor:
+        together = torch.cat(x, dim=-2)
+        return torch.cat([together.real, together.imag], dim=-2)
+
+    q_bands, k_bands = bands(queries), bands(keys)
+    reduced = [_best_projection(q_bands[..., j, :, :], k_bands[..., j, :, :], 1) for j in range(feature_dim // 2)]
+    new_q, new_k = pairs([q for q, _ in reduced]), pairs([k for _, k in reduced])
+    return new_q.flatten(0, 1), new_k
+
+
+def _best_projection(queries: torch.Tensor, keys: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, group, d, inputs] and [n, d, inputs] to [n, group, size, inputs] and [n, size, inputs], real or complex."""
+    root_q, inverse_q = _square_root((queries @ queries.mH).sum(1))
+    root_k, inverse_k = _square_root(keys @ keys.mH)
+    u, s, vh = torch.linalg.svd(root_q @ root_k)
+    scale = s[:, :size, None].sqrt()
+    to_q = scale * (u[..., :size].mH @ inverse_q)
+    to_k = scale * (vh[:, :size] @ inverse_k)
+    return to_q[:, None] @ queries, to_k @ keys
+
+
+def _square_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The square root of positive semi-definite matrices, and its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = values.amax(-1, keepdim=True) * 1e-12
+    root = values.clamp_min(0).sqrt()
+    inverse = torch.where(values > floor, 1 / root.clamp_min(1e-300), torch.zeros_like(root))
+
+    def build(diagonal: torch.Tensor) -> torch.Tensor:
+        return (vectors * diagonal[..., None, :]) @ vectors.mH
+
+    return build(root), build(inverse)
+
+
+# ---------------------------------------------------------------- Based
+
+
+def to_rebased(
+    source: str | os.PathLike, destination: str | os.PathLike, *, overwrite: bool = False, dry_run: bool = False
+) -> Report:
+    """Start a ReBased model from a Based one of this package.
+
+    All weights are kept. The linear layers get the kernel (q.k)^2 and a normalisation by head with gamma 1 and the
+    beta that makes it (1 + s)^2: Based's 1 + s + s^2/2 is half of that plus a half, the part that cannot be ignored.
+    Since queries and keys are now normalised their scores are others than before, so the model must be trained
+    further; its first loss is finite.
+
+    Args:
+        source: the folder of a Based model.
+        destination: the folder to make.
+        overwrite: replace `destination` if it exists.
+        dry_run: only report what maps where.
+
+    Returns:
+        What maps where.
+
+    Raises:
+        ConversionError: the model is not Based, or its queries and keys are normalised already.
+    """
+    check_destination(destination, overwrite, source)
+    config, state = load_folder(source)
+    learnt = config.normalize or config.use_gamma or config.use_beta
+    if config.coefficients != (1.0, 1.0, 0.5) or learnt:
+        raise ConversionError(
+            f"SOURCE {str(source)!r} must be a Based model, kernel_coefficients (1, 1, 0.5) without normalisation, "
+            f"but they are {config.coefficients} and (normalize, use_gamma, use_beta) is "
+            f"{(config.normalize, config.use_gamma, config.use_beta)}."
+        )
+    fields = {key: value for key, value in config.to_dict().items() if key not in ("transformers_version", "dtype")}
+    fields |= {"kernel": "rebased", "kernel_coefficients": None, "qk_norm_scope": "head", "qk_norm_shared": False}
+    fields |= {"normalize": True, "use_gamma": True, "use_beta": True}
+    for field in ("model_type", "auto_map"):
+        fields.pop(field, None)
+    new = make_config(**fields)
+    report = Report(str(source), str(destination), dry_run=dry_run)
+    beta = exp_beta(config.feature_dim, 1.0)
+    result: State = {}
+    for name, shape in model_shapes(new).items():
+        if name in state:
+            result[name] = state[name]
+            report.map(name, state[name], name)
+        else:
+            like = state[name.split(".self_attn.")[0] + ".self_attn.q_proj.weight"]
+            result[name] = torch.full(shape, 1.0 if name.endswith("weight") else beta, dtype=like.dtype)
+            report.map("- (1 or beta)", result[name], name)
+    check_against(new, result, str(source))
+    report.notes.append("queries and keys are normalised now: train the model further")
+    if not dry_run:
+        tokens = _load_tokenizer(Path(source), None, new)
+        with written(destination, overwrite, source) as path:
+            write_model(path, new, result)
+            if tokens is not None:
+                tokens.save_pretrained(path)
+    return report

@@ -1,0 +1,227 @@
+"""linearize and to_rebased: what must be exact is, and the start is the closest there is."""
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from conversion import ConversionError, linearize, to_rebased
+from conversion.softmax import exp_beta, reduce_heads
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from training.byte_tokenizer import byte_tokenizer
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILY = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama3": (LlamaForCausalLM, LlamaConfig, {"head_dim": 8, "rope_parameters": LLAMA_3}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+}
+
+
+def make_teacher(folder, kind="llama", **changes):
+    model_class, config_class, fields = FAMILY[kind]
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**SIZES, **fields, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def make_ids(length=20):
+    return torch.randint(0, 300, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_layers_that_keep_softmax_are_exact(tmp_path, kind):
+    teacher = make_teacher(tmp_path / "teacher", kind)
+    linearize(tmp_path / "teacher", tmp_path / "start", layers=",".join(["full_attention"] * 4))
+    student = ReBasedForCausalLM.from_pretrained(tmp_path / "start").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(student(make_ids()).logits, teacher(make_ids()).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_window_over_everything_is_exact_where_the_gate_is_closed(tmp_path, kind):
+    teacher = make_teacher(tmp_path / "teacher", kind)
+    linearize(tmp_path / "teacher", tmp_path / "start", layers="window", window=20, feature_dim=4)
+    student = ReBasedForCausalLM.from_pretrained(tmp_path / "start").eval()
+    assert student.config.layer_types == ["hybrid_sliding"] * 4
+    with torch.no_grad():
+        for layer in student.model.layers:
+            assert (layer.self_attn.gate == 0).all()
+            layer.self_attn.gate.fill_(-100.0)
+        torch.testing.assert_close(student(make_ids()).logits, teacher(make_ids()).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", ["pure", "window", "hybrid"])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_every_variant_starts_finite_and_saves(tmp_path, kind, layers):
+    make_teacher(tmp_path / "teacher", kind)
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    report = linearize(tmp_path / "teacher", tmp_path / "start", layers=layers, feature_dim=4)
+    student = ReBasedForCausalLM.from_pretrained(tmp_path / "start").eval()
+    assert student.config.rope_linear_attention == (kind != "llama3")
+    assert (tmp_path / "start" / "tokenizer.json").is_file()
+    with torch.no_grad():
+        assert student(make_ids()).logits.isfinite().all()
+    kinds = {
+        "pure": "4 linear_attention",
+        "window": "4 hybrid_sliding",
+        "hybrid": "1 full_attention, 3 linear_attention",
+    }
+    assert kinds[layers] in str(report)
+
+
+def test_what_is_copied_is_copied_bit_for_bit(tmp_path):
+    teacher = make_teacher(tmp_path / "teacher", "qwen2").state_dict()
+    linearize(tmp_path / "teacher", tmp_path / "start", layers="window")
+    student = ReBasedForCausalLM.from_pretrained(tmp_path / "start").state_dict()
+    for name, tensor in teacher.items():
+        if ".q_proj." not in name and ".k_proj." not in name:
+            assert torch.equal(student[name], tensor), name
+        else:
+            window = name.replace("q_proj", "window_q_proj").replace("k_proj", "window_k_proj")
+            assert torch.equal(student[window], tensor), name
+
+
+def test_the_whole_head_is_kept_where_there_is_room():
+    queries, keys = torch.randn(6, 8, 20).double(), torch.randn(3, 8, 20).double()
+    new_q, new_k = reduce_heads(queries, keys, 8, rotated=False)
+    for i in range(6):
+        torch.testing.assert_close(new_q[i].T @ new_k[i // 2], queries[i].T @ keys[i // 2])
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_reduction_finds_what_there_is(rotated):
+    """Heads of size 8 that vary in two numbers only, a pair of one frequency, lose nothing in four."""
+    torch.manual_seed(0)
+    queries, keys = torch.zeros(4, 8, 20).double(), torch.zeros(2, 8, 20).double()
+    queries[:, 2::4], keys[:, 2::4] = torch.randn(4, 2, 20).double(), torch.randn(2, 2, 20).double()
+    new_q, new_k = reduce_heads(queries, keys, 4, rotated)
+    assert new_q.shape == (4, 4, 20) and new_k.shape == (2, 4, 20)
+    for i in range(4):
+        torch.testing.assert_close(new_q[i].T @ new_k[i // 2], queries[i].T @ keys[i // 2])
+
+
+def test_the_reduction_is_the_best_one():
+    """For one head it is the truncated singular value decomposition of the bilinear form."""
+    queries, keys = torch.randn(1, 8, 20).double(), torch.randn(1, 8, 20).double()
+    new_q, new_k = reduce_heads(queries, keys, 3, rotated=False)
+    s = torch.linalg.svdvals(queries[0].T @ keys[0])
+    error = (queries[0].T @ keys[0] - new_q[0].T @ new_k[0]).square().sum()
+    torch.testing.assert_close(error, s[3:].square().sum())
+
+
+def test_rotation_commutes_with_the_reduction():
+    """A head whose pair 2 of 4 alone varies: after rotation its scores over a distance are what they were."""
+    torch.manual_seed(0)
+    queries, keys = torch.zeros(1, 8, 20).double(), torch.zeros(1, 8, 20).double()
+    queries[:, 2::4], keys[:, 2::4] = torch.randn(1, 2, 20).double(), torch.randn(1, 2, 20).double()
+    new_q, new_k = reduce_heads(queries, keys, 4, rotated=True)
+
+    def rotate(x, position):
+        size = x.shape[0]
+        angle = position * 10000.0 ** (-torch.arange(0, size, 2).double() / size)
+        cos, sin = angle.cos().repeat(2)[:, None], angle.sin().repeat(2)[:, None]
+        return x * cos + torch.cat([-x[size // 2 :], x[: size // 2]]) * sin
+
+    for distance in (0, 1, 7):
+        before = rotate(queries[0], distance).T @ keys[0]
+        torch.testing.assert_close(rotate(new_q[0], distance).T @ new_k[0], before)
+
+
+def test_beta_makes_the_kernel_that_is_promised():
+    features = 16
+    q, k = (torch.nn.functional.layer_norm(torch.randn(5, features), (features,)) for _ in range(2))
+    s = (q * k).sum(-1) / math.sqrt(features)
+    beta = exp_beta(features, 2.0)
+    with_beta = ((q + beta) * (k + beta)).sum(-1) / math.sqrt(features)
+    torch.testing.assert_close(with_beta.square(), (2 + s) ** 2)
+
+
+BAD = {
+    "layers": ({"layers": "none"}, {}, "--layers is 'none'; it must be one of pure, window, hybrid, or 4 of"),
+    "count": ({"layers": "full_attention"}, {}, "--layers is 'full_attention'"),
+    "feature_dim": ({"feature_dim": 17}, {}, "--feature-dim is 17; it must be 1 to the model's head_dim, 16"),
+    "rotate": ({"feature_dim": 5, "rotate": True}, {}, "--rotate needs an even --feature-dim"),
+    "window": ({"window": 0}, {}, "sliding_window"),
+    "bias": ({}, {"attention_bias": True}, "attention_bias True"),
+    "act": ({}, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_and_models_leave_nothing(tmp_path, case):
+    options, fields, message = BAD[case]
+    make_teacher(tmp_path / "teacher", **fields)
+    with pytest.raises(ConversionError, match=message):
+        linearize(tmp_path / "teacher", tmp_path / "start", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_other_families_and_damaged_weights(tmp_path):
+    with pytest.raises(ConversionError, match="no configuration of a known model"):
+        linearize(tmp_path, tmp_path / "start")
+    make_teacher(tmp_path / "mistral", "mistral", sliding_window=8)
+    with pytest.raises(ConversionError, match="a sliding window True"):
+        linearize(tmp_path / "mistral", tmp_path / "start")
+    ReBasedForCausalLM(ReBasedConfig(vocab_size=11, hidden_size=12, num_hidden_layers=1)).save_pretrained(
+        tmp_path / "ours"
+    )
+    with pytest.raises(ConversionError, match="model_type 'rebased'; it must be one of llama, mistral, qwen2"):
+        linearize(tmp_path / "ours", tmp_path / "start")
+    make_teacher(tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ConversionError, match="cannot be loaded"):
+        linearize(tmp_path / "teacher", tmp_path / "start", dry_run=True)
+    assert not (tmp_path / "start").exists()
+
+
+def test_to_rebased(tmp_path):
+    torch.manual_seed(0)
+    config = ReBasedConfig(vocab_size=50, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, kernel="based")
+    based = ReBasedForCausalLM(config)
+    based.save_pretrained(tmp_path / "based")
+    to_rebased(tmp_path / "based", tmp_path / "start")
+    start = ReBasedForCausalLM.from_pretrained(tmp_path / "start")
+    assert start.config.kernel == "rebased" and start.config.coefficients == (0, 0, 1)
+    assert start.config.normalize and start.config.use_gamma and start.config.use_beta
+    for name, tensor in based.state_dict().items():
+        assert torch.equal(start.state_dict()[name], tensor), name
+    ids = torch.randint(0, 50, (4, 32), generator=torch.Generator().manual_seed(0))
+    loss = start(ids, labels=ids).loss
+    loss.backward()
+    assert abs(loss.item() - based(ids, labels=ids).loss.item()) < 0.2
+    assert all(p.grad is None or p.grad.isfinite().all() for p in start.parameters())
+    with pytest.raises(ConversionError, match="must be a Based model"):
+        to_rebased(tmp_path / "start", tmp_path / "again")
