@@ -1,0 +1,153 @@
+"""The two stages of training a linearized model, on a tiny one."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from conversion import ConversionError, linearize
+from conversion.distill import (
+    Blocks,
+    DistillArguments,
+    DistillTrainer,
+    check_pair,
+    freeze_all_but_transferred,
+    logits_loss,
+    main,
+    perplexity,
+)
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from training.byte_tokenizer import byte_tokenizer
+
+
+TEXT = "the cat sat on the mat and the dog sat on the log <|endoftext|>" * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A teacher that has learnt the text a little, its student, and the text."""
+    folder = tmp_path_factory.mktemp("distill")
+    (folder / "text.txt").write_text(TEXT)
+    byte_tokenizer().save_pretrained(folder / "teacher")
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(config)
+    blocks = Blocks([folder / "text.txt"], byte_tokenizer(), 32)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)
+    for step in range(40):
+        ids = blocks.ids[step % 4 :: 4].long()
+        teacher(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    teacher.save_pretrained(folder / "teacher")
+    linearize(folder / "teacher", folder / "start", layers="linear_attention,hybrid_sliding", feature_dim=4, window=4)
+    return folder
+
+
+def command(folder, stage, output, *more, steps=20):
+    return [
+        *("--stage", stage, "--teacher", str(folder / "teacher"), "--student", str(folder / "start")),
+        *("--train_file", str(folder / "text.txt"), "--eval_file", str(folder / "text.txt")),
+        *("--output_dir", str(output), "--context_length", "32", "--max_steps", str(steps)),
+        *("--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--report_to", "none", "--use_cpu", "True"),
+        *("--save_strategy", "no", "--disable_tqdm", "True", *more),
+    ]
+
+
+def start_of(folder):
+    return ReBasedForCausalLM.from_pretrained(folder / "start").eval()
+
+
+def error_of(student, folder):
+    """The loss of stage transfer."""
+    teacher = LlamaForCausalLM.from_pretrained(folder / "teacher")
+    distill = DistillArguments("transfer", "", "", [])
+    arguments = TrainingArguments(str(folder / "unused"), report_to="none", use_cpu=True)
+    trainer = DistillTrainer(model=student, args=arguments, teacher=teacher, distill=distill)
+    ids = Blocks([folder / "text.txt"], byte_tokenizer(), 32).ids[:4].long()
+    return trainer.compute_loss(student, {"input_ids": ids, "labels": ids})
+
+
+def test_transfer_trains_the_maps_alone_and_lowers_the_error(folder, tmp_path):
+    assert main(command(folder, "transfer", tmp_path / "out")) == 0
+    before, after = start_of(folder), ReBasedForCausalLM.from_pretrained(tmp_path / "out" / "final").eval()
+    moved = {name for (name, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
+    expected = {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in (0, 1) for x in "qk"}
+    expected |= {f"model.layers.{i}.self_attn.{x}_norm.{y}" for i in (0, 1) for x in "qk" for y in ("weight", "bias")}
+    assert moved == expected | {"model.layers.1.self_attn.gate"}
+    with torch.no_grad():
+        assert error_of(after, folder) < 0.7 * error_of(before, folder)
+    said = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    assert said["stage"] == "transfer" and said["teacher"] < said["student"]
+    assert (tmp_path / "out" / "final" / "tokenizer.json").is_file()
+
+
+def test_in_transfer_each_layer_learns_by_itself(folder):
+    """With layer 0 spoilt the error of layer 1 stays: it hears the teacher. And no gradient crosses layers."""
+    student = start_of(folder)
+    freeze_all_but_transferred(student)
+    losses = []
+    for _ in range(2):
+        trainer_loss = error_of(student, folder)
+        losses.append(trainer_loss.item())
+        with torch.no_grad():
+            student.model.layers[0].mlp.down_proj.weight.normal_(std=10)
+    assert losses[0] == losses[1]
+    trainer_loss.backward()
+    gradients = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert gradients and all(".self_attn." in name for name in gradients)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_logits_bring_the_student_to_the_teacher(folder, tmp_path, lora_rank):
+    assert main(command(folder, "logits", tmp_path / "out", "--lora_rank", str(lora_rank))) == 0
+    blocks = Blocks([folder / "text.txt"], byte_tokenizer(), 32)
+    student = ReBasedForCausalLM.from_pretrained(tmp_path / "out" / "final")
+    said = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    before = perplexity(start_of(folder), blocks)
+    assert perplexity(student, blocks) == pytest.approx(said["student"], rel=1e-3)
+    assert said["student"] < 0.8 * before
+    assert set(student.state_dict()) == set(start_of(folder).state_dict())
+
+
+def test_a_stopped_run_goes_on(folder, tmp_path):
+    """Stopped at half and started again, the run ends with the weights of one that was not."""
+    saving = ("--save_strategy", "steps", "--save_steps", "3", "--lr_scheduler_type", "constant")
+    main(command(folder, "logits", tmp_path / "whole", *saving, steps=6))
+    main(command(folder, "logits", tmp_path / "parts", *saving, steps=3))
+    main(command(folder, "logits", tmp_path / "parts", *saving, steps=6))
+    whole, parts = (
+        ReBasedForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("whole", "parts")
+    )
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], msg=name)
+
+
+def test_the_loss_of_logits():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    assert logits_loss(logits, logits, labels, 2.0, 0.0).abs() < 1e-6
+    text = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1))
+    torch.testing.assert_close(logits_loss(logits, torch.randn(2, 5, 7), labels, 2.0, 1.0), text)
+    p, q = (torch.softmax(x / 2, -1) for x in (torch.zeros_like(logits), logits))
+    divergence = 4 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(logits_loss(logits, torch.zeros_like(logits), labels, 2.0, 0.0), divergence)
+
+
+def test_wrong_arguments(folder, tmp_path, capsys):
+    assert main(command(folder, "transfer", tmp_path / "out", "--lora_rank", "2")) == 1
+    assert "--lora_rank is for stage logits" in capsys.readouterr().err
+    assert main(command(folder, "logits", tmp_path / "out", "--context_length", "99999")) == 1
+    assert "fewer than --context_length 99999" in capsys.readouterr().err
+    other = ReBasedForCausalLM(ReBasedConfig(vocab_size=11, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ConversionError, match="vocab_size must be the same"):
+        check_pair(LlamaForCausalLM.from_pretrained(folder / "teacher"), other)
