@@ -115,10 +115,10 @@ SHAPES = [
     # batch, length, heads, kv_heads, F, D
     (2, 1, 1, 1, 1, 1),
     (1, 37, 2, 2, 5, 10),
-    (2, 150, 2, 1, 16, 21),
+    (1, 150, 2, 1, 16, 21),
     (1, 200, 1, 1, 8, 42),
-    (1, 129, 3, 1, 20, 5),
-    (1, 130, 1, 1, 33, 70),
+    (1, 129, 1, 1, 20, 5),
+    (1, 70, 1, 1, 33, 70),
 ]
 
 
@@ -149,10 +149,10 @@ def test_half_precision(dtype, final):
 
 @pytest.mark.parametrize("coefficients", [REBASED, BASED])
 def test_mask_and_initial_state(coefficients):
-    q, k, v = make(2, 140, 2, 1, 6, 9)
-    mask = torch.rand(2, 140, device=DEVICE) > 0.3
+    q, k, v = make(2, 100, 2, 1, 6, 9)
+    mask = torch.rand(2, 100, device=DEVICE) > 0.3
     mask[0, :70] = False
-    mask[1, 135:] = False
+    mask[1, 95:] = False
     check(q, k, v, coefficients, 1e-4, mask)
     rows = triton_rebased.n_features(6, coefficients)
     initial = torch.rand(2, 1, rows, 10, device=DEVICE)
@@ -292,7 +292,7 @@ def test_extreme_inputs_stay_finite():
 
 
 def test_deterministic():
-    q, k, v = (x.requires_grad_() for x in make(1, 200, 4, 2, 16, 16))
+    q, k, v = (x.requires_grad_() for x in make(1, 100, 2, 1, 16, 8))
 
     def run():
         o, _ = triton_rebased.triton_rebased_attention(q, k, v, coefficients=REBASED, scale=0.25, eps=1e-6)
