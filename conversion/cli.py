@@ -42,6 +42,7 @@ EXAMPLES = {
     "linearize": """\
   rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers window --window 64
   rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers hybrid --feature-dim 32
+  rebased-convert linearize SmolLM2-135M-Instruct.gguf teacher/ --layers softmax
   rebased-convert linearize tiny/ start/ --layers linear_attention,full_attention --dry-run""",
     "to-rebased": """\
   rebased-convert to-rebased based/ start/""",
@@ -120,9 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layer", type=int, help="convert this layer alone")
     command.add_argument("--attention-only", action="store_true", help="convert the attention layers alone")
 
-    command = add("linearize", linearize, "folder of a Llama, Mistral or Qwen2 model", "new folder")
+    command = add("linearize", linearize, "folder or GGUF file of a Llama, Mistral or Qwen2 model", "new folder")
     command.add_argument(
-        "--layers", default="window", help="pure, window, hybrid, or a type for each layer (default: window)"
+        "--layers", default="window", help="pure, window, hybrid, softmax, or a type for each layer (default: window)"
     )
     command.add_argument("--feature-dim", type=int, default=16, help="size of linear queries and keys (default: 16)")
     command.add_argument("--window", type=int, default=64, help="tokens that the window sees (default: 64)")

@@ -7,9 +7,17 @@ the closest that (q.k)^2 comes to what they replace. Training does the rest; see
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from modeling_rebased import ReBasedConfig
 
@@ -30,7 +38,7 @@ from .hub import _load_tokenizer
 
 
 FAMILY = ("llama", "mistral", "qwen2")
-VARIANTS = ("pure", "window", "hybrid")
+VARIANTS = ("pure", "window", "hybrid", "softmax")
 
 
 def linearize(
@@ -50,14 +58,16 @@ def linearize(
     and key projections too. The queries and keys of the linear layers start as `reduce_heads` says, normalised by
     head, with a beta that makes the kernel (2 + s)^2 / 4 = 1 + s + s^2/4, close to exp(s) for small s.
 
-    The result is no finished model, except with softmax in every layer: train it with `distill`.
+    The result is no finished model, except with softmax in every layer, which says what the original says: train it
+    with `distill`.
 
     Args:
-        source: the folder of the model, with safetensors.
+        source: the folder of the model, with safetensors, or a `.gguf` file (with the package gguf installed), whose
+            weights are read as float32.
         destination: the folder to make.
         layers: "pure", every layer linear; "window", every layer linear plus a softmax window; "hybrid", every fourth
-            layer keeps softmax; or a type for each layer, separated by commas: "linear_attention", "hybrid_sliding",
-            "full_attention".
+            layer keeps softmax; "softmax", all do; or a type for each layer, separated by commas:
+            "linear_attention", "hybrid_sliding", "full_attention".
         feature_dim: size of a query or key of the linear layers, at most the model's head_dim.
         window: tokens that the window sees.
         rotate: whether queries and keys of the linear layers are rotated by position, as the model's own are. By
@@ -72,20 +82,22 @@ def linearize(
         ConversionError: the model has something that ours has no place for, or an argument does not fit it.
     """
     check_destination(destination, overwrite, source)
-    folder = Path(source)
+    folder, options = Path(source), {"local_files_only": True}
+    if folder.suffix == ".gguf":
+        folder, options["gguf_file"] = folder.parent, folder.name
     try:
-        theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
+        theirs = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # the library's errors about configurations are of many kinds
-        raise ConversionError(f"SOURCE {str(folder)!r} has no configuration of a known model: {error}") from error
+        raise ConversionError(f"SOURCE {str(source)!r} has no configuration of a known model: {error}") from error
     types = layer_types(theirs, layers)
     config = student_config(theirs, types, feature_dim, window, rotate)
     try:
         teacher = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, local_files_only=True
+            folder, dtype=torch.float32 if "gguf_file" in options else "auto", use_safetensors=True, **options
         )
     except Exception as error:  # missing, truncated or mismatched weights
-        raise ConversionError(f"The weights in SOURCE {str(folder)!r} cannot be loaded: {error}") from error
-    tokens = _load_tokenizer(folder, None, config)
+        raise ConversionError(f"The weights in SOURCE {str(source)!r} cannot be loaded: {error}") from error
+    tokens = _gguf_tokenizer(folder, options) if "gguf_file" in options else _load_tokenizer(folder, None, config)
 
     report = Report(str(source), str(destination), dry_run=dry_run)
     report.notes.append(
@@ -97,13 +109,24 @@ def linearize(
         report.notes.append("queries and keys of the linear layers are not rotated by position")
     state = initial_state(teacher.state_dict(), config, report)
     check_against(config, state, str(source))
-    report.notes.append("the linear layers are a start, not a model: train them (python -m conversion.distill)")
+    if tokens is None:
+        report.notes.append("SOURCE has no tokenizer that can be loaded")
+    if set(types) != {"full_attention"}:
+        report.notes.append("the linear layers are a start, not a model: train them (python -m conversion.distill)")
     if not dry_run:
         with written(destination, overwrite, source) as path:
             write_model(path, config, state, generation_config=GenerationConfig.from_model_config(config))
             if tokens is not None:
                 tokens.save_pretrained(path)
     return report
+
+
+def _gguf_tokenizer(folder: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a GGUF file, or `None` where it has none that the library can read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception:  # the library raises what it likes; a model without a tokenizer is still a model
+        return None
 
 
 def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:
@@ -116,7 +139,7 @@ def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:
     if layers == "hybrid":
         return ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(count)]
     if layers in VARIANTS:
-        return ["linear_attention" if layers == "pure" else "hybrid_sliding"] * count
+        return [{"pure": "linear_attention", "window": "hybrid_sliding", "softmax": "full_attention"}[layers]] * count
     types = layers.split(",")
     known = ("linear_attention", "hybrid_sliding", "full_attention")
     if len(types) != count or set(types) - set(known):

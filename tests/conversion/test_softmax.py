@@ -63,7 +63,7 @@ def make_ids(length=20):
 @pytest.mark.parametrize("kind", FAMILY)
 def test_layers_that_keep_softmax_are_exact(tmp_path, kind):
     teacher = make_teacher(tmp_path / "teacher", kind)
-    linearize(tmp_path / "teacher", tmp_path / "start", layers=",".join(["full_attention"] * 4))
+    linearize(tmp_path / "teacher", tmp_path / "start", layers="softmax")
     student = ReBasedForCausalLM.from_pretrained(tmp_path / "start").eval()
     with torch.no_grad():
         torch.testing.assert_close(student(make_ids()).logits, teacher(make_ids()).logits, atol=1e-4, rtol=1e-4)
@@ -169,7 +169,7 @@ def test_beta_makes_the_kernel_that_is_promised():
 
 
 BAD = {
-    "layers": ({"layers": "none"}, {}, "--layers is 'none'; it must be one of pure, window, hybrid, or 4 of"),
+    "layers": ({"layers": "none"}, {}, "--layers is 'none'; it must be one of pure, window, hybrid, softmax, or 4 of"),
     "count": ({"layers": "full_attention"}, {}, "--layers is 'full_attention'"),
     "feature_dim": ({"feature_dim": 17}, {}, "--feature-dim is 17; it must be 1 to the model's head_dim, 16"),
     "rotate": ({"feature_dim": 5, "rotate": True}, {}, "--rotate needs an even --feature-dim"),
@@ -205,6 +205,46 @@ def test_other_families_and_damaged_weights(tmp_path):
     with pytest.raises(ConversionError, match="cannot be loaded"):
         linearize(tmp_path / "teacher", tmp_path / "start", dry_run=True)
     assert not (tmp_path / "start").exists()
+
+
+def write_gguf(path, teacher):
+    """The teacher as llama.cpp's converter writes it: pairs of rotated numbers side by side, without a tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    config = teacher.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in teacher.state_dict().items():
+        for x, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+            if f".{x}_proj." in name:
+                tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        if name != "lm_head.weight":
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf(tmp_path):
+    teacher = make_teacher(tmp_path / "teacher")
+    write_gguf(tmp_path / "model.gguf", teacher)
+    report = linearize(tmp_path / "model.gguf", tmp_path / "from_gguf", layers="hybrid", feature_dim=4)
+    linearize(tmp_path / "teacher", tmp_path / "from_folder", layers="hybrid", feature_dim=4)
+    one, other = (
+        ReBasedForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("from_gguf", "from_folder")
+    )
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    assert "no tokenizer" in str(report)
 
 
 def test_to_rebased(tmp_path):
