@@ -908,7 +908,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
 
         >>> folder = "checkpoints/english-6m"
         >>> model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-        >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         >>> inputs = tokenizer("The king said", return_tensors="pt")
         >>> text = tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
         ```"""
