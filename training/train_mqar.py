@@ -682,7 +682,8 @@ Score it with lm-eval:
 def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tuple[list[Run], list[dict[str, Any]]]:
     """Train the first seed's runs to an epoch, and keep the learning rate with the lowest loss there.
 
-    Returns the runs that remain (that rate, every seed) and the results of those given up.
+    Returns the runs that remain (that rate, every seed) and the results of those given up, or of all where the
+    deadline has passed and nothing goes on.
     """
     first = [run for run in runs if run.seed == runs[0].seed]
     results = {run: trainer.train(run, worker, until=epoch) for run in first}
@@ -692,7 +693,9 @@ def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tup
         return history[-1]["loss"] if history and math.isfinite(history[-1]["loss"]) else math.inf
 
     best = min(first, key=rank)
-    return [run for run in runs if run.lr == best.lr], [results[run] for run in first if run is not best]
+    late = trainer.options.deadline is not None and time.time() > trainer.options.deadline
+    given_up = [results[run] for run in first if run is not best or (late and results[run].get("stopped"))]
+    return [run for run in runs if run.lr == best.lr], given_up
 
 
 def run_group(

@@ -128,6 +128,19 @@ def test_a_race_goes_on_with_the_best_rate_only(tmp_path):
     assert [e["loss"] for e in trained[0]["history"]] == [e["loss"] for e in alone["history"]]
 
 
+def test_a_race_cut_off_by_the_deadline_records_every_run(tmp_path):
+    output = tmp_path / "results.jsonl"
+    runs = [dataclasses.replace(TINY, lr=lr) for lr in (1e-5, 1e-2)]
+    late = dataclasses.replace(CPU, race_epoch=2, work_dir=str(tmp_path / "work"), deadline=time.time() - 1)
+    train_mqar.run_group(runs, late, str(output), None)
+    lines = read_results(output)
+    assert sorted(line["name"] for line in lines) == sorted(run.name for run in runs)
+    assert {line["stopped"] for line in lines} == {"deadline"}
+    finished = sweep(runs, dataclasses.replace(late, deadline=None), str(output))
+    assert [result["name"] for result in finished] == [runs[1].name]
+    assert finished[0]["epochs_trained"] == 3
+
+
 def test_a_run_ends_at_the_accuracy_asked_for():
     run = dataclasses.replace(TINY, stop_at=0.0)
     assert FastTrainer(run, CPU).train(run)["epochs_trained"] == 1
