@@ -167,3 +167,12 @@ def test_the_shipped_checkpoint_recalls_at_its_length():
     assert harness["mqar_256_64"] == direct
     assert direct >= 0.99
     assert mqar.accuracy(model, examples, batch_size=8) >= 0.99
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_the_kernel_backend_can_be_chosen_in_model_args(backend):
+    from lm_eval.models.huggingface import HFLM
+
+    folder = Path(__file__).resolve().parents[2] / "checkpoints" / "mqar-d128"
+    lm = HFLM(pretrained=str(folder), trust_remote_code=True, kernel_backend=backend, dtype="float32", device="cpu")
+    assert lm.model.config.kernel_backend == lm.model.model.layers[1].self_attn.backend == backend
