@@ -153,6 +153,7 @@ def export(
         tags=tags or [],
         evaluation=evaluation,
         text=_read_text(card_text),
+        repository=push,
     )
 
     report = Report(str(source), str(destination), dry_run=dry_run)
@@ -352,6 +353,7 @@ def model_card(
     tags: list[str] | None = None,
     evaluation: Evaluation | None = None,
     text: str = "",
+    repository: str | None = None,
 ) -> ModelCard:
     """The card of a model, its metadata checked.
 
@@ -359,6 +361,7 @@ def model_card(
         config, parameters: of the model.
         evaluation: from `read_results`.
         text: Markdown to stand after the description.
+        repository: "user/name" on the Hub, for the example of its use.
         others: as in `export`.
 
     Raises:
@@ -395,7 +398,8 @@ def model_card(
         model_name=name,
         eval_results=evaluation.results or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(config, parameters, name, datasets, evaluation, text)}")
+    body = _body(config, parameters, name, repository or "FOLDER", datasets, evaluation, text)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     check_card(card)
     return card
 
@@ -416,7 +420,13 @@ def check_card(card: ModelCard) -> None:
 
 
 def _body(
-    config: ReBasedConfig, parameters: int, name: str, datasets: list[str], evaluation: Evaluation, text: str
+    config: ReBasedConfig,
+    parameters: int,
+    name: str,
+    repository: str,
+    datasets: list[str],
+    evaluation: Evaluation,
+    text: str,
 ) -> str:
     linear = {"linear_attention", "hybrid_sliding"} & set(config.layer_types)
     counts = ", ".join(f"{count} {layer_type}" for layer_type, count in Counter(config.layer_types).items())
@@ -452,7 +462,7 @@ def _body(
         "## Use",
         "The model's code is in this repository, so `transformers` and `torch` are all it needs:",
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("REPOSITORY OR FOLDER", trust_remote_code=True)\n```',
+        f'model = AutoModelForCausalLM.from_pretrained("{repository}", trust_remote_code=True)\n```',
         "## Training data",
         ", ".join(f"[{each}](https://huggingface.co/datasets/{each})" for each in datasets) or "Not stated.",
         "## Results",
