@@ -4,17 +4,20 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# ruff: noqa: SIM102, SIM300, B035
+# Kernels are Triton's language, not Python: a constexpr test must not share a condition with a value that only the GPU
+# knows, and a function needs one `return` for all branches.
 """The Triton backend of ReBased attention: forward, backward and one-token decoding, linear in the sequence length.
 
-    s_ij = scale * q_i . k_j,    w_ij = c0 + c1 s_ij + c2 s_ij**2  (j <= i),    o_i = sum_j w_ij v_j / (sum_j w_ij + eps)
+    s_ij = scale * q_i . k_j,   w_ij = c0 + c1 s_ij + c2 s_ij**2  (j <= i),   o_i = sum_j w_ij v_j / (sum_j w_ij + eps)
 
 How it works (docs/kernels.md has the costs):
 
 * The sequence is cut into segments of L tokens. Inside a segment the kernels build w tile by tile, as FlashAttention
   does, without a softmax. Across segments they use the state S = sum_j phi(k_j) [v_j, 1], phi(x) the products x_a x_b.
-* States are summed per segment (`_state_kernel`, all segments at once), then turned into running sums (`_scan_kernel`),
-  and each block of queries reads the one state in front of its segment (`_forward_kernel`). Nothing walks along T but
-  the elementwise scan.
+* States are summed per segment (`_state_kernel`, all segments at once), then turned into running sums
+  (`_scan_kernel`), and each block of queries reads the one state in front of its segment (`_forward_kernel`). Nothing
+  walks along T but the elementwise scan.
 * phi is never stored. Inside the kernels the F dims are cut into blocks of 8, and a *tile* of 64 features is the outer
   product of two blocks I <= J. It is made with tensor cores: x @ R and x @ C with 0/1 matrices that repeat the dims
   (exact), multiplied elementwise. The product then is already in the registers where the next matrix product wants it.
@@ -417,7 +420,7 @@ def _state_kernel(
     hkv = pid % HKV
     r = pid // HKV
     if VARLEN:
-        batch, seq, index, count, start, tokens, row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
+        batch, seq, index, count, start, tokens, _row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
         if tokens <= 0:
             return
         order = index
@@ -542,7 +545,7 @@ def _low_state_kernel(
     hkv = pid % HKV
     r = pid // HKV
     if VARLEN:
-        batch, seq, index, count, start, tokens, row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
+        batch, seq, index, count, start, tokens, _row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
         if tokens <= 0:
             return
         order = index
@@ -917,7 +920,9 @@ def _dq_kernel(
                 extra = dl[:, None] * _times_norm(xq, top, rest, CT, PREC)
             if LIN:
                 FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
-                acc = _gradient_low(acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC)
+                acc = _gradient_low(
+                    acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC
+                )  # fmt: skip
     for j in range(0, row, BM):
         cols = j + block
         ok = _kept(keep, cols, tokens, HAS_MASK)
@@ -1174,8 +1179,9 @@ def _decode_kernel(
 ):  # fmt: skip
     """state [NF, D + 1] += phi(k) [v, 1] in place, then o of the G query heads from it, all in fp32.
 
-    One program a batch row and key head. The feature order is the public one; index pairs come from arithmetic, so
-    that no table is needed. Tiles: features [BF], values [BF, BD], results [G, BD].
+    One program a batch row and key head, of one warp: Triton may hold a number in several warps, and one of them
+    would read the state after another has stored it. The feature order is the public one; index pairs come from
+    arithmetic, so that no table is needed. Tiles: features [BF], values [BF, BD], results [G, BD].
     """
     pid = tl.program_id(0)
     b = pid // (H // G)
@@ -1267,7 +1273,7 @@ class Plan(NamedTuple):
 
     segment: tokens between two states; forward, dq, dkdv, gradient: (rows of a tile, warps, stages), tiles of keys by
     queries are square; state, later: (tokens a step, warps, stages) of the sums over keys and over later queries;
-    decode: (features a step, warps); registers: most registers a thread, by kernel, where fewer than the compiler
+    registers: most registers a thread, by kernel, where fewer than the compiler
     would take pay.
     """
 
@@ -1278,7 +1284,6 @@ class Plan(NamedTuple):
     state: tuple[int, int, int]
     later: tuple[int, int, int]
     gradient: tuple[int, int, int]
-    decode: tuple[int, int]
     registers: tuple[tuple[str, int], ...] = ()
 
     def options(self, kernel: str) -> dict[str, int]:
@@ -1319,7 +1324,7 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
     (features / L a token) and must not depend on T, so that shapes of saved tensors are plain formulas in T.
     """
     if _INTERPRETED:
-        return Plan(64, *[(32, 4, 1)] * 6, (16, 4))
+        return Plan(64, *[(32, 4, 1)] * 6)
     if feature_dim <= 16:
         segment = 512
     elif feature_dim <= 32:
@@ -1330,24 +1335,26 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
         segment = 4096
     if dtype == torch.float32:
         rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
-        return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows, (16, 2))
+        return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows)
     if feature_dim <= 16 and head_dim <= 64:
-        return Plan(
-            segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 3), (16, 1),
-            (("forward", 128),),
-        )  # fmt: skip
-    if feature_dim <= 64 and head_dim <= 64:
-        return Plan(
-            segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), (16, 1),
-            (("dkdv", 168),),
-        )  # fmt: skip
-    if feature_dim <= 64 and head_dim <= 128:
-        return Plan(segment, (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1), (16, 2))
-    return Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1), (16, 4))
+        plan = Plan(
+            segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 3), (("forward", 128),)
+        )
+    elif feature_dim <= 64 and head_dim <= 64:
+        registers = (("forward", 168), ("dkdv", 168))
+        plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
+    elif feature_dim <= 64 and head_dim <= 128:
+        plan = Plan(segment, (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1))
+    else:
+        plan = Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1))
+    if dtype == torch.float16:
+        # operands turned into bfloat16 inside a pipelined loop came out wrong on an H100 (Triton 3.6), now and then
+        plan = Plan(segment, *((*size[:2], 1) for size in plan[1:7]), plan.registers)
+    return plan
 
 
 class _Layout(NamedTuple):
-    """Sizes that follow from F, D and the coefficients. Rows of an internal state: 64 a tile, then F linear, then 1."""
+    """What follows from F, D and the coefficients. Rows of an internal state: 64 a tile, then F linear, then 1."""
 
     f: int  # F padded to a power of 2, at least 16
     d: int  # D likewise
@@ -1600,7 +1607,7 @@ def _make_states(
             norms.new_empty(cut.sequences, kv_heads, layout.rows),
         )
     elements = layout.rows * layout.d
-    block = min(512, _power_of_2(elements))
+    block = 512  # at least an element a thread: a tile held twice would be added twice, the sums being in place
     together = 16 if varlen else min(16, _power_of_2(cut.slots, 2))
     _scan_kernel[(cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block))](
         states, norms, *totals, cut.first_slot, cut.slots, E=elements, NR=layout.rows, HKV=kv_heads, U=together,
@@ -1814,19 +1821,18 @@ def _decode(
     kv_heads, head_dim = v.shape[2:]
     group = heads // kv_heads
     layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
-    features, warps = _plan(feature_dim, head_dim, q.dtype).decode
     o = q.new_empty(batch, 1, heads, head_dim)
     mask = _byte_mask(attention_mask)
-    # with several query heads a program the tile has three dims, [heads, features, values]: keep it in registers
-    if group > 1:
-        features = 16 if group <= 2 else 8 if group <= 4 else 4
+    # features a step: the tile [heads, features, values] has to stay in one warp's registers
+    heads_padded = 1 << (group - 1).bit_length()
+    features = max(1, min(16, 1024 // (layout.d * heads_padded)))
     with _Guard(q):
         _decode_kernel[(batch * kv_heads,)](
             q, k, v, state, o, state if mask is None else mask, q.stride(0), q.stride(2), k.stride(0), k.stride(2),
             v.stride(0), v.stride(2), *state.stride(), 0 if mask is None else mask.stride(0), layout.alpha,
             layout.beta, eps / layout.factor, F=feature_dim, D=head_dim, BD=layout.d, NF=layout.features, H=heads,
-            G=group, GP=1 << (group - 1).bit_length(), BF=features, QUAD=layout.quad, LIN=layout.lin,
-            CONST=layout.const, HAS_MASK=mask is not None, num_warps=warps,
+            G=group, GP=heads_padded, BF=features, QUAD=layout.quad, LIN=layout.lin,
+            CONST=layout.const, HAS_MASK=mask is not None, num_warps=1,
         )  # fmt: skip
     return o
 
