@@ -188,9 +188,13 @@ class DistillTrainer(Trainer):
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """|output - expected|^2 / |expected|^2, so that layers of large and small outputs count alike."""
-    output, expected = output.float(), expected.float()
-    return (output - expected).square().sum() / expected.square().sum().clamp_min(1e-20)
+    """|output - expected|^2 / |expected|^2 of each example [T, hidden_size], averaged over the batch.
+
+    Relative, so that layers of large and small outputs count alike; by example, so that a batch split over GPUs or
+    accumulated in steps has the same mean.
+    """
+    output, expected = output.float().flatten(1), expected.float().flatten(1)
+    return ((output - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-20)).mean()
 
 
 def logits_loss(
@@ -281,6 +285,8 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> dict[str, fl
     arguments.remove_unused_columns = False
     arguments.label_names = ["labels"]
     arguments.prediction_loss_only = True
+    # The library would look for unused weights behind the logits, where those of stage transfer are not.
+    arguments.ddp_find_unused_parameters = False
     trainer = DistillTrainer(
         model=student, args=arguments, train_dataset=train, eval_dataset=held_out, teacher=teacher, distill=distill
     )

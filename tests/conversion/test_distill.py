@@ -16,6 +16,7 @@ from conversion.distill import (
     logits_loss,
     main,
     perplexity,
+    relative_error,
 )
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from training.byte_tokenizer import byte_tokenizer
@@ -141,6 +142,29 @@ def test_the_loss_of_logits():
     p, q = (torch.softmax(x / 2, -1) for x in (torch.zeros_like(logits), logits))
     divergence = 4 * (p * (p / q).log()).sum(-1).mean()
     torch.testing.assert_close(logits_loss(logits, torch.zeros_like(logits), labels, 2.0, 0.0), divergence)
+
+
+def test_a_batch_in_parts_has_the_same_error():
+    """So that several GPUs and accumulated gradients train as one large batch does."""
+    outputs, expected = torch.randn(4, 5, 6), torch.randn(4, 5, 6) * torch.arange(1, 5)[:, None, None]
+    parts = [relative_error(outputs[i : i + 2], expected[i : i + 2]) for i in (0, 2)]
+    torch.testing.assert_close(relative_error(outputs, expected), torch.stack(parts).mean())
+    torch.testing.assert_close(relative_error(torch.zeros_like(expected), expected), torch.tensor(1.0))
+
+
+def test_a_teacher_of_this_package(folder, tmp_path):
+    """Such as a GGUF file becomes with `linearize --layers softmax`: it teaches what the original does."""
+    linearize(folder / "teacher", tmp_path / "softmax", layers="softmax")
+    for teacher in (folder / "teacher", tmp_path / "softmax"):
+        arguments = command(folder, "transfer", tmp_path / f"by_{teacher.name}", steps=2)
+        arguments[arguments.index("--teacher") + 1] = str(teacher)
+        assert main(arguments) == 0
+    one, other = (
+        ReBasedForCausalLM.from_pretrained(tmp_path / name / "final").state_dict()
+        for name in ("by_teacher", "by_softmax")
+    )
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-3, rtol=1e-3, msg=name)
 
 
 def test_wrong_arguments(folder, tmp_path, capsys):
