@@ -333,6 +333,28 @@ def test_export_with_any_length():
         assert torch.equal(program.module()(q, k, v), Mixer()(q, k, v))
 
 
+def test_compiles_without_graph_breaks():
+    """torch.compile(fullgraph=True) over forward and backward, and over decoding, whose state changes in place."""
+    arguments = {"coefficients": REBASED, "scale": 0.5, "eps": 1e-6}
+    q, k, v = (x.requires_grad_() for x in make(1, 70, 1, 1, 4, 4))
+
+    def loss(q, k, v):
+        return triton_rebased.triton_rebased_attention(q * 1.0, k, v, **arguments)[0].sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    plain, traced = (torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (loss, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(plain, traced))
+
+    def step(q, k, v, state):
+        return triton_rebased.triton_rebased_decode(q, k, v, state, **arguments) + 0.0
+
+    state = torch.rand(1, 1, 10, 5, device=DEVICE)
+    other, token = state.clone(), [x[:, :1].detach() for x in (q, k, v)]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(step(*token, state), compiled(*token, other))
+    assert torch.equal(state, other)
+
+
 def load_copy(path: Path, name: str):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
