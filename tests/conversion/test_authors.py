@@ -135,8 +135,10 @@ def test_mixed_types_and_odd_bits_round_trip(tmp_path):
     assert_same_file(tmp_path / "m.pt", tmp_path / "again.pt")
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", None])
-@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod.", "module.model."])
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [("state_dict", "model."), ("model_state_dict", "module.model."), ("model", ""), (None, "_orig_mod.")],
+)
 def test_wrappers_and_prefixes(tmp_path, wrapper, prefix):
     state = {prefix + name: tensor for name, tensor in make_authors_model().state_dict().items()}
     if wrapper:

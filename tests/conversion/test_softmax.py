@@ -82,8 +82,10 @@ def test_a_window_over_everything_is_exact_where_the_gate_is_closed(tmp_path, ki
         torch.testing.assert_close(student(make_ids()).logits, teacher(make_ids()).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layers", ["pure", "window", "hybrid"])
-@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("llama", "pure"), ("llama", "window"), ("llama3", "hybrid"), ("mistral", "pure"), ("qwen2", "hybrid")],
+)
 def test_every_variant_starts_finite_and_saves(tmp_path, kind, layers):
     make_teacher(tmp_path / "teacher", kind)
     byte_tokenizer().save_pretrained(tmp_path / "teacher")
