@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -115,7 +114,7 @@ def linearize(
         report.notes.append("the linear layers are a start, not a model: train them (python -m conversion.distill)")
     if not dry_run:
         with written(destination, overwrite, source) as path:
-            write_model(path, config, state, generation_config=GenerationConfig.from_model_config(config))
+            write_model(path, config, state, generation_config=teacher.generation_config)
             if tokens is not None:
                 tokens.save_pretrained(path)
     return report

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -89,10 +90,12 @@ def test_a_window_over_everything_is_exact_where_the_gate_is_closed(tmp_path, ki
 def test_every_variant_starts_finite_and_saves(tmp_path, kind, layers):
     make_teacher(tmp_path / "teacher", kind)
     byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    GenerationConfig(eos_token_id=[7, 8], do_sample=True, temperature=0.3).save_pretrained(tmp_path / "teacher")
     report = linearize(tmp_path / "teacher", tmp_path / "start", layers=layers, feature_dim=4)
     student = ReBasedForCausalLM.from_pretrained(tmp_path / "start").eval()
     assert student.config.rope_linear_attention == (kind != "llama3")
     assert (tmp_path / "start" / "tokenizer.json").is_file()
+    assert student.generation_config.eos_token_id == [7, 8] and student.generation_config.temperature == 0.3
     with torch.no_grad():
         assert student(make_ids()).logits.isfinite().all()
     kinds = {
