@@ -1345,6 +1345,8 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
         plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
     elif feature_dim <= 64 and head_dim <= 128:
         plan = Plan(segment, (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1))
+    elif feature_dim <= 16:
+        plan = Plan(segment, *[(64, 4, 1)] * 6)
     else:
         plan = Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1))
     if dtype == torch.float16:
@@ -1498,7 +1500,7 @@ def _precision(dtype: torch.dtype) -> str:
         return "tf32"
     if torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _compute_type(dtype: torch.dtype):
