@@ -31,7 +31,7 @@ MODELS = ("150m-rebased", "150m-softmax")
 
 def load(name: str, length: int) -> ReBasedForCausalLM:
     """A model with random weights in bfloat16 on the GPU, its positions stretched to `length`."""
-    config = ReBasedConfig.from_pretrained(ROOT / name)
+    config = ReBasedConfig.from_pretrained(ROOT / name, kernel_backend="triton")
     config.max_position_embeddings = max(config.max_position_embeddings, length)
     with torch.device("cuda"):
         return ReBasedForCausalLM(config).bfloat16()

@@ -103,7 +103,8 @@ class ReBasedConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether to return the cache for generation.
         kernel_backend (`str`, *optional*, defaults to `"auto"`):
-            Implementation of the linear attention: "auto", "eager" or "triton". See `rebased_attention`.
+            Implementation of the linear attention: "auto", "eager" (PyTorch) or "triton" (kernels for GPUs). See
+            `rebased_attention`.
 
     ```python
     >>> from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
