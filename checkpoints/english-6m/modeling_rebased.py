@@ -598,13 +598,6 @@ class ReBasedPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, ReBasedHybridAttention):
             init.zeros_(module.gate)
-        elif isinstance(module, ReBasedRotaryEmbedding):
-            init_fn = module.compute_default_rope_parameters
-            if module.rope_type != "default":
-                init_fn = ROPE_INIT_FUNCTIONS[module.rope_type]
-            inv_freq, _ = init_fn(module.config)
-            init.copy_(module.inv_freq, inv_freq)
-            init.copy_(module.original_inv_freq, inv_freq)
 
     @staticmethod
     def create_masks_for_generate(

@@ -63,20 +63,24 @@ torch.save(out, destination + "/out.pt")
 """
 
 
-def run_stranger(tmp_path, source, destination):
-    script = tmp_path / "stranger.py"
-    script.write_text(STRANGER)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+def run_script(tmp_path, script, environment, *arguments):
+    """A process of its own in an otherwise empty folder, with its own cache of remote code."""
     done = subprocess.run(
-        [sys.executable, str(script), str(source), str(destination)],
-        env=environment,
+        [sys.executable, str(script), *map(str, arguments)],
+        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules")},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_stranger(tmp_path, source, destination):
+    script = tmp_path / "stranger.py"
+    script.write_text(STRANGER)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    run_script(tmp_path, script, environment, source, destination)
 
 
 @pytest.mark.parametrize("name", ["paper", "every_type"])
@@ -212,16 +216,7 @@ for factor, model in ((1, one), (2, two), (1, three)):
 """
     )
     root = Path(modeling_rebased.__file__).parents[1]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(root)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(tmp_path, script, {**os.environ, "PYTHONPATH": str(root)}, tmp_path, root)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
