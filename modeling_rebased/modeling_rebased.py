@@ -1,8 +1,8 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
 """PyTorch ReBased model.
 
-From the bottom up: normalisation of queries and keys, the sequence mixers (BaseConv, ReBased, softmax, both in one),
-the MLP, the layer, the model and its heads. Shapes: B batch, T tokens, H heads, F feature_dim, D head_dim.
+From the bottom up: normalisation of queries and keys, the sequence mixers (short convolutions, ReBased, softmax, both
+in one), the MLP, the layer, the model and its heads. Shapes: B batch, T tokens, H heads, F feature_dim, D head_dim.
 """
 
 import math
@@ -134,23 +134,94 @@ def apply_rotary_pos_emb(
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
-class ReBasedShortConv(nn.Module):
-    """BaseConv (Arora et al., 2023), the gated short convolution that alternates with ReBased in the paper.
+class ReBasedCausalConv(nn.Module):
+    """What the short convolutions share: a depthwise causal convolution over packed sequences, padding and a cache.
 
-    y = conv(u) * (W u + b) + u with a depthwise causal convolution: the residual is the mixer's own, on top of the
-    layer's.
+    A subclass makes `conv` of as many channels as it needs.
     """
+
+    conv: nn.Conv1d
 
     def __init__(self, config: ReBasedConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.kernel_size = config.conv_kernel_size
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.conv = nn.Conv1d(
-            config.hidden_size, config.hidden_size, self.kernel_size, groups=config.hidden_size, bias=True
-        )
 
     @force_accelerate_hooks("conv")
+    def convolve(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        segment_ids: torch.Tensor | None,
+        counts: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): [B, T, size].
+            attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding, which may stand anywhere: the
+                convolution passes over it.
+            past_key_values (`Cache`, *optional*): holds the last `kernel_size` inputs, [B, size, kernel_size].
+            segment_ids (`torch.Tensor`, *optional*): [B, T], the number of each token's packed sequence.
+            counts (`torch.Tensor`, *optional*): int64 [B, 2, 1], what the cache shall count after these tokens.
+
+        Returns:
+            `torch.Tensor`: [B, T, size].
+        """
+        x = hidden_states.transpose(1, 2)  # [B, size, T]
+        if segment_ids is not None:
+            return self._packed_conv(x, segment_ids).transpose(1, 2)
+        length = x.shape[2]
+        state, _ = previous_state(past_key_values, self.layer_idx)
+        if state is None:
+            state = x.new_zeros(*x.shape[:2], self.kernel_size)
+        state = state.to(x.dtype)
+        if attention_mask is not None:
+            # Bring each row's real tokens together at its start, and remember where each went.
+            kept = attention_mask.bool()
+            order = kept.logical_not().long().argsort(dim=1, stable=True)[:, None].expand_as(x)
+            x = x.gather(2, order)
+        window = torch.cat([state, x], dim=2)
+        out = F.conv1d(window[..., 1:], self.conv.weight, self.conv.bias, groups=x.shape[1])
+        if past_key_values is not None:
+            if attention_mask is None:
+                state = window[..., -self.kernel_size :]
+            else:
+                last = kept.sum(1)[:, None] + torch.arange(self.kernel_size, device=x.device)
+                state = window.gather(2, last[:, None].expand(-1, x.shape[1], -1))
+            past_key_values.update_conv_state(state, self.layer_idx)
+            past_key_values.update_recurrent_state(counts, self.layer_idx)
+        if attention_mask is not None:
+            position = (kept.long().cumsum(1) - 1).clamp_min(0)
+            out = out.gather(2, position[:, None].expand(-1, out.shape[1], length))
+        return out.transpose(1, 2)
+
+    def _packed_conv(self, x: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+        """The convolution tap by tap, so that no tap reaches into the sequence before: [B, size, T]."""
+        length = x.shape[2]
+        weight = self.conv.weight[:, 0]  # [size, kernel_size]
+        out = weight[:, -1:] * x
+        if self.conv.bias is not None:
+            out = out + self.conv.bias[:, None]
+        for distance in range(1, min(self.kernel_size, length)):
+            same = (segment_ids[:, distance:] == segment_ids[:, :-distance])[:, None].to(x.dtype)
+            tap = weight[:, -1 - distance, None] * x[..., :-distance] * same
+            out = out + F.pad(tap, (distance, 0))
+        return out
+
+
+class ReBasedShortConv(ReBasedCausalConv):
+    """BaseConv (Arora et al., 2023), the short convolution that alternates with ReBased in the paper.
+
+    y = conv(u) * (W u + b) + u: the residual is the mixer's own, on top of the layer's.
+    """
+
+    def __init__(self, config: ReBasedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        size = config.hidden_size
+        self.proj = nn.Linear(size, size)
+        self.conv = nn.Conv1d(size, size, self.kernel_size, groups=size, bias=config.conv_bias)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -160,57 +231,38 @@ class ReBasedShortConv(nn.Module):
         counts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor`): [B, T, hidden_size].
-            attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding, which may stand anywhere: the
-                convolution passes over it.
-            past_key_values (`Cache`, *optional*): holds the last `kernel_size` inputs, [B, hidden_size, kernel_size].
-            segment_ids (`torch.Tensor`, *optional*): [B, T], the number of each token's packed sequence.
-            counts (`torch.Tensor`, *optional*): int64 [B, 2, 1], what the cache shall count after these tokens.
+        """[B, T, hidden_size] -> [B, T, hidden_size]; other arguments as in `convolve`."""
+        out = self.convolve(hidden_states, attention_mask, past_key_values, segment_ids, counts)
+        return out * self.proj(hidden_states) + hidden_states
 
-        Returns:
-            `torch.Tensor`: [B, T, hidden_size].
-        """
-        x = hidden_states.transpose(1, 2)  # [B, hidden, T]
-        if segment_ids is not None:
-            out = self._packed_conv(x, segment_ids)
-        else:
-            length = x.shape[2]
-            state, _ = previous_state(past_key_values, self.layer_idx)
-            if state is None:
-                state = x.new_zeros(*x.shape[:2], self.kernel_size)
-            state = state.to(x.dtype)
-            if attention_mask is not None:
-                # Bring each row's real tokens together at its start, and remember where each went.
-                kept = attention_mask.bool()
-                order = kept.logical_not().long().argsort(dim=1, stable=True)[:, None].expand_as(x)
-                x = x.gather(2, order)
-            window = torch.cat([state, x], dim=2)
-            out = F.conv1d(window[..., 1:], self.conv.weight, self.conv.bias, groups=x.shape[1])
-            if past_key_values is not None:
-                if attention_mask is None:
-                    state = window[..., -self.kernel_size :]
-                else:
-                    last = kept.sum(1)[:, None] + torch.arange(self.kernel_size, device=x.device)
-                    state = window.gather(2, last[:, None].expand(-1, x.shape[1], -1))
-                past_key_values.update_conv_state(state, self.layer_idx)
-                past_key_values.update_recurrent_state(counts, self.layer_idx)
-            if attention_mask is not None:
-                position = (kept.long().cumsum(1) - 1).clamp_min(0)
-                out = out.gather(2, position[:, None].expand(-1, out.shape[1], length))
-        return out.transpose(1, 2) * self.proj(hidden_states) + hidden_states
 
-    def _packed_conv(self, x: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-        """The convolution tap by tap, so that no tap reaches into the sequence before: [B, hidden, T]."""
-        length = x.shape[2]
-        weight = self.conv.weight[:, 0]  # [hidden, kernel_size]
-        out = weight[:, -1:] * x + self.conv.bias[:, None]
-        for distance in range(1, min(self.kernel_size, length)):
-            same = (segment_ids[:, distance:] == segment_ids[:, :-distance])[:, None].to(x.dtype)
-            tap = weight[:, -1 - distance, None] * x[..., :-distance] * same
-            out = out + F.pad(tap, (distance, 0))
-        return out
+class ReBasedGatedConv(ReBasedCausalConv):
+    """The short convolution of Based's released models (Arora et al., 2024).
+
+    y = W_o (silu(conv(u_1)) * u_2) + b_o with u_1, u_2 = W_i u + b_i, both `conv_intermediate_size` wide.
+    """
+
+    def __init__(self, config: ReBasedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        size = config.conv_intermediate_size
+        self.in_proj = nn.Linear(config.hidden_size, 2 * size)
+        self.conv = nn.Conv1d(size, size, self.kernel_size, groups=size, bias=config.conv_bias)
+        self.out_proj = nn.Linear(size, config.hidden_size)
+        self.out_proj.scaled_by_depth = True  # read by _init_weights
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        segment_ids: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[B, T, hidden_size] -> [B, T, hidden_size]; other arguments as in `convolve`."""
+        convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        convolved = self.convolve(convolved, attention_mask, past_key_values, segment_ids, counts)
+        return self.out_proj(F.silu(convolved) * gate)
 
 
 class ReBasedLinearAttention(nn.Module):
@@ -345,8 +397,16 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def build_softmax_qk_norms(config: ReBasedConfig) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norms of a softmax layer's queries and keys, of each head by itself with gains that all share (Qwen3)."""
+    if not config.softmax_qk_norm:
+        return None, None
+    return ReBasedRMSNorm(config.head_dim, config.norm_eps), ReBasedRMSNorm(config.head_dim, config.norm_eps)
+
+
 def softmax_attention(
     module: nn.Module,
+    norms: tuple[nn.Module | None, nn.Module | None],
     query: torch.Tensor,
     key: torch.Tensor,
     values: torch.Tensor,
@@ -356,9 +416,11 @@ def softmax_attention(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query [B, T, H * D], key [B, T, H_kv * D], values [B, T, H_kv, D] -> [B, T, H, D] and the weights, if any."""
-    query = query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-    key = key.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-    values = values.transpose(1, 2)
+    query, key = query.unflatten(-1, (-1, module.head_dim)), key.unflatten(-1, (-1, module.head_dim))
+    q_norm, k_norm = norms
+    if q_norm is not None and k_norm is not None:
+        query, key = q_norm(query), k_norm(key)
+    query, key, values = query.transpose(1, 2), key.transpose(1, 2), values.transpose(1, 2)
     if position_embeddings is not None:
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
     if past_key_values is not None:
@@ -396,6 +458,7 @@ class ReBasedSoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = build_softmax_qk_norms(config)
 
     def forward(
         self,
@@ -408,6 +471,7 @@ class ReBasedSoftmaxAttention(nn.Module):
         """[B, T, hidden_size] -> [B, T, hidden_size] and the attention weights, where the implementation has them."""
         output, weights = softmax_attention(
             self,
+            (self.q_norm, self.k_norm),
             self.q_proj(hidden_states),
             self.k_proj(hidden_states),
             self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)),
@@ -435,6 +499,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         self.window_q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
         self.window_k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.window_q_norm, self.window_k_norm = build_softmax_qk_norms(config)
         self.gate = nn.Parameter(torch.zeros(heads))
 
     def forward(
@@ -464,6 +529,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         )
         window, weights = softmax_attention(
             self,
+            (self.window_q_norm, self.window_k_norm),
             self.window_q_proj(hidden_states),
             self.window_k_proj(hidden_states),
             values,
@@ -495,6 +561,7 @@ class ReBasedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+CONV_CLASSES = {"residual": ReBasedShortConv, "gated": ReBasedGatedConv}
 ATTENTION_CLASSES = {
     "linear_attention": ReBasedLinearAttention,
     "sliding_attention": ReBasedSoftmaxAttention,
@@ -510,7 +577,7 @@ class ReBasedDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_conv = config.layer_types[layer_idx] == "conv"
         if self.is_conv:
-            self.conv = ReBasedShortConv(config, layer_idx)
+            self.conv = CONV_CLASSES[config.conv_type](config, layer_idx)
         else:
             self.self_attn = ATTENTION_CLASSES[config.layer_types[layer_idx]](config, layer_idx)
         self.mlp = nn.Identity() if config.mlp_type == "none" else ReBasedMLP(config)
@@ -587,7 +654,8 @@ class ReBasedPreTrainedModel(PreTrainedModel):
             # torch's own initialisation, as in the authors' code: the library's is for wide kernels.
             bound = 1 / math.sqrt(module.kernel_size[0])
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Linear) and getattr(module, "scaled_by_depth", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)

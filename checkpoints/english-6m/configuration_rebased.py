@@ -29,7 +29,7 @@ class ReBasedConfig(PreTrainedConfig):
         num_hidden_layers (`int`, *optional*, defaults to 12):
             Number of layers.
         layer_types (`list[str]`, *optional*):
-            The sequence mixer of each layer: "conv" (the gated short convolution BaseConv), "linear_attention"
+            The sequence mixer of each layer: "conv" (a short convolution, see `conv_type`), "linear_attention"
             (ReBased or Based), "sliding_attention" (softmax over a window), "full_attention" (softmax), or
             "hybrid_sliding" (ReBased and a softmax window in one layer). Defaults to alternating "conv" and
             "linear_attention", as in the paper.
@@ -65,8 +65,18 @@ class ReBasedConfig(PreTrainedConfig):
             flash-linear-attention.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the query, key and value projections have biases.
+        softmax_qk_norm (`bool`, *optional*, defaults to `False`):
+            RMSNorm of each head's queries and keys in softmax layers, before they are rotated, as in Qwen3. All heads
+            of a layer share its gains; its epsilon is `norm_eps`.
+        conv_type (`str`, *optional*, defaults to `"residual"`):
+            What "conv" layers do: "residual", the paper's BaseConv, conv(u) * (W u + b) + u, or "gated", the short
+            convolution of Based's released models, W_o (silu(conv(u_1)) * u_2) with u_1, u_2 = W_i u.
         conv_kernel_size (`int`, *optional*, defaults to 3):
             Tokens that the convolution of "conv" layers sees, its own included.
+        conv_intermediate_size (`int`, *optional*):
+            Width of u_1 and u_2. Defaults to 2 * hidden_size for "gated"; "residual" has none.
+        conv_bias (`bool`, *optional*, defaults to `True`):
+            Whether the convolution itself has a bias; the linear maps around it always have one.
         mlp_type (`str`, *optional*, defaults to `"gelu"`):
             "gelu" (two linear maps with `hidden_act` between), "swiglu" (gated) or "none": the identity, so that the
             second half of a layer is x + norm(x), as in the authors' MQAR runs.
@@ -96,8 +106,8 @@ class ReBasedConfig(PreTrainedConfig):
         residual_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of each mixer's and MLP's output.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the initial weights; those of `mlp.down_proj` are divided by
-            sqrt(2 * num_hidden_layers), as by the authors.
+            Standard deviation of the initial weights; those of `mlp.down_proj`, and of a "gated" convolution's
+            `out_proj`, are divided by sqrt(2 * num_hidden_layers), as by the authors.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the output layer is the word embedding.
         use_cache (`bool`, *optional*, defaults to `True`):
@@ -143,7 +153,11 @@ class ReBasedConfig(PreTrainedConfig):
     qk_norm_eps: float = 1e-5
     attention_eps: float = 1e-12
     attention_bias: bool = False
+    softmax_qk_norm: bool = False
+    conv_type: Literal["residual", "gated"] = "residual"
     conv_kernel_size: int = 3
+    conv_intermediate_size: int | None = None
+    conv_bias: bool = True
     mlp_type: Literal["none", "gelu", "swiglu"] = "gelu"
     intermediate_size: int | None = None
     hidden_act: str | None = None
@@ -175,6 +189,8 @@ class ReBasedConfig(PreTrainedConfig):
         for flag in ("normalize", "use_gamma", "use_beta"):
             if getattr(self, flag) is None:
                 setattr(self, flag, self.kernel == "rebased")
+        if self.conv_type == "gated" and self.conv_intermediate_size is None:
+            self.conv_intermediate_size = 2 * self.hidden_size
         if self.mlp_type != "none":
             swiglu = self.mlp_type == "swiglu"
             if self.intermediate_size is None:
@@ -203,6 +219,7 @@ class ReBasedConfig(PreTrainedConfig):
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel plan: by heads, unless a layer needs all heads in one place (a norm across them)."""
         whole = self.qk_norm_scope == "all_heads" and (self.normalize or self.use_gamma or self.use_beta)
+        whole = whole or self.softmax_qk_norm  # its gains are all heads', so each process must see all gradients
         column, row = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
         if "hybrid_sliding" in self.layer_types:  # its gate holds a number for every head
             column, row = "colwise_gather_output", "rowwise_split_input"
@@ -210,6 +227,8 @@ class ReBasedConfig(PreTrainedConfig):
         return plan | {
             "layers.*.self_attn.o_proj": row,
             "layers.*.conv.proj": "colwise_gather_output",
+            "layers.*.conv.in_proj": "colwise_gather_output",
+            "layers.*.conv.out_proj": "rowwise_split_input",
             "layers.*.mlp.gate_proj": "colwise",
             "layers.*.mlp.up_proj": "colwise",
             "layers.*.mlp.down_proj": "rowwise",
@@ -280,6 +299,12 @@ class ReBasedConfig(PreTrainedConfig):
             f"({self.num_key_value_heads}) as `num_attention_heads` ({self.num_attention_heads}): queries and keys "
             "have different sizes.",
         )
+        width = self.conv_intermediate_size
+        require(
+            width is None or self.conv_type == "gated",
+            f"`conv_intermediate_size={width}` needs `conv_type='gated'`, but that is {self.conv_type!r}.",
+        )
+        require(width is None or width >= 1, f"`conv_intermediate_size` must be at least 1, but got {width}.")
         softmax = sorted(set(self.layer_types) & set(SOFTMAX_LAYER_TYPES))
         windowed = [t for t in softmax if t != "full_attention"]
         require(

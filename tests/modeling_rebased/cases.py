@@ -28,6 +28,7 @@ MODELS = {
         "rope_linear_attention": True,
         "mlp_type": "swiglu",
         "norm_type": "rmsnorm",
+        "softmax_qk_norm": True,
     },
     "softmax_first": {
         "num_hidden_layers": 4,
@@ -41,6 +42,10 @@ MODELS = {
         "layer_types": ["conv", "linear_attention", "sliding_attention"],
         "kernel": "based",
         "position_embedding_type": "rope",
+        "conv_type": "gated",
+        "conv_bias": False,
+        "mlp_type": "swiglu",
+        "norm_type": "rmsnorm",
     },
     "hybrid": {"layer_types": ["hybrid_sliding"] * 2},
     "softmax": {"layer_types": ["full_attention"] * 2, "position_embedding_type": "rope"},

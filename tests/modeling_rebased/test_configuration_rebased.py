@@ -19,6 +19,8 @@ def test_defaults():
     assert config.normalize and config.use_gamma and config.use_beta
     assert ReBasedConfig(kernel="based").coefficients == (1.0, 1.0, 0.5)
     assert not ReBasedConfig(kernel="based").normalize
+    assert config.conv_type == "residual" and config.conv_intermediate_size is None
+    assert ReBasedConfig(conv_type="gated").conv_intermediate_size == 2 * 768
 
 
 def test_round_trip(tmp_path):
@@ -49,6 +51,9 @@ def test_round_trip(tmp_path):
             ["rope_parameters", "partial_rotary_factor"],
         ),
         ({"qk_norm_shared": True, "num_key_value_heads": 4}, ["qk_norm_shared", "qk_norm_scope"]),
+        ({"conv_intermediate_size": 64}, ["conv_intermediate_size=64", "conv_type", "residual"]),
+        ({"conv_type": "gated", "conv_intermediate_size": 0}, ["conv_intermediate_size"]),
+        ({"conv_type": "hyena"}, ["conv_type"]),
         ({"kernel_coefficients": [0, 1, 0]}, ["kernel_coefficients"]),
         ({"kernel_coefficients": [1, 1]}, ["kernel_coefficients"]),
         ({"feature_dim": 129}, ["feature_dim"]),

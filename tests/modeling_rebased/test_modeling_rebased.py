@@ -94,6 +94,46 @@ def test_the_authors_block_and_its_traps():
     torch.testing.assert_close(model(ids).logits, logits, rtol=1e-9, atol=1e-9)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gated_convolution(bias):
+    """y = W_o (silu(conv(u_1)) * u_2): no residual of its own, and the first half of the input map is convolved."""
+    model = make_model("conv", conv_type="gated", conv_intermediate_size=20, conv_kernel_size=4, conv_bias=bias)
+    mixer = model.model.layers[0].conv
+    assert mixer.in_proj.weight.shape == (40, 48) and (mixer.conv.bias is not None) == bias
+    u = torch.randn(2, 9, 48)
+    first, second = (u @ mixer.in_proj.weight.T + mixer.in_proj.bias).split(20, dim=-1)
+    padded = F.pad(first, (0, 0, 3, 0))
+    conv = sum(padded[:, i : i + 9] * mixer.conv.weight[:, 0, i] for i in range(4))
+    conv = conv + mixer.conv.bias if bias else conv
+    expected = (conv * conv.sigmoid() * second) @ mixer.out_proj.weight.T + mixer.out_proj.bias
+    torch.testing.assert_close(mixer(u), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_softmax_layers_normalise_each_head():
+    """Queries and keys have a root mean square of 1 in every head before the rotation, times the shared gains."""
+    model, ids = (
+        make_model(
+            "every_type", attn_implementation="eager", position_embedding_type="none", rope_linear_attention=False
+        ),
+        make_ids(1),
+    )
+    outputs = {}
+    for name, module in model.model.layers[3].self_attn.named_children():
+        module.register_forward_hook(lambda *args, name=name: outputs.update({name: args[-1]}))
+    weights = model(ids, output_attentions=True).attentions[1]
+    attention = model.model.layers[3].self_attn
+    q, k = (outputs[f"{x}_proj"].unflatten(-1, (-1, 12)) for x in "qk")
+    q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in (q, k))
+    q, k = q * attention.q_norm.weight, (k * attention.k_norm.weight).repeat_interleave(2, dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * 12**-0.5
+    expected = scores.masked_fill(torch.ones(23, 23).triu(1).bool(), -torch.inf).softmax(-1)
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
+    hybrid = model.model.layers[4].self_attn
+    assert hybrid.window_q_norm.weight.shape == (12,) and hybrid.q_norm.weight.shape == (32,)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("use_gamma", [True, False])
 @pytest.mark.parametrize("use_beta", [True, False])
@@ -133,6 +173,10 @@ def test_initial_weights():
     assert (layer.self_attn.q_norm.weight == 1).all()
     assert 0.5 < model.model.layers[0].conv.conv.weight.abs().max() <= 3**-0.5
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    gated = ReBasedForCausalLM(ReBasedConfig(vocab_size=500, hidden_size=256, num_hidden_layers=8, conv_type="gated"))
+    mixer = gated.model.layers[0].conv
+    assert abs(mixer.in_proj.weight.std() / 0.02 - 1) < 0.05
+    assert abs(mixer.out_proj.weight.std() / (0.02 / 4) - 1) < 0.05
 
 
 @torch.no_grad()
