@@ -4,23 +4,26 @@
         --output_dir output/transfer --max_steps 1000
     python -m conversion.distill --stage logits --teacher SmolLM2/ --student output/transfer/final \\
         --train_file text.txt --eval_file held_out.txt --output_dir output/logits --lora_rank 16
+    python -m conversion.distill ... --max_seconds 600 --compile True        # the best that ten minutes of a GPU give
     accelerate launch -m conversion.distill ...                 # any number of GPUs
 
 (`python -m modeling_rebased.conversion.distill` where the package is installed.) Beside the arguments below every
 one of transformers' TrainingArguments can be given. Stage "transfer" teaches each linear layer, by itself, to say what
 the teacher's attention says of the same input; all but its queries, keys, their normalisation and the gate is frozen.
 Stage "logits" teaches the whole student the teacher's distribution of the next token. The same command goes on from
-the newest checkpoint in OUTPUT_DIR. The model goes to OUTPUT_DIR/final, and held-out perplexities of teacher and
-student to OUTPUT_DIR/perplexity.json.
+the newest checkpoint in OUTPUT_DIR. The model goes to OUTPUT_DIR/final, held-out perplexities of teacher and student,
+before and after, to OUTPUT_DIR/perplexity.json, and the losses to OUTPUT_DIR/trainer_state.json.
 """
 
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -54,9 +58,29 @@ class DistillArguments:
     stage: Literal["transfer", "logits"] = field(metadata={"help": "What is matched: attention outputs, or logits."})
     teacher: str = field(metadata={"help": "Folder of the softmax model."})
     student: str = field(metadata={"help": "Folder that linearize made, or an earlier stage's final."})
-    train_file: list[str] = field(metadata={"help": "Text files; <|endoftext|> stands between documents."})
-    eval_file: list[str] | None = field(default=None, metadata={"help": "Held-out text files."})
+    train_file: list[str] = field(
+        metadata={
+            "help": "Text files, in which <|endoftext|> stands between documents, or .npy files of token ids. A file "
+            "that is named twice counts twice."
+        }
+    )
+    eval_file: list[str] | None = field(default=None, metadata={"help": "Held-out files, each measured by itself."})
     context_length: int = field(default=512, metadata={"help": "Tokens of an example."})
+    eval_length: list[int] | None = field(
+        default=None, metadata={"help": "Tokens of an example of held-out text (default: CONTEXT_LENGTH)."}
+    )
+    max_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train for so long instead of a number of steps: the learning rate falls to 0, in a line, by then."
+        },
+    )
+    compile: bool = field(
+        default=False, metadata={"help": "Compile the layers and the loss with torch.compile; pays from a minute on."}
+    )
+    kernel_backend: Literal["auto", "eager", "triton"] = field(
+        default="auto", metadata={"help": "Implementation of the student's linear attention in training."}
+    )
     temperature: float = field(default=2.0, metadata={"help": "Of both distributions in stage logits."})
     text_weight: float = field(
         default=0.1,
@@ -69,8 +93,8 @@ class Blocks(Dataset):
     """Texts as examples of `length` tokens, without remainder.
 
     Args:
-        files: text files.
-        tokenizer: its end-of-text token, if it has one, ends each document.
+        files: text files, or `.npy` files, each a vector of token ids.
+        tokenizer: its end-of-text token, if it has one, ends each document of a text.
         length: tokens of an example.
 
     Raises:
@@ -78,15 +102,10 @@ class Blocks(Dataset):
     """
 
     def __init__(self, files: list[str], tokenizer: PreTrainedTokenizerBase, length: int):
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids: list[int] = []
-        for name in files:
-            documents = Path(name).read_text(encoding="utf-8").split("<|endoftext|>")
-            for document in progress([each for each in documents if each], f"reading {name}"):
-                ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+        ids = torch.cat([token_ids(name, tokenizer) for name in files])
         if len(ids) < length:
             raise ConversionError(f"{files} have {len(ids)} tokens, fewer than --context_length {length}.")
-        self.ids = torch.tensor(ids[: len(ids) // length * length], dtype=torch.int32).view(-1, length)
+        self.ids = ids[: len(ids) // length * length].view(-1, length)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,6 +113,97 @@ class Blocks(Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         ids = self.ids[i].long()
         return {"input_ids": ids, "labels": ids}
+
+
+def token_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """int32 [tokens] of a text file, or of a `.npy` file that has them.
+
+    Raises:
+        ConversionError: a `.npy` file is no vector of ids of the tokenizer.
+    """
+    if Path(name).suffix == ".npy":
+        try:
+            stored = np.load(name, allow_pickle=False)
+        except ValueError as error:
+            raise ConversionError(f"{name} is no array of numbers: {error}") from error
+        if stored.ndim != 1 or stored.dtype.kind not in "iu" or (stored.size and stored.max() >= len(tokenizer)):
+            raise ConversionError(
+                f"{name} must be a vector of token ids below {len(tokenizer)}, but is {stored.dtype} of shape "
+                f"{stored.shape}, at most {stored.max(initial=0)}."
+            )
+        return torch.from_numpy(stored.astype(np.int32))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    documents = Path(name).read_text(encoding="utf-8").split("<|endoftext|>")
+    for document in progress([each for each in documents if each], f"reading {name}"):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+class Clock:
+    """A learning rate that falls in a line until the time is up.
+
+    For `LambdaLR`, which stores it with a checkpoint, so that a run that goes on knows how long it has trained. The
+    time until the first step ends, when code is compiled, counts, but the learning rate does not fall in it.
+
+    Args:
+        warmup_steps: steps in which the learning rate rises.
+
+    Attributes:
+        seconds: how long to train.
+        spent: seconds since the start, in this process and those before it.
+        progress: share of the time that is spent, from the first step on; at 1 the run is over.
+    """
+
+    def __init__(self, warmup_steps: int):
+        self.warmup_steps = warmup_steps
+        self.seconds = math.inf
+        self.spent = self.waited = self.progress = self.last = 0.0
+        self.stepped = False
+
+    def start(self, seconds: float) -> None:
+        """A process begins to train."""
+        self.seconds, self.last, self.stepped = seconds, time.monotonic(), False
+
+    def tick(self) -> None:
+        """A step has ended."""
+        passed = torch.tensor(time.monotonic() - self.last, dtype=torch.float64)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Every process must see the same time, or their weights part ways.
+            where = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+            passed = passed.to(where)
+            torch.distributed.broadcast(passed, 0)
+        passed = passed.item()
+        self.last += passed
+        self.spent += passed
+        if not self.stepped:
+            self.stepped = True
+            self.waited += passed
+        self.progress = min(1.0, (self.spent - self.waited) / max(1e-9, self.seconds - self.waited))
+        if self.spent >= self.seconds:
+            self.progress = 1.0
+
+    def __call__(self, step: int) -> float:
+        """The learning rate's factor after `step` steps."""
+        return min(1.0, (step + 1) / (self.warmup_steps + 1)) * (1.0 - self.progress)
+
+
+class StopByClock(TrainerCallback):
+    """Tells a `Clock` the time, and ends the run when it is up."""
+
+    def __init__(self, clock: Clock, seconds: float):
+        self.clock = clock
+        self.seconds = seconds
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.start(self.seconds)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.tick()
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.clock.progress >= 1.0:
+            control.should_training_stop = True
 
 
 class AttentionTap:
@@ -152,10 +262,35 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.distill = distill
+        self.clock = None
+        if distill.max_seconds is not None:
+            self.clock = Clock(int(self.args.warmup_steps))
+            self.add_callback(StopByClock(self.clock, distill.max_seconds))
+        student = self.model.get_base_model() if distill.lora_rank else self.model
         if distill.stage == "transfer":
-            layers = linear_layers(self.model)
+            layers = linear_layers(student)
             self.teacher_tap = AttentionTap({i: self.teacher.model.layers[i].self_attn for i in layers})
-            self.student_tap = AttentionTap({i: self.model.model.layers[i].self_attn for i in layers})
+            self.student_tap = AttentionTap({i: student.model.layers[i].self_attn for i in layers})
+            for layer in student.model.layers:
+                layer.mlp.forward = _identity  # each attention module hears the teacher, so nobody hears the MLPs
+        if distill.compile:
+            # Layer by layer: layers of a kind share their code, which is then compiled once.
+            for layer in student.model.layers:
+                if distill.stage == "logits":
+                    layer.compile(dynamic=False)
+                else:
+                    layer.self_attn.forward = torch.compile(layer.self_attn.forward, dynamic=False)
+            if distill.stage == "logits":
+                for layer in self.teacher.model.layers:
+                    layer.compile(dynamic=False)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the library's, or by the clock where there is one."""
+        if self.clock is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.clock)
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -168,7 +303,8 @@ class DistillTrainer(Trainer):
         with torch.no_grad():
             expected = self.teacher(input_ids=ids, use_cache=False).logits
         logits = model(input_ids=ids, use_cache=False).logits
-        loss = logits_loss(logits, expected, labels, self.distill.temperature, self.distill.text_weight)
+        settings = self.distill.temperature, self.distill.text_weight, self.distill.compile
+        loss = logits_loss(logits, expected, labels, *settings)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _transfer_loss(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -198,18 +334,93 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
 
 
 def logits_loss(
-    logits: torch.Tensor, expected: torch.Tensor, labels: torch.Tensor, temperature: float, text_weight: float
+    logits: torch.Tensor,
+    expected: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    text_weight: float,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """The loss of stage "logits", per token.
 
     (1 - text_weight) * t^2 * KL(teacher_t || student_t) + text_weight * cross entropy of the text, with both
-    distributions at temperature t (Hinton et al., 2015). logits and expected [B, T, V], labels [B, T].
+    distributions at temperature t (Hinton et al., 2015).
+
+    Args:
+        logits, expected: the student's and the teacher's, [B, T, V].
+        labels: the text, [B, T]. It is shifted here.
+        temperature: t.
+        text_weight: share of the text itself.
+        compiled: use torch.compile.
     """
-    student = F.log_softmax(logits.float() / temperature, dim=-1).flatten(0, 1)
-    teacher = F.log_softmax(expected.float() / temperature, dim=-1).flatten(0, 1)
-    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-    text = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-    return (1 - text_weight) * divergence + text_weight * text
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return _LogitsLoss.apply(
+        logits.flatten(0, 1), expected.flatten(0, 1), targets.flatten(), temperature, text_weight, compiled
+    )
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """The loss and its gradient together, some tokens at a time: float32 logits of all tokens never exist at once."""
+
+    TOKENS = 2048
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        expected: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        text_weight: float,
+        compiled: bool,
+    ) -> torch.Tensor:
+        part = _compiled_part if compiled else _loss_part
+        count = logits.shape[0]
+        # Of `count` tokens the last of each example has no successor, so the mean over the text has another weight.
+        text = text_weight / (targets >= 0).sum()
+        gradient = torch.empty_like(logits)
+        losses = []
+        for start in range(0, count, _LogitsLoss.TOKENS):
+            now = slice(start, start + _LogitsLoss.TOKENS)
+            loss, gradient[now] = part(
+                logits[now], expected[now], targets[now], text, (1 - text_weight) / count, temperature
+            )
+            losses.append(loss)
+        ctx.save_for_backward(gradient)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None, None, None
+
+
+def _loss_part(
+    logits: torch.Tensor,
+    expected: torch.Tensor,
+    targets: torch.Tensor,
+    text: torch.Tensor,
+    teacher: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the weighted losses of some tokens, float32, and its gradient [tokens, V] in the logits' type."""
+    own = F.log_softmax(logits.float(), dim=-1)
+    softened = own if temperature == 1 else F.log_softmax(logits.float() / temperature, dim=-1)
+    aim = F.log_softmax(expected.float() / temperature, dim=-1)
+    has_text = (targets >= 0)[:, None]
+    is_target = (torch.arange(logits.shape[1], device=logits.device) == targets[:, None]) & has_text
+    divergence = (aim.exp() * (aim - softened)).sum()
+    loss = teacher * temperature**2 * divergence - text * torch.where(is_target, own, 0.0).sum()
+    gradient = teacher * temperature * (softened.exp() - aim.exp())
+    gradient = gradient + text * (own.exp() * has_text - is_target.float())
+    return loss, gradient.to(logits.dtype)
+
+
+_compiled_part = torch.compile(_loss_part, dynamic=False)
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def linear_layers(student: ReBasedForCausalLM) -> list[int]:
@@ -233,16 +444,19 @@ def freeze_all_but_transferred(student: ReBasedForCausalLM) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, blocks: Blocks, batch_size: int = 8) -> float:
+def perplexity(model: PreTrainedModel, blocks: Blocks, batch_tokens: int = 4096) -> float:
     """exp of the mean loss of a token, given those before it in its example."""
     model.eval()
-    total, count = 0.0, 0
-    for start in progress(range(0, len(blocks), batch_size), "perplexity"):
-        ids = blocks.ids[start : start + batch_size].long().to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        count += ids[:, 1:].numel()
-    return math.exp(total / count)
+    length = blocks.ids.shape[1]
+    batch_size = max(1, batch_tokens // length)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    # Compiled layers would be compiled again for these shapes.
+    with torch.compiler.set_stance("force_eager"):
+        for start in progress(range(0, len(blocks), batch_size), "perplexity"):
+            ids = blocks.ids[start : start + batch_size].long().to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    return math.exp(total.item() / (len(blocks) * (length - 1)))
 
 
 def check_pair(teacher: PreTrainedModel, student: ReBasedForCausalLM) -> None:
@@ -257,16 +471,31 @@ def check_pair(teacher: PreTrainedModel, student: ReBasedForCausalLM) -> None:
             raise ConversionError(f"{name} must be the same for --teacher and --student, but is {theirs} and {ours}.")
 
 
-def run(distill: DistillArguments, arguments: TrainingArguments) -> dict[str, float]:
-    """Train one stage; returns the held-out perplexities, which also are in OUTPUT_DIR/perplexity.json."""
+def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[str, Any]]:
+    """Train one stage.
+
+    Returns:
+        For each held-out file and length a row with the perplexities of the "teacher" (in the type in which it taught)
+        and of the "student" and what it was "before" (in float32), as OUTPUT_DIR/perplexity.json has them.
+    """
     set_seed(arguments.seed)
     half = torch.bfloat16 if arguments.bf16 else torch.float32
+    if distill.max_seconds is not None:
+        if distill.max_seconds <= 0:
+            raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
+        arguments.max_steps = 10**9 if arguments.max_steps <= 0 else arguments.max_steps
     teacher = AutoModelForCausalLM.from_pretrained(distill.teacher, dtype=half)
     student: Any = ReBasedForCausalLM.from_pretrained(distill.student, dtype=torch.float32)
     check_pair(teacher, student)
+    for i in linear_layers(student) if distill.stage == "transfer" or distill.kernel_backend != "auto" else []:
+        student.model.layers[i].self_attn.backend = distill.kernel_backend
     tokenizer = AutoTokenizer.from_pretrained(distill.teacher)
     train = Blocks(distill.train_file, tokenizer, distill.context_length)
-    held_out = Blocks(distill.eval_file, tokenizer, distill.context_length) if distill.eval_file else None
+    held_out = {
+        (name, length): Blocks([name], tokenizer, length)
+        for name in distill.eval_file or []
+        for length in distill.eval_length or [distill.context_length]
+    }
 
     if distill.stage == "transfer":
         if distill.lora_rank:
@@ -287,41 +516,73 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> dict[str, fl
     arguments.prediction_loss_only = True
     # The library would look for unused weights behind the logits, where those of stage transfer are not.
     arguments.ddp_find_unused_parameters = False
+    # Asking every step whether the loss is finite makes a GPU's host wait.
+    arguments.logging_nan_inf_filter = False
+    if distill.compile:
+        arguments.dataloader_drop_last = True  # a last, smaller batch would be compiled for by itself
+    rows = [{"file": Path(name).name, "length": length} for name, length in held_out]
+    before = student.to(arguments.device)
+    for row, blocks in zip(rows, held_out.values()):
+        row["before"] = perplexity(before, blocks)
     trainer = DistillTrainer(
-        model=student, args=arguments, train_dataset=train, eval_dataset=held_out, teacher=teacher, distill=distill
+        model=student,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=next(iter(held_out.values()), None),
+        teacher=teacher,
+        distill=distill,
     )
     newest = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    started = time.monotonic()
     trainer.train(resume_from_checkpoint=newest)
+    seconds = time.monotonic() - started
 
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if distill.lora_rank:
         trained = trained.merge_and_unload()
-    found = {}
+    for layer in trained.model.layers:  # what the trainer replaced
+        for module in layer.children():
+            module.__dict__.pop("forward", None)
     if trainer.is_world_process_zero():
         final = Path(arguments.output_dir) / "final"
         trained.requires_grad_(True)
         trained.save_pretrained(final)
         tokenizer.save_pretrained(final)
-        if held_out is not None:
-            found = {"teacher": perplexity(teacher, held_out), "student": perplexity(trained, held_out)}
-            text = json.dumps({"stage": distill.stage, **found}, indent=2)
-            (Path(arguments.output_dir) / "perplexity.json").write_text(text + "\n", encoding="utf-8")
-    return found
+        trainer.save_state()
+        for row, blocks in zip(rows, held_out.values()):
+            row |= {"teacher": perplexity(teacher, blocks), "student": perplexity(trained, blocks)}
+        steps = trainer.state.global_step
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        said = {
+            "stage": distill.stage,
+            "steps": steps,
+            "tokens": steps * batch * distill.context_length,
+            "seconds": round(seconds, 1),
+            "perplexity": rows,
+        }
+        text = json.dumps(said, indent=2)
+        (Path(arguments.output_dir) / "perplexity.json").write_text(text + "\n", encoding="utf-8")
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = HfArgumentParser((DistillArguments, TrainingArguments), description=__doc__.split("\n")[0])
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    given = ["--bf16", str(bf16), *(sys.argv[1:] if argv is None else argv)]
+    given = ["--bf16", str(bf16), "--tf32", str(bf16), *(sys.argv[1:] if argv is None else argv)]
+    if not bf16:
+        given = given[:2] + given[4:]  # the library refuses --tf32, even False, where there is none
     distill, arguments = parser.parse_args_into_dataclasses(given)
     try:
         found = run(distill, arguments)
     except (ConversionError, OSError) as error:
         print(f"distill: error: {error}", file=sys.stderr)
         return 1
-    for name, value in found.items():
-        print(f"held-out perplexity of the {name}: {value:.3f}")
+    for row in found:
+        print(
+            f"{row['file']}, {row['length']} tokens: held-out perplexity {row.get('before'):.3f} before, "
+            f"{row.get('student', math.nan):.3f} now, the teacher's {row.get('teacher', math.nan):.3f}"
+        )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -11,12 +12,15 @@ from conversion.distill import (
     Blocks,
     DistillArguments,
     DistillTrainer,
+    _LogitsLoss,
+    _loss_part,
     check_pair,
     freeze_all_but_transferred,
     logits_loss,
     main,
     perplexity,
     relative_error,
+    token_ids,
 )
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from training.byte_tokenizer import byte_tokenizer
@@ -88,7 +92,11 @@ def test_transfer_trains_the_maps_alone_and_lowers_the_error(folder, tmp_path):
     with torch.no_grad():
         assert error_of(after, folder) < 0.7 * error_of(before, folder)
     said = json.loads((tmp_path / "out" / "perplexity.json").read_text())
-    assert said["stage"] == "transfer" and said["teacher"] < said["student"]
+    (row,) = said["perplexity"]
+    assert said["stage"] == "transfer" and said["steps"] == 20 and said["tokens"] == 20 * 8 * 32
+    assert row["file"] == "text.txt" and row["length"] == 32
+    assert row["teacher"] < row["student"] < row["before"]
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 20
     assert (tmp_path / "out" / "final" / "tokenizer.json").is_file()
 
 
@@ -116,9 +124,10 @@ def test_logits_bring_the_student_to_the_teacher(folder, tmp_path, lora_rank):
     blocks = Blocks([folder / "text.txt"], byte_tokenizer(), 32)
     student = ReBasedForCausalLM.from_pretrained(tmp_path / "out" / "final")
     said = json.loads((tmp_path / "out" / "perplexity.json").read_text())
-    before = perplexity(start_of(folder), blocks)
-    assert perplexity(student, blocks) == pytest.approx(said["student"], rel=1e-3)
-    assert said["student"] < 0.8 * before
+    (row,) = said["perplexity"]
+    assert perplexity(start_of(folder), blocks) == pytest.approx(row["before"], rel=1e-3)
+    assert perplexity(student, blocks) == pytest.approx(row["student"], rel=1e-3)
+    assert row["student"] < 0.8 * row["before"]
     assert set(student.state_dict()) == set(start_of(folder).state_dict())
 
 
@@ -135,6 +144,79 @@ def test_a_stopped_run_goes_on(folder, tmp_path):
         torch.testing.assert_close(parts[name], whole[name], msg=name)
 
 
+class Ticks:
+    """A clock on which every look takes a second."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("conversion.distill.time.monotonic", self)
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_the_clock_ends_a_run_and_its_learning_rate(folder, tmp_path, monkeypatch):
+    """The step that takes the time over its end is the last, after a restart too, with the rate in a line before."""
+    Ticks(monkeypatch)
+    saving = ("--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "1", "--warmup_steps", "2")
+    main(command(folder, "logits", tmp_path / "whole", *saving, "--max_seconds", "9", steps=-1))
+    main(command(folder, "logits", tmp_path / "parts", *saving, "--max_seconds", "100", steps=3))
+    main(command(folder, "logits", tmp_path / "parts", *saving, "--max_seconds", "9", steps=-1))
+    whole, parts = (
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("whole", "parts")
+    )
+    rates = [row["learning_rate"] for row in whole if "learning_rate" in row]
+    # Second 1 goes by before the first step has ended, and is not counted.
+    assert rates[:4] == pytest.approx([1e-2 / 3, 2e-2 / 3 * (1 - 0 / 8), 1e-2 * (1 - 1 / 8), 1e-2 * (1 - 2 / 8)])
+    assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True) and len(rates) == 9
+    assert len([row for row in parts if "learning_rate" in row]) < 12
+
+
+def test_time_that_is_no_time(folder, tmp_path, capsys):
+    assert main(command(folder, "logits", tmp_path / "out", "--max_seconds", "0")) == 1
+    assert "--max_seconds is 0.0; it must be positive" in capsys.readouterr().err
+
+
+def test_tokens_in_an_array_are_those_of_the_text(folder, tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    ids = token_ids(str(folder / "text.txt"), tokenizer)
+    np.save(tmp_path / "ids.npy", ids.numpy().astype(np.uint16))
+    both = Blocks([str(folder / "text.txt"), str(tmp_path / "ids.npy")], tokenizer, 1)
+    assert torch.equal(both.ids[:, 0], torch.cat([ids, ids]))
+    for bad in (np.array([[1, 2]]), np.array([1.0, 2.0]), np.array([1, 258])):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(ConversionError, match=r"must be a vector of token ids below 258, but is"):
+            token_ids(str(tmp_path / "bad.npy"), tokenizer)
+    np.save(tmp_path / "bad.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(ConversionError, match="is no array of numbers"):
+        token_ids(str(tmp_path / "bad.npy"), tokenizer)
+
+
+@pytest.mark.parametrize("stage", ["transfer", "logits"])
+def test_compiled_layers_learn_the_same(folder, tmp_path, stage, monkeypatch):
+    """With a compiler that traces and generates no code, which is the slow part; layers of a kind are traced once."""
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_with(*args, **kwargs, backend=backend))
+    monkeypatch.setattr("conversion.distill._compiled_part", compile_with(_loss_part, backend=backend))
+    torch.compiler.reset()
+    for name, compiled in (("plain", "False"), ("compiled", "True")):
+        assert main(command(folder, stage, tmp_path / name, "--compile", compiled, steps=4)) == 0
+        assert bool(traced) == (name == "compiled")
+    plain, compiled = (
+        ReBasedForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("plain", "compiled")
+    )
+    assert set(plain) == set(compiled)
+    for name in plain:
+        torch.testing.assert_close(plain[name], compiled[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
 def test_the_loss_of_logits():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
@@ -144,6 +226,22 @@ def test_the_loss_of_logits():
     p, q = (torch.softmax(x / 2, -1) for x in (torch.zeros_like(logits), logits))
     divergence = 4 * (p * (p / q).log()).sum(-1).mean()
     torch.testing.assert_close(logits_loss(logits, torch.zeros_like(logits), labels, 2.0, 0.0), divergence)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradient_of_the_loss_in_parts(temperature, monkeypatch):
+    monkeypatch.setattr(_LogitsLoss, "TOKENS", 3)
+    torch.manual_seed(0)
+    logits, expected = (torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels = torch.randint(0, 7, (2, 5))
+    student, teacher = ((x / temperature).log_softmax(-1) for x in (logits, expected.detach()))
+    plain = 0.7 * temperature**2 * (teacher.exp() * (teacher - student)).sum() / 10
+    plain = plain + 0.3 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    (wanted,) = torch.autograd.grad(plain, logits)
+    loss = logits_loss(logits, expected, labels, temperature, 0.3)
+    torch.testing.assert_close(loss, plain.float())
+    (found,) = torch.autograd.grad(3 * loss, logits)
+    torch.testing.assert_close(found, 3 * wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_a_batch_in_parts_has_the_same_error():
