@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layer", type=int, help="convert this layer alone")
     command.add_argument("--attention-only", action="store_true", help="convert the attention layers alone")
 
-    command = add("linearize", linearize, "folder or GGUF file of a Llama, Mistral or Qwen2 model", "new folder")
+    command = add("linearize", linearize, "folder or GGUF file of a Llama, Mistral or Qwen model", "new folder")
     command.add_argument(
         "--layers", default="window", help="pure, window, hybrid, softmax, or a type for each layer (default: window)"
     )

@@ -36,7 +36,7 @@ from .files import (
 from .hub import _load_tokenizer
 
 
-FAMILY = ("llama", "mistral", "qwen2")
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 VARIANTS = ("pure", "window", "hybrid", "softmax")
 
 
@@ -51,11 +51,12 @@ def linearize(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Report:
-    """Start a ReBased model from a softmax decoder of the Llama family: Llama, SmolLM, Mistral, Qwen2.
+    """Start a ReBased model from a softmax decoder of the Llama family: Llama, SmolLM, Mistral, Qwen2, Qwen3.
 
     Embeddings, norms, MLP and the value and output projections are copied, and in layers that keep softmax the query
-    and key projections too. The queries and keys of the linear layers start as `reduce_heads` says, normalised by
-    head, with a beta that makes the kernel (2 + s)^2 / 4 = 1 + s + s^2/4, close to exp(s) for small s.
+    and key projections too, with the norms that Qwen3 has on them. The queries and keys of the linear layers start as
+    `reduce_heads` says, normalised by head, with a beta that makes the kernel (2 + s)^2 / 4 = 1 + s + s^2/4, close to
+    exp(s) for small s.
 
     The result is no finished model, except with softmax in every layer, which says what the original says: train it
     with `distill`.
@@ -162,7 +163,7 @@ def student_config(
     heads = theirs.num_attention_heads
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
     rope = dict(theirs.rope_parameters)
-    qwen = theirs.model_type == "qwen2"  # biases on q, k and v, always, and none on o
+    qwen2 = theirs.model_type == "qwen2"  # biases on q, k and v, always, and none on o
     sliding = "sliding_attention" in (getattr(theirs, "layer_types", None) or [])
     sliding |= theirs.model_type == "mistral" and theirs.sliding_window is not None
     wrong = [
@@ -204,7 +205,8 @@ def student_config(
         kernel="rebased",
         qk_norm_scope="head",
         attention_eps=1e-5,
-        attention_bias=qwen,
+        attention_bias=qwen2,
+        softmax_qk_norm=theirs.model_type == "qwen3",
         mlp_type="swiglu",
         intermediate_size=theirs.intermediate_size,
         norm_type="rmsnorm",
@@ -229,7 +231,7 @@ def initial_state(teacher: State, config: ReBasedConfig, report: Report) -> Stat
     reduced: dict[int, dict[str, torch.Tensor]] = {}
     beta = exp_beta(config.feature_dim, 2.0)
     for name, shape in progress(model_shapes(config).items(), "copying"):
-        origin = name.replace(".window_q_proj.", ".q_proj.").replace(".window_k_proj.", ".k_proj.")
+        origin = name.replace(".window_q_", ".q_").replace(".window_k_", ".k_")
         part = name.split(".self_attn.")[-1]
         i = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
         linear = ".self_attn." in name and config.layer_types[i] != "full_attention"
@@ -262,7 +264,13 @@ def exp_beta(feature_dim: int, constant: float) -> float:
 
 
 def _reduce_layer(teacher: State, config: ReBasedConfig, i: int) -> dict[str, torch.Tensor]:
-    """q_proj and k_proj of a linear layer, from the teacher's."""
+    """q_proj and k_proj of a linear layer, from the teacher's.
+
+    Where the teacher normalises its queries and keys their gains become part of the projections. Its division by a
+    head's root mean square differs from token to token, which no projection can do and the linear layer's own
+    normalisation does again; here it is by what it is for inputs of unit covariance, so that no head outweighs others
+    that share its key.
+    """
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     root = f"model.layers.{i}.self_attn."
     stacked = {}
@@ -272,7 +280,11 @@ def _reduce_layer(teacher: State, config: ReBasedConfig, i: int) -> dict[str, to
         full = weight.double()
         if config.attention_bias:  # a bias is the weight of an input that is always 1
             full = torch.cat([full, teacher[f"{root}{x}_proj.bias"].double()[:, None]], dim=1)
-        stacked[x] = full.unflatten(0, (count, head_dim))
+        full = full.unflatten(0, (count, head_dim))  # [H, head_dim, inputs]
+        if config.softmax_qk_norm:
+            rms = full.square().sum((1, 2), keepdim=True).div(head_dim).sqrt().clamp_min(1e-12)
+            full = full / rms * teacher[f"{root}{x}_norm.weight"].double()[:, None]
+        stacked[x] = full
     queries, keys = reduce_heads(stacked["q"], stacked["k"], config.feature_dim, config.rope_linear_attention)
     parts = {}
     for x, reduced in (("q", queries), ("k", keys)):

@@ -1,6 +1,7 @@
 """linearize and to_rebased: what must be exact is, and the start is the closest there is."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from conversion import ConversionError, linearize, to_rebased
-from conversion.softmax import exp_beta, reduce_heads
+from conversion.softmax import _reduce_layer, exp_beta, reduce_heads
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from training.byte_tokenizer import byte_tokenizer
 
@@ -42,6 +45,7 @@ FAMILY = {
     "llama3": (LlamaForCausalLM, LlamaConfig, {"head_dim": 8, "rope_parameters": LLAMA_3}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 24, "tie_word_embeddings": True}),
 }
 
 
@@ -51,7 +55,9 @@ def make_teacher(folder, kind="llama", **changes):
     model = model_class(config_class(**{**SIZES, **fields, **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" not in name:
+            if "norm" in name:
+                parameter.normal_(mean=1.0, std=0.3)
+            else:
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
     return model
@@ -67,10 +73,10 @@ def test_layers_that_keep_softmax_are_exact(tmp_path, kind):
     linearize(tmp_path / "teacher", tmp_path / "start", layers="softmax")
     student = ReBasedForCausalLM.from_pretrained(tmp_path / "start").eval()
     with torch.no_grad():
-        torch.testing.assert_close(student(make_ids()).logits, teacher(make_ids()).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(student(make_ids()).logits, teacher(make_ids()).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_window_over_everything_is_exact_where_the_gate_is_closed(tmp_path, kind):
     teacher = make_teacher(tmp_path / "teacher", kind)
     linearize(tmp_path / "teacher", tmp_path / "start", layers="window", window=20, feature_dim=4)
@@ -85,7 +91,15 @@ def test_a_window_over_everything_is_exact_where_the_gate_is_closed(tmp_path, ki
 
 @pytest.mark.parametrize(
     ("kind", "layers"),
-    [("llama", "pure"), ("llama", "window"), ("llama3", "hybrid"), ("mistral", "pure"), ("qwen2", "hybrid")],
+    [
+        ("llama", "pure"),
+        ("llama", "window"),
+        ("llama3", "hybrid"),
+        ("mistral", "pure"),
+        ("qwen2", "hybrid"),
+        ("qwen3", "window"),
+        ("qwen3", "pure"),
+    ],
 )
 def test_every_variant_starts_finite_and_saves(tmp_path, kind, layers):
     make_teacher(tmp_path / "teacher", kind)
@@ -106,16 +120,14 @@ def test_every_variant_starts_finite_and_saves(tmp_path, kind, layers):
     assert kinds[layers] in str(report)
 
 
-def test_what_is_copied_is_copied_bit_for_bit(tmp_path):
-    teacher = make_teacher(tmp_path / "teacher", "qwen2").state_dict()
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_what_is_copied_is_copied_bit_for_bit(tmp_path, kind):
+    teacher = make_teacher(tmp_path / "teacher", kind).state_dict()
     linearize(tmp_path / "teacher", tmp_path / "start", layers="window")
     student = ReBasedForCausalLM.from_pretrained(tmp_path / "start").state_dict()
     for name, tensor in teacher.items():
-        if ".q_proj." not in name and ".k_proj." not in name:
-            assert torch.equal(student[name], tensor), name
-        else:
-            window = name.replace("q_proj", "window_q_proj").replace("k_proj", "window_k_proj")
-            assert torch.equal(student[window], tensor), name
+        window = re.sub(r"\.([qk]_(proj|norm)\.)", r".window_\1", name)
+        assert torch.equal(student[window], tensor), name
 
 
 def test_the_whole_head_is_kept_where_there_is_room():
@@ -144,6 +156,22 @@ def test_the_reduction_is_the_best_one():
     s = torch.linalg.svdvals(queries[0].T @ keys[0])
     error = (queries[0].T @ keys[0] - new_q[0].T @ new_k[0]).square().sum()
     torch.testing.assert_close(error, s[3:].square().sum())
+
+
+def test_norms_of_the_teacher_go_into_the_linear_projections(tmp_path):
+    """With room for the whole head its scores are the teacher's but for a factor of each query and key head."""
+    teacher = make_teacher(tmp_path / "teacher", "qwen3").state_dict()
+    linearize(tmp_path / "teacher", tmp_path / "start", layers="pure", feature_dim=24, rotate=False)
+    config = ReBasedForCausalLM.from_pretrained(tmp_path / "start").config
+    assert config.softmax_qk_norm and config.feature_dim == config.head_dim == 24
+    root = "model.layers.1.self_attn."
+    q, k = (teacher[f"{root}{x}_proj.weight"].unflatten(0, (-1, 24)) for x in "qk")
+    q, k = (x / x.square().sum((1, 2), keepdim=True).div(24).sqrt() for x in (q, k))
+    q, k = (x * teacher[f"{root}{name}_norm.weight"][:, None] for x, name in ((q, "q"), (k, "k")))
+    parts = _reduce_layer(teacher, config, 1)
+    new_q, new_k = (parts[f"{x}_proj.weight"].unflatten(0, (-1, 24)) for x in "qk")
+    for i in range(4):
+        torch.testing.assert_close(new_q[i].T @ new_k[i // 2], q[i].T @ k[i // 2], rtol=1e-4, atol=1e-5)
 
 
 def test_rotation_commutes_with_the_reduction():
@@ -202,7 +230,7 @@ def test_other_families_and_damaged_weights(tmp_path):
     ReBasedForCausalLM(ReBasedConfig(vocab_size=11, hidden_size=12, num_hidden_layers=1)).save_pretrained(
         tmp_path / "ours"
     )
-    with pytest.raises(ConversionError, match="model_type 'rebased'; it must be one of llama, mistral, qwen2"):
+    with pytest.raises(ConversionError, match="model_type 'rebased'; it must be one of llama, mistral, qwen2, qwen3"):
         linearize(tmp_path / "ours", tmp_path / "start")
     make_teacher(tmp_path / "teacher")
     weights = tmp_path / "teacher" / "model.safetensors"
