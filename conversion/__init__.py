@@ -5,6 +5,7 @@ is exact and what is not.
 """
 
 from .authors import from_authors, to_authors
+from .based import from_based
 from .files import ConversionError, Report
 from .fla import from_fla, load_attention, to_fla
 from .hub import export
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "export",
     "from_authors",
+    "from_based",
     "from_fla",
     "linearize",
     "load_attention",

@@ -496,6 +496,9 @@ def check_authors_have(config: ReBasedConfig) -> None:
     others = sorted(set(config.layer_types) - {"conv", "linear_attention"})
     if others:
         wrong.append(("layer_types", others, ["conv", "linear_attention"]))
+    if "conv" in config.layer_types:
+        rows = [("conv_type", config.conv_type, ["residual"]), ("conv_bias", config.conv_bias, [True])]
+        wrong += [(name, value, allowed) for name, value, allowed in rows if value not in allowed]
     if "linear_attention" in config.layer_types:
         learnt = config.use_gamma or config.use_beta
         flags = (config.normalize, config.use_gamma, config.use_beta)

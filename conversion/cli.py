@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .authors import from_authors, to_authors
+from .based import from_based
 from .files import ConversionError
 from .fla import from_fla, to_fla
 from .hub import export
@@ -39,6 +40,10 @@ EXAMPLES = {
   rebased-convert to-fla out/ again.pt
   rebased-convert to-fla out/ layer3.pt --layer 3
   rebased-convert to-fla out/ stack.safetensors --attention-only""",
+    "from-based": """\
+  rebased-convert from-based based-360m/ out/ --tokenizer gpt2/
+  rebased-convert from-based pytorch_model.bin out/ --num-heads 16 --window-size 128
+  rebased-convert from-based based-1b-50b/ out/ --dry-run""",
     "linearize": """\
   rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers window --window 64
   rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers hybrid --feature-dim 32
@@ -120,6 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     command = add("to-fla", to_fla, folder, "new file, of torch.save or .safetensors")
     command.add_argument("--layer", type=int, help="convert this layer alone")
     command.add_argument("--attention-only", action="store_true", help="convert the attention layers alone")
+
+    command = add("from-based", from_based, "folder or file of a released Based model", "new folder")
+    command.add_argument("--num-heads", type=int, help="attention heads, where no config.json tells (16 as released)")
+    command.add_argument(
+        "--window-size", type=int, help="their window_size, where no config.json tells; a token sees half of it"
+    )
+    command.add_argument("--attention-eps", type=float, help="of the normaliser (default: theirs, or 1e-12)")
+    command.add_argument("--norm-eps", type=float, help="of RMSNorm (default: theirs, or 1e-5)")
+    command.add_argument("--rope-theta", type=float, help="of the rotary embedding (default: theirs, or 10000)")
+    command.add_argument("--max-position-embeddings", type=int, help="length trained on (default: theirs, or 2048)")
+    command.add_argument("--tokenizer", help="folder with GPT-2's tokenizer, which is theirs")
 
     command = add("linearize", linearize, "folder or GGUF file of a Llama, Mistral or Qwen model", "new folder")
     command.add_argument(

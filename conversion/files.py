@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import zipfile
@@ -85,15 +86,16 @@ class Report:
 # ---------------------------------------------------------------- reading
 
 
-def read_state_dict(source: str | os.PathLike) -> tuple[State, str | None, list[str]]:
+def read_state_dict(source: str | os.PathLike, skip: str | None = None) -> tuple[State, str | None, list[str]]:
     """Read a checkpoint file without running anything in it.
 
     Args:
         source: a file of `torch.save` (read with `weights_only=True`) or a `.safetensors` file.
+        skip: pattern found in the names of entries that are no weights, whatever they hold.
 
     Returns:
         The tensors in the file's order; the key they were wrapped in (one of `WRAPPERS`), if any; the other keys
-        beside it.
+        beside it, and those that were skipped.
 
     Raises:
         ConversionError: the file is missing, truncated, holds anything but plain tensors, or code.
@@ -119,8 +121,18 @@ def read_state_dict(source: str | os.PathLike) -> tuple[State, str | None, list[
             beside = [str(key) for key in loaded if key != wrapper]
             loaded = loaded[wrapper]
         state = dict(loaded)
+    state = _without(state, skip, beside)
     check_tensors(state, str(path))
     return state, wrapper, beside
+
+
+def _without(state: dict[Any, Any], skip: str | None, skipped: list[str]) -> dict[Any, Any]:
+    """The entries in whose names the pattern `skip` is not found; the other names are added to `skipped`."""
+    if skip is None:
+        return state
+    names = [name for name in state if isinstance(name, str) and re.search(skip, name)]
+    skipped += names
+    return {name: tensor for name, tensor in state.items() if name not in names}
 
 
 def _load_pickle(path: Path) -> Any:
@@ -236,8 +248,13 @@ def load_config(folder: Path) -> ReBasedConfig:
         raise ConversionError(f"{str(folder / 'config.json')!r} is not a possible configuration: {error}") from error
 
 
-def read_weights(folder: Path) -> State:
+def read_weights(folder: Path, skip: str | None = None, skipped: list[str] | None = None) -> State:
     """All tensors of a folder's safetensors, one file or sharded.
+
+    Args:
+        folder: with `model.safetensors`, or its shards and their index.
+        skip: as in `read_state_dict`.
+        skipped: the names that were skipped are added to it.
 
     Raises:
         ConversionError: there are none, a shard is missing or the index names a file outside the folder.
@@ -261,6 +278,7 @@ def read_weights(folder: Path) -> State:
             raise ConversionError(f"{str(index)!r} and its shards disagree about {_some(wrong)}.")
     else:
         raise ConversionError(f"SOURCE {str(folder)!r} has neither model.safetensors nor an index of it.")
+    state = _without(state, skip, skipped if skipped is not None else [])
     check_tensors(state, str(folder))
     return state
 

@@ -335,6 +335,8 @@ SMALL = {"vocab_size": 11, "hidden_size": 12, "num_attention_heads": 2, "feature
         {"mlp_bias": False},
         {"position_embedding_type": "rope"},
         {"layer_types": ["linear_attention", "full_attention"]},
+        {"conv_type": "gated"},
+        {"conv_bias": False},
         {"num_key_value_heads": 1},
         {"head_dim": 5},
         {"attention_bias": True},
