@@ -157,10 +157,9 @@ def time_one(function: Callable, inputs: list[Tensor], rates: dict[str, float]) 
     }
 
 
-def run(arguments: argparse.Namespace, rates: dict[str, float]) -> list[dict]:
-    """One row a method and length."""
+def run(arguments: argparse.Namespace, rates: dict[str, float], rows: list[dict]) -> None:
+    """Add one row a method and length to `rows`."""
     tokens, heads, head_dim = arguments.tokens, arguments.heads, arguments.head_dim
-    rows = []
     for name, function, feature_dim, linear, quadratic in methods(arguments.feature_dim, head_dim):
         if linear or name == "softmax":
             try:
@@ -183,7 +182,6 @@ def run(arguments: argparse.Namespace, rates: dict[str, float]) -> list[dict]:
                 flush=True,
             )
             torch.cuda.empty_cache()
-    return rows
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
@@ -226,9 +224,15 @@ def main() -> None:
     print(
         f"{machine['gpu']}: copy {rates['copy_tb_per_s']:.2f} TB/s, matmul {rates['matmul_tflop_per_s']:.0f} TFLOP/s"
     )
-    rows = run(arguments, rates)
-    if arguments.output is None:
-        return
+    rows = []
+    try:
+        run(arguments, rates, rows)
+    finally:  # also what there is when it is interrupted
+        if arguments.output is not None and rows:
+            write(rows, machine, arguments)
+
+
+def write(rows: list[dict], machine: dict, arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with (arguments.output / "kernels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
