@@ -10,9 +10,6 @@ from .triton_rebased import triton_rebased_attention, triton_rebased_decode, tri
 
 
 BACKENDS = ("auto", "eager", "triton")
-# Whether "auto" takes the Triton kernels where they can run. As they are now they have run in Triton's interpreter and
-# not on a GPU (docs/kernels.md), so for the time being they are taken by name only.
-AUTO_TAKES_TRITON = False
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
 
@@ -20,7 +17,7 @@ MAX_HEAD_DIM = 256
 def choose_backend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
     """Resolve `backend` to "eager" or "triton" for these tensors.
 
-    "auto" is eager, or, once `AUTO_TAKES_TRITON`, Triton where the tensors are on a GPU that Triton supports.
+    "auto" is Triton where the tensors are on a GPU and the kernels can run, else eager.
 
     Raises:
         `ValueError`: `backend` is not one of "auto", "eager", "triton".
@@ -28,7 +25,7 @@ def choose_backend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     """
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {BACKENDS}, but got {backend!r}.")
-    if backend == "eager" or (backend == "auto" and not (AUTO_TAKES_TRITON and q.is_cuda)):
+    if backend == "eager" or (backend == "auto" and not q.is_cuda):
         return "eager"
     reason = triton_unavailable_reason(q.device, q.dtype, q.shape[3], v.shape[3])
     if reason is None:
@@ -137,7 +134,7 @@ def rebased_attention(
         initial_state (`torch.Tensor`, *optional*): [B, H_kv, n_features, D + 1], what a former call returned.
         output_final_state (`bool`, *optional*, defaults to `False`): Return the state after the last token.
         backend (`str`, *optional*, defaults to `"auto"`): "eager" is PyTorch, on any device; "triton" the kernels for
-            GPUs; "auto" is eager until the kernels as they are now have run on a GPU (see `AUTO_TAKES_TRITON`).
+            GPUs; "auto" is "triton" on a GPU where the kernels can run, else "eager".
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: the output [B, T, H_q, D] in q's dtype, and the state or `None`.

@@ -219,17 +219,10 @@ def _norm_matrix(norm, a, b, some, NB: tl.constexpr, CT: tl.constexpr):
 
 
 @triton.jit
-def _times_norm(x, top, rest, CT: tl.constexpr, PREC: tl.constexpr):
-    """x @ M, fp32 [C, columns]; x in its own type, M from `_norm_matrix`."""
-    if x.dtype == CT:
-        y = tl.dot(x, top, input_precision=PREC)
-        y = tl.dot(x, rest, y, input_precision=PREC)
-    else:  # fp16: more mantissa than bfloat16 has
-        x_top, x_rest = _split(x.to(tl.float32), CT)
-        y = tl.dot(x_top.to(CT), top, input_precision=PREC)
-        y = tl.dot(x_top.to(CT), rest, y, input_precision=PREC)
-        y = tl.dot(x_rest.to(CT), top, y, input_precision=PREC)
-    return y
+def _times_norm(x, top, rest, PREC: tl.constexpr):
+    """x @ M, fp32 [C, columns]; M from `_norm_matrix`."""
+    y = tl.dot(x, top, input_precision=PREC)
+    return tl.dot(x, rest, y, input_precision=PREC)
 
 
 @triton.jit
@@ -240,15 +233,15 @@ def _state_tile(state, d_cols, some, DP: tl.constexpr, CT: tl.constexpr):
 
 
 @triton.jit
-def _half_selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, DTYPE: tl.constexpr):
-    """`_selector` for half a tile, [16, 32]."""
+def _half_selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, SIGN: tl.constexpr, DTYPE: tl.constexpr):
+    """`_selector` for half a tile, [16, 32], of SIGN (1 or -1) instead of 1."""
     n = tl.arange(0, 32)
     d = tl.arange(0, 16)
     if OUTER:
         source = n // 8 + OFFSET
     else:
         source = n % 8 + OFFSET
-    return (d[:, None] == source[None, :]).to(DTYPE)
+    return tl.where(d[:, None] == source[None, :], SIGN, 0.0).to(DTYPE)
 
 
 @triton.jit
@@ -285,30 +278,33 @@ def _state_tiles(
     by x. phi's gradient is twice a contraction (x_a x_b is symmetric): the caller multiplies by 2, once, at the end.
     x: [C, 16]; y: [C, DP]; s0, s1: halves of tile (0, 0); s2, s3: of (0, 1); s4, s5: of (1, 1).
     """
-    last = _half_selector(8 if NB == 2 else 0, False, x.dtype)
-    inner0 = tl.dot(x, _half_selector(0, False, x.dtype), input_precision=PREC)  # [C, 32]
+    # Signs cancel. They keep the compiler from sharing factors between a call for QUERY and one for GRADIENT, which
+    # would hold all of them in registers.
+    SIGN: tl.constexpr = -1.0 if GRADIENT else 1.0
+    last = _half_selector(8 if NB == 2 else 0, False, SIGN, x.dtype)
+    inner0 = tl.dot(x, _half_selector(0, False, SIGN, x.dtype), input_precision=PREC)  # [C, 32]
     if NB == 2:
         inner1 = tl.dot(x, last, input_precision=PREC)
     else:
         inner1 = inner0
     side = inner0 * 0.0
     TWO: tl.constexpr = NB == 2
-    first = _half_selector(0, True, x.dtype)
+    first = _half_selector(0, True, SIGN, x.dtype)
     acc, grad, side = _state_row(
         acc, grad, side, x, y, first, inner0, s0, inner1, s2, TWO, QUERY, GRADIENT, CT, PREC
     )  # fmt: skip
-    second = _half_selector(4, True, x.dtype)
+    second = _half_selector(4, True, SIGN, x.dtype)
     acc, grad, side = _state_row(
         acc, grad, side, x, y, second, inner0, s1, inner1, s3, TWO, QUERY, GRADIENT, CT, PREC
     )  # fmt: skip
     if NB == 2:
         if GRADIENT:
             grad = tl.dot(side.to(CT), tl.trans(last.to(CT)), grad, input_precision=PREC)
-        third = _half_selector(8, True, x.dtype)
+        third = _half_selector(8, True, SIGN, x.dtype)
         acc, grad, side = _state_row(
             acc, grad, side, x, y, third, inner1, s4, inner1, s4, False, QUERY, GRADIENT, CT, PREC
         )  # fmt: skip
-        fourth = _half_selector(12, True, x.dtype)
+        fourth = _half_selector(12, True, SIGN, x.dtype)
         acc, grad, side = _state_row(
             acc, grad, side, x, y, fourth, inner1, s5, inner1, s5, False, QUERY, GRADIENT, CT, PREC
         )  # fmt: skip
@@ -748,7 +744,7 @@ def _forward_kernel(
                 else:
                     acc = _query_loop(acc, q, rows, inside, sqt, state, d_cols, F, DP, NB, CT, PREC)
                     top, rest = _norm_matrix(norm, f, f, True, NB, CT)
-                quad = tl.sum(_times_norm(xq, top, rest, CT, PREC) * xq.to(tl.float32), 1)
+                quad = tl.sum(_times_norm(xq, top, rest, PREC) * xq.to(tl.float32), 1)
                 if not LIN and not CONST:
                     quad = tl.maximum(quad, 0.0)  # a sum of squares, which rounding may leave below 0
                 z += quad
@@ -784,7 +780,7 @@ def _forward_kernel(
 def _scaled_gradient(
     o, do, rz, dn, delta, aux, rows, inside, sdt, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, CT: tl.constexpr
 ):
-    """do / z and delta = do . o / z of some rows, written to dn, delta and aux (-delta, see `_columns`).
+    """delta = do . o / z of some rows; writes it, do / z and -delta (see `_columns`) to delta, dn and aux.
 
     With them dv_j = sum_i u(s_ij) dn_i and du_ij = dn_i . v_j - delta_i: no 1 / z is left in the other kernels.
     """
@@ -798,7 +794,7 @@ def _scaled_gradient(
     tl.store(dn + rows[:, None] * (H * DP) + d[None, :], scaled, mask=inside[:, None])
     tl.store(delta + rows, dl, mask=inside)
     tl.store(aux + rows[:, None] * (H * 16) + f[None, :], _columns(-dl, CT), mask=inside[:, None])
-    return scaled, dl
+    return dl
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -822,7 +818,7 @@ def _scale_kernel(
 
 @triton.jit
 def _dq_tile(
-    acc, xq, grad, dl, keys, vt, rows, cols, half_alpha,
+    acc, xq, grad, dl, keys, vt, rows, cols, minus_half_alpha,
     QUAD: tl.constexpr, LIN: tl.constexpr, DIAGONAL: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """acc [BM, FP] += (dn . v - delta) u'(s) / 2 k over one tile of keys (u' itself where u is linear)."""
@@ -830,7 +826,7 @@ def _dq_tile(
     if QUAD:
         s = tl.dot(xq, tl.trans(keys), input_precision=PREC)
         if LIN:
-            s += half_alpha
+            s -= minus_half_alpha  # not s += half_alpha: docs/kernels.md, "Limits of the compiler"
         du *= s
     if DIAGONAL:
         du = tl.where(rows[:, None] >= cols[None, :], du, 0.0)
@@ -896,17 +892,19 @@ def _dq_kernel(
             s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
             top, rest = _norm_matrix(norm, f, f, some, NB, CT)
     acc = tl.zeros([BM, FP], tl.float32)
+    extra = tl.zeros([BM, FP], tl.float32)
     if PART:
         grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
         dl = tl.load(delta + vector + rows, mask=inside, other=0.0)
-        acc += tl.load(part + first * FP + rows[:, None] * (H * FP) + f[None, :], mask=inside[:, None], other=0.0)
     else:
-        grad, dl = _scaled_gradient(
+        dl = _scaled_gradient(
             o + first * D, do + b64 * sdb + t64 * sdt + h * sdh, rz + vector, dn + first * DP, delta + vector,
             aux + first * 16, rows, inside, sdt, D, DP, H, CT,
         )  # fmt: skip
-    acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, rows, half_alpha, QUAD, LIN, True, CT, PREC)
-    extra = tl.zeros([BM, FP], tl.float32)
+        # read back as an operand in shared memory: out of registers it would take 16 of them all along
+        tl.debug_barrier()
+        grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
+    acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, rows, -half_alpha, QUAD, LIN, True, CT, PREC)
     if HAS_STATE:
         if before >= 0:
             if QUAD:
@@ -917,7 +915,7 @@ def _dq_kernel(
                 else:
                     top, rest = _norm_matrix(norm, f, f, True, NB, CT)
                 # kept apart from acc until the end: changed by hand here, acc would serialise the matrix units
-                extra = dl[:, None] * _times_norm(xq, top, rest, CT, PREC)
+                extra = dl[:, None] * _times_norm(xq, top, rest, PREC)
             if LIN:
                 FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
                 acc = _gradient_low(
@@ -928,7 +926,9 @@ def _dq_kernel(
         ok = _kept(keep, cols, tokens, HAS_MASK)
         keys = _load_rows(k, cols, ok, skt, f, F, F == FP, HAS_MASK)
         vt = _load_columns(v, cols, ok, svt, d, D, D == DP, HAS_MASK)
-        acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, cols, half_alpha, QUAD, LIN, False, CT, PREC)
+        acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, cols, -half_alpha, QUAD, LIN, False, CT, PREC)
+    if PART:
+        extra -= tl.load(part + first * FP + rows[:, None] * (H * FP) + f[None, :], mask=inside[:, None], other=0.0)
     if QUAD:
         acc = 2.0 * (acc - extra)
     elif not LIN:
@@ -1007,7 +1007,7 @@ def _dkdv_kernel(
     ok = _kept(keep, rows, tokens, HAS_MASK)
     xk = _load_rows(k, rows, ok, skt, f, F, F == FP, True)
     xv = _load_rows(v, rows, ok, svt, d, D, D == DP, True).to(CT)
-    pick = tl.where((f16 < 2)[None, :], block[:, None] * 0 + 1.0, 0.0).to(CT)
+    pick = tl.where((f16 < 2)[None, :], rows[:, None] * 0 + 1.0, 0.0).to(CT)
     acc_k = tl.zeros([BM, FP], tl.float32)
     acc_v = tl.zeros([BM, DP], tl.float32)
     if HAS_STATE:
@@ -1021,24 +1021,28 @@ def _dkdv_kernel(
         norm = norms + s64 * NR
         if QUAD and NB <= 2:
             some = before >= 0
-            s0 = _state_tile(state, d, some, DP, CT)
-            s1 = _state_tile(state + 32 * DP, d, some, DP, CT)
-            s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
-            s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), DP, CT)
-            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
-            s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
             top, rest = _norm_matrix(norm, f, f, some, NB, CT)
         if before >= 0:
             ones = tl.full([BM], 1.0, tl.float32)
             if QUAD:
                 if NB <= 2:
-                    acc_v, acc_k = _state_tiles(
-                        acc_v, acc_k, xk, xv, s0, s1, s2, s3, s4, s5, NB, True, True, CT, PREC
+                    # loaded here and, first, used for dk: fewer of them wait in registers
+                    s0 = _state_tile(state, d, some, DP, CT)
+                    s1 = _state_tile(state + 32 * DP, d, some, DP, CT)
+                    s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
+                    s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), DP, CT)
+                    s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
+                    s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
+                    _none, acc_k = _state_tiles(
+                        0.0, acc_k, xk, xv, s0, s1, s2, s3, s4, s5, NB, False, True, CT, PREC
+                    )  # fmt: skip
+                    acc_v, _none = _state_tiles(
+                        acc_v, 0.0, xk, 0.0, s0, s1, s2, s3, s4, s5, NB, True, False, CT, PREC
                     )  # fmt: skip
                 else:
                     acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, CT, PREC)
                     top, rest = _norm_matrix(norm, f, f, True, NB, CT)
-                acc_k += _times_norm(xk, top, rest, CT, PREC)
+                acc_k += _times_norm(xk, top, rest, PREC)
             if PART:
                 base = part + ((b64 * T + t64) * HKV + hkv) * FP
                 acc_k += tl.load(base + rows[:, None] * (HKV * FP) + f[None, :], mask=inside[:, None], other=0.0)
@@ -1273,8 +1277,8 @@ class Plan(NamedTuple):
 
     segment: tokens between two states; forward, dq, dkdv, gradient: (rows of a tile, warps, stages), tiles of keys by
     queries are square; state, later: (tokens a step, warps, stages) of the sums over keys and over later queries;
-    registers: most registers a thread, by kernel, where fewer than the compiler
-    would take pay.
+    registers: most registers a thread, by kernel, where fewer than the compiler would take pay (ptxas then may run the
+    matrix products one by one; the kernels are written so that it need not).
     """
 
     segment: int
@@ -1333,13 +1337,12 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
         segment = 2048
     else:
         segment = 4096
-    if dtype == torch.float32:
+    if dtype != torch.bfloat16:
         rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
         return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows)
     if feature_dim <= 16 and head_dim <= 64:
-        plan = Plan(
-            segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 3), (("forward", 128),)
-        )
+        registers = (("forward", 128), ("dq", 152), ("dkdv", 168), ("state", 168))
+        plan = Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (32, 4, 4), (64, 4, 3), (64, 4, 3), registers)
     elif feature_dim <= 64 and head_dim <= 64:
         registers = (("forward", 168), ("dkdv", 168))
         plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
@@ -1349,9 +1352,6 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
         plan = Plan(segment, *[(64, 4, 1)] * 6)
     else:
         plan = Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1))
-    if dtype == torch.float16:
-        # operands turned into bfloat16 inside a pipelined loop came out wrong on an H100 (Triton 3.6), now and then
-        plan = Plan(segment, *((*size[:2], 1) for size in plan[1:7]), plan.registers)
     return plan
 
 
@@ -1494,6 +1494,12 @@ def _cut(batch: int, length: int, segment: int, initial: bool, last: bool, cu: T
     return _Segments(sequences, total, total, most, cu, seq_of, first_segment, first_slot)
 
 
+def _in_float32(dtype: torch.dtype) -> bool:
+    """Whether inputs of this type are turned into fp32 first: squares overflow fp16, and sums of them in bfloat16
+    would lose what fp16 has over it; Triton's interpreter multiplies bfloat16 as if they were integers."""
+    return dtype == torch.float16 or (_INTERPRETED and dtype != torch.float32)
+
+
 def _precision(dtype: torch.dtype) -> str:
     """fp32 products: three TF32 products (error about 1e-7), or one where torch's own matmuls may use TF32."""
     if dtype != torch.float32:
@@ -1504,7 +1510,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _compute_type(dtype: torch.dtype):
-    """What features, weights and states are rounded to for the matrix units: fp16 would overflow on squares."""
+    """What features, weights and states are rounded to for the matrix units."""
     return tl.float32 if dtype == torch.float32 else tl.bfloat16
 
 
@@ -1517,6 +1523,36 @@ def _byte_mask(mask: Tensor | None) -> Tensor | None:
         return None
     mask = mask if mask.dtype == torch.bool else mask != 0
     return (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)
+
+
+_COMPILED: dict[tuple, tuple] = {}
+
+
+def _kind(x: Tensor | float | None) -> tuple | bool | int | None:
+    """What Triton compiles for an argument: dtype and alignment of a tensor, divisibility and size of an int."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return (x % 16 == 0) + 2 * (x == 1) + 4 * (x >= 2**31)
+    return None if x is None else 1.0
+
+
+def _launch(kernel, grid: tuple[int, ...], arguments: tuple, **flags) -> None:
+    """kernel[grid](*arguments, **flags), remembering the compiled kernel: looking it up takes Triton 50 us and more.
+
+    `flags` are the constexpr parameters and compiler options (num_warps and the like).
+    """
+    if _INTERPRETED:
+        kernel[grid](*arguments, **flags)
+        return
+    key = (kernel, torch.cuda.current_device(), *map(_kind, arguments), *flags.values())
+    known = _COMPILED.get(key)
+    if known is None:
+        compiled = kernel[grid](*arguments, **flags)
+        _COMPILED[key] = compiled, tuple(flags[name] for name in kernel.arg_names[len(arguments) :])
+    else:
+        compiled, constants = known
+        compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
 
 
 class _Guard:
@@ -1541,7 +1577,7 @@ def _new_states(like: Tensor, slots: int, kv_heads: int, layout: _Layout, exact:
     In the compute type, or in fp32 if the totals are results of their own (`exact`). The spare elements keep sizes
     away from 0 and 1, on which torch.export would specialise the sequence length.
     """
-    exact = exact or like.dtype == torch.float32 or _INTERPRETED
+    exact = exact or like.dtype != torch.bfloat16 or _INTERPRETED
     rows = slots * kv_heads * layout.rows
     # opcheck, which runs on the interpreter, compares every element, spare ones too
     empty = like.new_zeros if _INTERPRETED else like.new_empty
@@ -1592,14 +1628,27 @@ def _make_states(
     tiles = layout.blocks * (layout.blocks + 1) // 2 if layout.quad else 0
     if programs > 0 and layout.quad:
         group = min(tiles, 3)
-        _state_kernel[(-(-tiles // group) * programs, layout.d // block_d)](
-            x, y, aux, *tables, *shape, **flags, NB=layout.blocks, TG=group, num_stages=stages
+        _launch(
+            _state_kernel,
+            (-(-tiles // group) * programs, layout.d // block_d),
+            (x, y, aux, *tables, *shape),
+            **flags,
+            NB=layout.blocks,
+            TG=group,
+            num_stages=stages,
+            **plan.options("later" if reverse else "state"),
         )
     if programs > 0 and (layout.lin or layout.const):
-        _low_state_kernel[(programs, layout.d // block_d)](
-            x, y, delta, *tables, *shape, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0, **flags,
-            FIRST=tiles * 64, LIN=layout.lin, CONST=layout.const, num_stages=1,
-        )  # fmt: skip
+        _launch(
+            _low_state_kernel,
+            (programs, layout.d // block_d),
+            (x, y, delta, *tables, *shape, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0),
+            **flags,
+            FIRST=tiles * 64,
+            LIN=layout.lin,
+            CONST=layout.const,
+            num_stages=1,
+        )
     if cut.total == 0 or (cut.slots == 1 and not varlen and not last):
         return None  # nothing to add up
     totals = None, None
@@ -1611,10 +1660,19 @@ def _make_states(
     elements = layout.rows * layout.d
     block = 512  # at least an element a thread: a tile held twice would be added twice, the sums being in place
     together = 16 if varlen else min(16, _power_of_2(cut.slots, 2))
-    _scan_kernel[(cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block))](
-        states, norms, *totals, cut.first_slot, cut.slots, E=elements, NR=layout.rows, HKV=kv_heads, U=together,
-        BE=block, VARLEN=varlen, KEEP_LAST=last, num_warps=4,
-    )  # fmt: skip
+    _launch(
+        _scan_kernel,
+        (cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block)),
+        (states, norms, *totals, cut.first_slot, cut.slots),
+        E=elements,
+        NR=layout.rows,
+        HKV=kv_heads,
+        U=together,
+        BE=block,
+        VARLEN=varlen,
+        KEEP_LAST=last,
+        num_warps=4,
+    )
     return totals if last else None
 
 
@@ -1623,7 +1681,7 @@ def _forward(
     initial_state: Tensor | None, c0: float, c1: float, c2: float, scale: float, eps: float, output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, final state (empty if not asked for), rz [B, H, T], and the states and norms that the backward pass reads."""
-    if _INTERPRETED and q.dtype != torch.float32:  # the interpreter multiplies bfloat16 as if they were integers
+    if _in_float32(q.dtype):
         arguments = (attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state)
         o, *rest = _forward(q.float(), k.float(), v.float(), *arguments)
         return o.to(q.dtype), *rest
@@ -1650,16 +1708,58 @@ def _forward(
         blocks = -(-length // rows)
         programs = (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * heads
         block_d = min(layout.d, 128)
-        _forward_kernel[(programs, layout.d // block_d)](
-            q, k, v, o, rz, states, norms, mask, cut.cu, cut.seq_of, cut.first_segment, cut.first_slot,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if mask is None else mask.stride(0),
-            length, blocks, cut.slots, cut.sequences, layout.alpha, layout.beta, eps / layout.factor,
-            F=feature_dim, D=head_dim, FP=layout.f, DP=layout.d, BD=block_d, NB=layout.blocks, NR=layout.rows,
-            H=heads, G=heads // kv_heads, L=plan.segment, BM=rows, QUAD=layout.quad, LIN=layout.lin,
-            CONST=layout.const, HAS_STATE=varlen or initial or length > plan.segment, HAS_INIT=int(initial),
-            HAS_MASK=mask is not None, VARLEN=varlen, CT=_compute_type(q.dtype), PREC=_precision(q.dtype),
-            num_warps=warps, num_stages=stages, **plan.options("forward"),
-        )  # fmt: skip
+        _launch(
+            _forward_kernel,
+            (programs, layout.d // block_d),
+            (
+                q,
+                k,
+                v,
+                o,
+                rz,
+                states,
+                norms,
+                mask,
+                cut.cu,
+                cut.seq_of,
+                cut.first_segment,
+                cut.first_slot,
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *v.stride()[:3],
+                0 if mask is None else mask.stride(0),
+                length,
+                blocks,
+                cut.slots,
+                cut.sequences,
+                layout.alpha,
+                layout.beta,
+                eps / layout.factor,
+            ),
+            F=feature_dim,
+            D=head_dim,
+            FP=layout.f,
+            DP=layout.d,
+            BD=block_d,
+            NB=layout.blocks,
+            NR=layout.rows,
+            H=heads,
+            G=heads // kv_heads,
+            L=plan.segment,
+            BM=rows,
+            QUAD=layout.quad,
+            LIN=layout.lin,
+            CONST=layout.const,
+            HAS_STATE=varlen or initial or length > plan.segment,
+            HAS_INIT=int(initial),
+            HAS_MASK=mask is not None,
+            VARLEN=varlen,
+            CT=_compute_type(q.dtype),
+            PREC=_precision(q.dtype),
+            num_warps=warps,
+            num_stages=stages,
+            **plan.options("forward"),
+        )
         if output_final_state:
             final = _to_public(*totals, feature_dim, head_dim, layout)
         else:
@@ -1696,7 +1796,7 @@ def _backward(
     grad_initial: bool, c0: float, c1: float, c2: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv and the initial state's gradient (empty if not asked for)."""
-    if _INTERPRETED and q.dtype != torch.float32:
+    if _in_float32(q.dtype):
         dq, dk, dv, d_initial = _backward(
             grad.float(), grad_final, q.float(), k.float(), v.float(), o.float(), rz, states, norms, attention_mask,
             cu_seqlens, has_initial, has_last, grad_initial, c0, c1, c2, scale,
@@ -1742,13 +1842,34 @@ def _backward(
             rows, warps, stages = plan.gradient
             part = q.new_empty(batch, length, x.shape[2], layout.f, dtype=torch.float32)
             programs, blocks = grid(cut, rows, x.shape[2])
-            _gradient_kernel[(programs * (layout.f // 16),)](
-                x, y, part, states, mask if keys else None, *tables(cut), *x.stride()[:3], *y.stride()[:3],
-                mask_stride, length, blocks, cut.slots, cut.sequences,
-                **{**sizes, "D": y.shape[-1], "HAS_MASK": keys and mask is not None}, H=x.shape[2],
-                G=1 if keys else group, BM=rows, KEYS=keys, HAS_INIT=int(init), num_warps=warps, num_stages=stages,
+            _launch(
+                _gradient_kernel,
+                (programs * (layout.f // 16),),
+                (
+                    x,
+                    y,
+                    part,
+                    states,
+                    mask if keys else None,
+                    *tables(cut),
+                    *x.stride()[:3],
+                    *y.stride()[:3],
+                    mask_stride,
+                    length,
+                    blocks,
+                    cut.slots,
+                    cut.sequences,
+                ),
+                **{**sizes, "D": y.shape[-1], "HAS_MASK": keys and mask is not None},
+                H=x.shape[2],
+                G=1 if keys else group,
+                BM=rows,
+                KEYS=keys,
+                HAS_INIT=int(init),
+                num_warps=warps,
+                num_stages=stages,
                 **plan.options("gradient"),
-            )  # fmt: skip
+            )
             return part
 
         # beyond 16 dims the state's part of a gradient has a kernel of its own, which leaves it here
@@ -1756,20 +1877,62 @@ def _backward(
         part = None
         if parts:
             steps = -(-length // 64)
-            _scale_kernel[(batch * steps * heads,)](
-                o, grad, rz, dn, delta, aux, *grad.stride()[:3], length, steps, D=head_dim, DP=layout.d, H=heads,
-                BM=64, CT=compute,
-            )  # fmt: skip
+            _launch(
+                _scale_kernel,
+                (batch * steps * heads,),
+                (o, grad, rz, dn, delta, aux, *grad.stride()[:3], length, steps),
+                D=head_dim,
+                DP=layout.d,
+                H=heads,
+                BM=64,
+                CT=compute,
+            )
             part = through_state(q, dn, False, states, cut, has_initial)
         rows, warps, stages = plan.dq
         programs, blocks = grid(cut, rows, heads)
         half_alpha = layout.alpha / 2 if layout.quad else 0.0
-        _dq_kernel[(programs,)](
-            q, k, v, o, grad, rz, dn, delta, aux, dq, part, states, norms, mask, *tables(cut), *inputs,
-            *grad.stride()[:3], mask_stride, length, blocks, cut.slots, cut.sequences, layout.alpha, half_alpha,
-            **sizes, H=heads, G=group, BM=rows, QUAD=layout.quad, LIN=layout.lin, HAS_STATE=has_state,
-            HAS_INIT=int(has_initial), PART=parts, num_warps=warps, num_stages=stages, **plan.options("dq"),
-        )  # fmt: skip
+        _launch(
+            _dq_kernel,
+            (programs,),
+            (
+                q,
+                k,
+                v,
+                o,
+                grad,
+                rz,
+                dn,
+                delta,
+                aux,
+                dq,
+                part,
+                states,
+                norms,
+                mask,
+                *tables(cut),
+                *inputs,
+                *grad.stride()[:3],
+                mask_stride,
+                length,
+                blocks,
+                cut.slots,
+                cut.sequences,
+                layout.alpha,
+                half_alpha,
+            ),
+            **sizes,
+            H=heads,
+            G=group,
+            BM=rows,
+            QUAD=layout.quad,
+            LIN=layout.lin,
+            HAS_STATE=has_state,
+            HAS_INIT=int(has_initial),
+            PART=parts,
+            num_warps=warps,
+            num_stages=stages,
+            **plan.options("dq"),
+        )
         del part
 
         # from here on, the state of later queries: its first slot is the final state's gradient
@@ -1786,12 +1949,46 @@ def _backward(
         part = through_state(k, v, True, later, cut, final) if parts else None
         rows, warps, stages = plan.dkdv
         programs, blocks = grid(cut, rows, kv_heads)
-        _dkdv_kernel[(programs,)](
-            q, k, v, dn, aux, dk, dv, part, later, later_norms, mask, *tables(cut), *inputs, mask_stride, length,
-            blocks, cut.slots, cut.sequences, layout.alpha, half_alpha, layout.beta, **sizes, HKV=kv_heads, G=group,
-            BM=rows, QUAD=layout.quad, LIN=layout.lin, CONST=layout.const, HAS_STATE=has_state, HAS_INIT=int(final),
-            PART=parts, num_warps=warps, num_stages=stages, **plan.options("dkdv"),
-        )  # fmt: skip
+        _launch(
+            _dkdv_kernel,
+            (programs,),
+            (
+                q,
+                k,
+                v,
+                dn,
+                aux,
+                dk,
+                dv,
+                part,
+                later,
+                later_norms,
+                mask,
+                *tables(cut),
+                *inputs,
+                mask_stride,
+                length,
+                blocks,
+                cut.slots,
+                cut.sequences,
+                layout.alpha,
+                half_alpha,
+                layout.beta,
+            ),
+            **sizes,
+            HKV=kv_heads,
+            G=group,
+            BM=rows,
+            QUAD=layout.quad,
+            LIN=layout.lin,
+            CONST=layout.const,
+            HAS_STATE=has_state,
+            HAS_INIT=int(final),
+            PART=parts,
+            num_warps=warps,
+            num_stages=stages,
+            **plan.options("dkdv"),
+        )
         if grad_initial:
             d_initial = _to_public(*totals, feature_dim, head_dim, layout)
         else:
@@ -1829,13 +2026,42 @@ def _decode(
     heads_padded = 1 << (group - 1).bit_length()
     features = max(1, min(16, 1024 // (layout.d * heads_padded)))
     with _Guard(q):
-        _decode_kernel[(batch * kv_heads,)](
-            q, k, v, state, o, state if mask is None else mask, q.stride(0), q.stride(2), k.stride(0), k.stride(2),
-            v.stride(0), v.stride(2), *state.stride(), 0 if mask is None else mask.stride(0), layout.alpha,
-            layout.beta, eps / layout.factor, F=feature_dim, D=head_dim, BD=layout.d, NF=layout.features, H=heads,
-            G=group, GP=heads_padded, BF=features, QUAD=layout.quad, LIN=layout.lin,
-            CONST=layout.const, HAS_MASK=mask is not None, num_warps=1,
-        )  # fmt: skip
+        _launch(
+            _decode_kernel,
+            (batch * kv_heads,),
+            (
+                q,
+                k,
+                v,
+                state,
+                o,
+                state if mask is None else mask,
+                q.stride(0),
+                q.stride(2),
+                k.stride(0),
+                k.stride(2),
+                v.stride(0),
+                v.stride(2),
+                *state.stride(),
+                0 if mask is None else mask.stride(0),
+                layout.alpha,
+                layout.beta,
+                eps / layout.factor,
+            ),
+            F=feature_dim,
+            D=head_dim,
+            BD=layout.d,
+            NF=layout.features,
+            H=heads,
+            G=group,
+            GP=heads_padded,
+            BF=features,
+            QUAD=layout.quad,
+            LIN=layout.lin,
+            CONST=layout.const,
+            HAS_MASK=mask is not None,
+            num_warps=1,
+        )
     return o
 
 
@@ -1887,10 +2113,11 @@ class _Attention(torch.autograd.Function):
     """The same forward and backward pass without the dispatcher: plain eager calls save most of the host's time."""
 
     @staticmethod
-    def forward(*inputs):
-        return _forward(*inputs)
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
-    setup_context = staticmethod(_setup_context)
     backward = staticmethod(_make_autograd(_backward))
 
 
