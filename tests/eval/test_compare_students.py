@@ -1,0 +1,191 @@
+"""The comparison of linearized students with their teacher, on tiny models."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conversion import linearize
+from conversion.answers import REQUESTS, requests, sample_answers, topics
+from conversion.distill import Blocks, perplexity
+from conversion.distill import main as distill
+from eval.compare_students import PROMPTS, chat, decode_speed, judged_by, load, main, repeated, stages_of
+from modeling_rebased import ReBasedForCausalLM
+from training.byte_tokenizer import byte_tokenizer
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+TEXT = "the cat sat on the mat and the dog sat on the log <|endoftext|>" * 10
+
+
+def chat_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A teacher, a student that has gone through both stages, and one that has only been started."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "text.txt").write_text(TEXT)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=byte_tokenizer().eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    chat_tokenizer().save_pretrained(folder / "teacher")
+    for name, layers in (("pure", "pure"), ("window", "window")):
+        linearize(folder / "teacher", folder / name / "start", layers=layers, feature_dim=4, window=4)
+    student = "start"
+    for stage in ("transfer", "logits"):
+        options = f"--stage {stage} --teacher teacher --student pure/{student} --output_dir pure/{stage}".split()
+        options = [str(folder / each) if not each.startswith("--") and each != stage else each for each in options]
+        options += ["--train_file", str(folder / "text.txt"), "--eval_file", str(folder / "text.txt")]
+        options += ["--context_length", "32", "--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no"]
+        assert distill([*options, "--report_to", "none", "--use_cpu", "True", "--disable_tqdm", "True"]) == 0
+        student = f"{stage}/final"
+    return folder
+
+
+def compare(folder, output, *more):
+    options = ["--teacher", str(folder / "teacher"), "--text", str(folder / "text.txt"), "--lengths", "32", "64"]
+    options += ["--student", f"pure={folder / 'pure'}", "--student", f"window={folder / 'window'}"]
+    options += ["--new-tokens", "4", "--context", "24", "--batches", "1", "2", "--steps", "2"]
+    main([str(output), *options, *more])
+    return json.loads((output / "results.json").read_text())
+
+
+def test_everything_is_measured_and_written(folder, tmp_path):
+    results = compare(folder, tmp_path)
+    found = {(row["model"], row["stage"], row["length"]): row["perplexity"] for row in results["perplexity"]}
+    stages = [("teacher", ""), ("pure", "start"), ("pure", "transfer"), ("pure", "logits"), ("window", "start")]
+    assert list(found) == [(*stage, length) for stage in stages for length in (32, 64)]
+    said = json.loads((folder / "pure" / "logits" / "perplexity.json").read_text())["perplexity"][0]
+    assert found["pure", "logits", 32] == said["student"] and found["pure", "transfer", 32] == said["before"]
+    for (name, stage, length), value in found.items():
+        path = folder / name / {"": "", "start": "start"}.get(stage, f"{stage}/final")
+        model = load(path, torch.float32, "eager", "cpu")
+        blocks = Blocks([str(folder / "text.txt")], byte_tokenizer(), length)
+        assert value == pytest.approx(perplexity(model, blocks), rel=1e-4)
+    assert list(results["answers"]) == ["teacher", "pure", "window"] and results["prompts"] == list(PROMPTS)
+    assert all(len(row["texts"]) == 20 and row["judged"] > 1 for row in results["answers"].values())
+    assert [(row["model"], row["batch"]) for row in results["speed"]] == [
+        (name, batch) for name in ("teacher", "pure", "window") for batch in (1, 2)
+    ]
+    assert [(row["stage"], row["steps"]) for row in results["training"]] == [("transfer", 2), ("logits", 2)]
+    own, teachers = found["pure", "logits", 32], found["teacher", "", 32]
+    assert f"{own:.2f} ({own / teachers:.3f})" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "answers.md").read_text().count("| teacher | pure | window |") == 20
+    assert results["notes"] == []
+
+
+def test_a_broken_student_does_not_lose_the_others(folder, tmp_path):
+    broken = shutil.copytree(folder / "window", tmp_path / "window")
+    weights = broken / "start" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    students = ("--student", f"broken={broken}", "--student", f"none={tmp_path}")
+    results = compare(folder, tmp_path / "out", *students, "--parts", "perplexity", "speed")
+    assert {row["model"] for row in results["speed"]} == {"teacher", "pure", "window"}
+    assert results["notes"][0] == f"{tmp_path} holds no stage of none."
+    assert results["notes"][1:] == [
+        "Failed: perplexity of broken start.",
+        "Failed: speed of broken.",
+    ]
+
+
+def test_no_time_is_noted(folder, tmp_path):
+    results = compare(folder, tmp_path, "--max-seconds", "0")
+    assert "Failed: no time for speed of teacher." in results["notes"] and "speed" not in results
+
+
+def test_decoding_goes_on_from_the_context(folder):
+    """Each row of a repeated cache says what one pass over all tokens says; only softmax's cache grows."""
+    sizes = {}
+    for name in ("teacher", "pure/start", "window/start"):
+        model = load(folder / name, torch.float32, "eager", "cpu")
+        for length in (20, 40):
+            ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(0))
+            seen = []
+            model.register_forward_hook(
+                lambda module, args, kwargs, output, seen=seen: seen.append((kwargs["input_ids"], output.logits)),
+                with_kwargs=True,
+            )
+            rows = decode_speed(model, ids, [1, 3], steps=2, piece=7)
+            sizes[name, length] = [row["cache_mib"] for row in rows]
+            ones, threes = ([each for each in seen if each[0].shape == (n, 1)] for n in (1, 3))
+            ones = ones[-5:]  # a piece of the context may be one token too
+            assert len(threes) == 5
+            text = torch.cat([ids, *(each for each, _ in ones), *(each[:1] for each, _ in threes)], dim=1)
+            with torch.no_grad():
+                whole = model(input_ids=text, use_cache=False).logits[:, -5:]
+            for step, (_, logits) in enumerate(threes):
+                torch.testing.assert_close(logits[:, 0], whole[:, step].expand(3, -1), atol=1e-4, rtol=1e-4)
+    assert sizes["pure/start", 20] == sizes["pure/start", 40]
+    assert sizes["teacher", 40][0] > 1.5 * sizes["teacher", 20][0]
+    assert all(two > 2.9 * one for one, two in sizes.values())
+
+
+def test_the_judge(folder):
+    judge = load(folder / "teacher", torch.float32, "eager", "cpu")
+    tokenizer = chat_tokenizer()
+    before = chat(tokenizer, ("Hello?",))["input_ids"]
+    after = torch.tensor([list(b"Hi there")])
+    with torch.no_grad():
+        logits = judge(input_ids=torch.cat([before, after], dim=1)).logits[0, before.shape[1] - 1 : -1]
+    expected = math.exp(torch.nn.functional.cross_entropy(logits, after[0]).item())
+    assert judged_by(judge, tokenizer, ("Hello?", "What?"), ["Hi there", ""]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_repetition():
+    assert repeated(["one two three four five six"]) == 0.0
+    assert repeated(["a b c d a b c d"]) == pytest.approx(1 / 5)
+    assert repeated(["", "word"]) == 0.0
+
+
+def test_stages(folder):
+    assert list(stages_of(folder / "pure")) == ["start", "transfer", "logits"]
+    assert stages_of(folder / "teacher") == {"student": folder / "teacher"}
+    assert stages_of(folder) == {}
+
+
+def test_answers_are_dialogues_in_the_teachers_format(folder):
+    teacher, tokenizer = LlamaForCausalLM.from_pretrained(folder / "teacher").eval(), chat_tokenizer()
+    torch.manual_seed(0)
+    prompts = ["Hi", "A longer question"]
+    ids = sample_answers(teacher, tokenizer, prompts, new_tokens=5, batch_size=2)
+    end = tokenizer.eos_token_id
+    dialogues = bytes(ids).split(bytes([end])) if end < 256 else None
+    text = tokenizer.decode(ids)
+    assert ids[-1] == end and ids.count(end) == 2
+    for prompt in prompts:
+        assert f"<user>{prompt}<a>" in text
+    assert dialogues is None or len(dialogues) == 3
+    assert len(ids) <= sum(len(f"<user>{prompt}<a>") + 5 + 1 for prompt in prompts)
+
+
+def test_requests():
+    words = topics("the garden and the garden, the mountains and Mountains; a garden", 2)
+    assert words == ["garden", "mountains"]
+    asked = requests(["garden", "mountains", "rivers"], 45)
+    assert len(asked) == 45 and asked == requests(["garden", "mountains", "rivers"], 45) and asked != asked[::-1]
+    assert all("{" not in each for each in asked)
+    assert not set(PROMPTS) & {each.format("x", "y", "z") for each in REQUESTS}
+
+
+def test_the_student_is_one_of_ours(folder):
+    assert isinstance(load(folder / "pure" / "start", torch.float32, "eager", "cpu"), ReBasedForCausalLM)
