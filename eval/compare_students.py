@@ -25,7 +25,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,6 @@ def decode_speed(
                 gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            times = []
             for step in range(steps + 3):
                 if step == 3:  # the first ones warm up
                     if cuda:
@@ -207,8 +206,8 @@ def decode_speed(
                 token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
             if cuda:
                 torch.cuda.synchronize()
-            times = (time.perf_counter() - began) / steps
-            row = {"batch": batch, "tokens_per_s": batch / times, "ms": 1e3 * times}
+            seconds = (time.perf_counter() - began) / steps
+            row = {"batch": batch, "tokens_per_s": batch / seconds, "ms": 1e3 * seconds}
             row["cache_mib"] = sum(each.nbytes for each in tensors_of(cache)) / 2**20
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         except torch.cuda.OutOfMemoryError:
@@ -350,35 +349,133 @@ def read_training(model: str, folder: Path) -> tuple[list[dict[str, Any]], list[
     return rows, curves, perplexities
 
 
-class Results:
-    """The results so far, written whenever something is added."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.all: dict[str, Any] = {"machine": machine(), "prompts": list(PROMPTS), "notes": []}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def write(self) -> None:
-        """Write results.json, report.md and answers.md."""
-        text = json.dumps(self.all, indent=1)
-        (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        (self.folder / "report.md").write_text(report(self.all), encoding="utf-8")
-        if self.all.get("answers"):
-            (self.folder / "answers.md").write_text(side_by_side(self.all), encoding="utf-8")
-
-    def failed(self, what: str) -> None:
-        """Note an exception and go on: what comes after may work."""
-        traceback.print_exc()
-        self.all["notes"].append(f"Failed: {what}.")
-        self.write()
-
-
 def machine() -> dict[str, str]:
     """What this runs on."""
     import transformers
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+class Comparison:
+    """The measurements and what they found, written to a folder whenever something is added.
+
+    Args:
+        arguments: the command line's.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.half = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
+        self.results: dict[str, Any] = {"machine": machine(), "prompts": list(PROMPTS), "notes": []}
+        self.models: dict[str, dict[str, Path]] = {"teacher": {"": arguments.teacher}}
+        for name, folder in (each.split("=", 1) for each in arguments.student):
+            stages = stages_of(Path(folder))
+            if stages:
+                self.models[name] = stages
+            else:
+                self.results["notes"].append(f"{folder} holds no stage of {name}.")
+            for key, found in zip(("training", "curves", "perplexity"), read_training(name, Path(folder))):
+                self.results.setdefault(key, []).extend(found)
+        self.texts = {
+            (name, length): Blocks([name], self.tokenizer, length)
+            for name in arguments.text
+            for length in arguments.lengths
+        }
+        self.judge: PreTrainedModel | None = None
+
+    def run(self) -> None:
+        """Measure everything; what fails is noted, and what comes after it is measured all the same."""
+        end = time.monotonic() + self.arguments.max_seconds
+        self.write()
+        if self.results.get("curves"):
+            try:
+                plot_curves(self.results["curves"], self.arguments.output / "curves.png")
+            except ImportError:
+                print("no curves.png: matplotlib is not installed")
+        # What matters most comes first: the finished models, and only then the stages before.
+        last = [(name, list(stages)[-1]) for name, stages in self.models.items()]
+        before = [(name, stage) for name, stages in self.models.items() for stage in list(stages)[:-1]]
+        jobs = [("perplexity", *each) for each in last] if self.texts else []
+        jobs += [(part, *each) for part in ("answers", "speed") for each in last]
+        jobs += [("perplexity", *each) for each in before] if self.texts else []
+        for part, name, stage in jobs:
+            if part not in self.arguments.parts:
+                continue
+            what = f"{part} of {name} {stage}".rstrip()
+            if time.monotonic() > end:
+                self.results["notes"].append(f"There was no time for {what}.")
+                continue
+            if part == "perplexity":
+                self._try(what, self.measure_perplexity, name, stage)
+                continue
+            measure = self.measure_answers if part == "answers" else self.measure_speed
+            backend = self.arguments.kernel_backend
+            if not self._try(what, measure, name, stage, backend) and backend != "eager":
+                self._try(f"{what}, eager", measure, name, stage, "eager")
+        self.write()
+
+    def _try(self, what: str, measure: Callable[..., None], *given: str) -> bool:
+        try:
+            measure(*given)
+        except Exception:
+            traceback.print_exc()
+            self.results["notes"].append(f"Failed: {what}.")
+            return False
+        finally:
+            self.write()
+            if self.device == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+        return True
+
+    def measure_perplexity(self, name: str, stage: str) -> None:
+        """Of one stage of a model, on every text and at every length of which it is not known yet."""
+        model = None
+        rows = self.results.setdefault("perplexity", [])
+        for (path, length), blocks in self.texts.items():
+            row = {"model": name, "stage": stage, "file": Path(path).stem, "length": length}
+            if any(row.items() <= each.items() for each in rows):
+                continue
+            model = model or load(self.models[name][stage], torch.float32, "eager", self.device)
+            rows.append({**row, "perplexity": perplexity(model, blocks)})
+            print(*rows[-1].values(), flush=True)
+        order = [(each, kind) for each in self.models for kind in ("", *STAGES, "student")]
+        rows.sort(key=lambda row: order.index((row["model"], row["stage"])))
+
+    def measure_answers(self, name: str, stage: str, backend: str) -> None:
+        """A model's answers, and what the teacher thinks of them."""
+        if self.judge is None:
+            self.judge = load(self.arguments.teacher, torch.float32, "eager", self.device)
+        model = load(self.models[name][stage], self.half, backend, self.device)
+        said = answer(model, self.tokenizer, PROMPTS, self.arguments.new_tokens)
+        judged = judged_by(self.judge, self.tokenizer, PROMPTS, said)
+        row = {"judged": judged, "repeated": repeated(said), "texts": said}
+        self.results.setdefault("answers", {})[name] = row
+        print(f"answers of {name}: perplexity {judged:.2f} to the teacher, {row['repeated']:.3f} repeated", flush=True)
+
+    def measure_speed(self, name: str, stage: str, backend: str) -> None:
+        """How fast a model decodes after a long context of random tokens."""
+        self.judge = None
+        model = load(self.models[name][stage], self.half, backend, self.device)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(self.tokenizer), (1, self.arguments.context), generator=generator).to(self.device)
+        rows = decode_speed(model, ids, self.arguments.batches, self.arguments.steps)
+        given = {"model": name, "context": self.arguments.context}
+        self.results.setdefault("speed", []).extend({**given, **row, "backend": backend} for row in rows)
+        for row in rows:
+            print(name, *row.values(), flush=True)
+
+    def write(self) -> None:
+        """Write results.json, report.md and answers.md."""
+        folder = self.arguments.output
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(report(self.results), encoding="utf-8")
+        if self.results.get("answers"):
+            (folder / "answers.md").write_text(side_by_side(self.results), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -392,94 +489,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--new-tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--context", type=int, default=32768, help="tokens before the decoding is timed")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="sequences that are decoded at once")
-    parser.add_argument("--steps", type=int, default=48, help="tokens that are timed")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences decoded at once")
+    parser.add_argument("--steps", type=int, default=32, help="tokens that are timed")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="begin nothing after so long")
-    parser.add_argument("--kernel-backend", choices=["auto", "eager", "triton"], default="auto")
+    parser.add_argument(
+        "--kernel-backend",
+        choices=["auto", "eager", "triton"],
+        default="auto",
+        help="of the linear layers in answers and decoding; what fails is tried again with eager",
+    )
     arguments = parser.parse_args(argv)
-    end = time.monotonic() + arguments.max_seconds
-    cuda = torch.cuda.is_available()
-    device, half = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-
-    tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
-    results = Results(arguments.output)
-    folders = dict(each.split("=", 1) for each in arguments.student)
-    models = {"teacher": {"": arguments.teacher}}
-    for name, folder in folders.items():
-        models[name] = stages_of(Path(folder))
-        for key, more in zip(("training", "curves", "perplexity"), read_training(name, Path(folder))):
-            results.all.setdefault(key, []).extend(more)
-        if not models[name]:
-            results.all["notes"].append(f"{folder} holds no stage of {name}.")
-    models = {name: stages for name, stages in models.items() if stages}
-    results.write()
-    if results.all.get("curves"):
-        try:
-            plot_curves(results.all["curves"], arguments.output / "curves.png")
-        except ImportError:
-            print("no curves.png: matplotlib is not installed")
-    last = {name: list(stages.values())[-1] for name, stages in models.items()}
-
-    # What matters most comes first: the finished models, then the stages before.
-    measured = [(name, list(stages)[-1]) for name, stages in models.items()]
-    measured += [(name, stage) for name, stages in models.items() for stage in list(stages)[:-1]]
-    order = [(name, stage) for name, stages in models.items() for stage in ("", *STAGES, "student")]
-    texts = {(name, n): Blocks([name], tokenizer, n) for name in arguments.text for n in arguments.lengths}
-
-    def perplexities(name: str, stage: str) -> None:
-        model = None
-        for (path, length), blocks in texts.items():
-            row = {"model": name, "stage": stage, "file": Path(path).stem, "length": length}
-            rows = results.all.setdefault("perplexity", [])
-            if any(row.items() <= each.items() for each in rows):
-                continue
-            model = model or load(models[name][stage], torch.float32, "eager", device)
-            rows.append({**row, "perplexity": perplexity(model, blocks)})
-            print(*rows[-1].values(), flush=True)
-        results.all["perplexity"].sort(key=lambda row: order.index((row["model"], row["stage"])))
-        results.write()
-
-    def answers(name: str) -> None:
-        said = answer(
-            load(last[name], half, arguments.kernel_backend, device), tokenizer, PROMPTS, arguments.new_tokens
-        )
-        judged = judged_by(judge, tokenizer, PROMPTS, said)
-        row = {"judged": judged, "repeated": repeated(said), "texts": said}
-        results.all.setdefault("answers", {})[name] = row
-        print(f"answers of {name}: perplexity {judged:.2f} to the teacher, {row['repeated']:.3f} repeated", flush=True)
-        results.write()
-
-    def speed(name: str) -> None:
-        model = load(last[name], half, arguments.kernel_backend, device)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(len(tokenizer), (1, arguments.context), generator=generator).to(device)
-        for row in decode_speed(model, ids, arguments.batches, arguments.steps):
-            row = {"model": name, "context": arguments.context, **row}
-            results.all.setdefault("speed", []).append(row)
-            print(*row.values(), flush=True)
-        results.write()
-
-    jobs: list[tuple[str, Any, tuple[str, ...]]] = []
-    if "perplexity" in arguments.parts and texts:
-        jobs += [("perplexity", perplexities, each) for each in measured[: len(models)]]
-    if "answers" in arguments.parts:
-        judge = load(arguments.teacher, torch.float32, "eager", device)
-        jobs += [("answers", answers, (name,)) for name in models]
-    if "speed" in arguments.parts:
-        jobs += [("speed", speed, (name,)) for name in models]
-    if "perplexity" in arguments.parts and texts:
-        jobs += [("perplexity", perplexities, each) for each in measured[len(models) :]]
-    for what, job, given in jobs:
-        if time.monotonic() > end:
-            results.failed(f"no time for {what} of {' '.join(given)}")
-            continue
-        try:
-            job(*given)
-        except Exception:
-            results.failed(f"{what} of {' '.join(given)}")
-        if cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
+    Comparison(arguments).run()
     print((arguments.output / "report.md").read_text(encoding="utf-8"))
 
 

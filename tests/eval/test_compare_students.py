@@ -104,13 +104,14 @@ def test_a_broken_student_does_not_lose_the_others(folder, tmp_path):
     assert results["notes"][0] == f"{tmp_path} holds no stage of none."
     assert results["notes"][1:] == [
         "Failed: perplexity of broken start.",
-        "Failed: speed of broken.",
+        "Failed: speed of broken start.",
+        "Failed: speed of broken start, eager.",
     ]
 
 
 def test_no_time_is_noted(folder, tmp_path):
     results = compare(folder, tmp_path, "--max-seconds", "0")
-    assert "Failed: no time for speed of teacher." in results["notes"] and "speed" not in results
+    assert "There was no time for speed of teacher." in results["notes"] and "speed" not in results
 
 
 def test_decoding_goes_on_from_the_context(folder):

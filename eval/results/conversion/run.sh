@@ -12,7 +12,7 @@ variants=${VARIANTS:-pure window hybrid}
 # The queries and keys keep the teacher's size: of the sizes 16, 32 and 64 it gives by far the best start.
 features=${FEATURES:-64} backend=${BACKEND:-eager} compile=${COMPILE:-True}
 transfer_seconds=${TRANSFER_SECONDS:-75} compare_seconds=${COMPARE_SECONDS:-85}
-length=${LENGTH:-1024} batch=${BATCH:-6} answers=${ANSWERS:-1024} more=${MORE:-}
+length=${LENGTH:-1024} batch=${BATCH:-4} answers=${ANSWERS:-2048} more=${MORE:-}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 mkdir -p "$out" "$work/logs"
 left() { echo $((end - $(date +%s))); }
@@ -56,7 +56,8 @@ train() {
         student=$work/$1/transfer/final
     fi
     files=("$train")
-    [ ! -f "$work/answers.npy" ] || files+=("$work/answers.npy" "$work/answers.npy")
+    # Three times: about a fifth of what is read.
+    [ ! -f "$work/answers.npy" ] || files+=("$work/answers.npy" "$work/answers.npy" "$work/answers.npy")
     # 35 s go into starting, into measuring before and after, and into saving.
     stage "$1" logits "$student" $(($(left) - compare_seconds - 35)) --train_file "${files[@]}" --context_length "$length" \
         --per_device_train_batch_size "$batch" --learning_rate 6e-4 --temperature 1 --text_weight 0.3
@@ -64,7 +65,7 @@ train() {
 
 (
     linearize "$work/teacher" --layers softmax > "$work/logs/teacher.log" 2>&1 || exit
-    timeout 75 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
+    timeout 100 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
         --output "$work/answers.npy" > "$work/logs/answers.log" 2>&1
     said "$(tail -n 1 "$work/logs/answers.log")"
 ) &
@@ -74,7 +75,7 @@ students=()
 for variant in $variants; do students+=(--student "$variant=$work/$variant"); done
 said "comparing"
 timeout "$(left)" python3 -m eval.compare_students "$out" --teacher "$work/teacher" "${students[@]}" --text "$held_out" \
-    --text "$other" --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) --kernel-backend "$backend" \
+    --text "$other" --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) --new-tokens 100 \
     ${COMPARE:-} > "$work/logs/compare.log" 2>&1
 tail -n 70 "$work/logs/compare.log"
 tar czf "$out/logs.tar.gz" -C "$work" logs
