@@ -13,11 +13,12 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .distill import token_ids
 from .files import progress
@@ -58,6 +59,20 @@ def requests(words: list[str], count: int, seed: int = 0) -> list[str]:
     return [REQUESTS[i % len(REQUESTS)].format(*draw.sample(words, 3)) for i in range(count)]
 
 
+def chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> BatchEncoding:
+    """The prompts as the tokenizer's chat template has them, padded on the left: input_ids, attention_mask [B, T]."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer.apply_chat_template(
+        [[{"role": "user", "content": each}] for each in prompts],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+
+
 @torch.no_grad()
 def sample_answers(
     teacher: PreTrainedModel,
@@ -78,14 +93,10 @@ def sample_answers(
         batch_size: dialogues at once.
         temperature: of the sampling.
     """
-    tokenizer.padding_side = "left"
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for start in progress(range(0, len(prompts), batch_size), "answers"):
-        chats = [[{"role": "user", "content": each}] for each in prompts[start : start + batch_size]]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-        ).to(teacher.device)
+        inputs = chat(tokenizer, prompts[start : start + batch_size]).to(teacher.device)
         output = teacher.generate(
             **inputs,
             max_new_tokens=new_tokens,

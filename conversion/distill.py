@@ -549,8 +549,6 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
         trained.save_pretrained(final)
         tokenizer.save_pretrained(final)
         trainer.save_state()
-        for row, blocks in zip(rows, held_out.values()):
-            row |= {"teacher": perplexity(teacher, blocks), "student": perplexity(trained, blocks)}
         steps = trainer.state.global_step
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         said = {
@@ -560,8 +558,12 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
             "seconds": round(seconds, 1),
             "perplexity": rows,
         }
-        text = json.dumps(said, indent=2)
-        (Path(arguments.output_dir) / "perplexity.json").write_text(text + "\n", encoding="utf-8")
+        summary = Path(arguments.output_dir) / "perplexity.json"
+        # Before anything is measured too: the model is complete, also where that is cut short.
+        summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        for row, blocks in zip(rows, held_out.values()):
+            row |= {"teacher": perplexity(teacher, blocks), "student": perplexity(trained, blocks)}
+        summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return rows
 
 

@@ -35,8 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedM
 
 
 try:  # installed
+    from modeling_rebased.conversion.answers import chat
     from modeling_rebased.conversion.distill import Blocks, perplexity
 except ImportError:  # a checkout
+    from conversion.answers import chat
     from conversion.distill import Blocks, perplexity
 
 
@@ -101,18 +103,6 @@ def answer(
         pad_token_id=tokenizer.eos_token_id,
     )
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def chat(tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...]) -> Any:
-    """The prompts as the tokenizer's chat template has them, padded on the left."""
-    tokenizer.padding_side = "left"
-    return tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    )
 
 
 @torch.no_grad()
@@ -332,7 +322,7 @@ def read_training(model: str, folder: Path) -> tuple[list[dict[str, Any]], list[
             for row in said["perplexity"]:
                 for name, key in ((before, "before"), (stage, "student")):
                     found = {"model": model, "stage": name, "file": row["file"], "length": row["length"]}
-                    if not any(found.items() <= each.items() for each in perplexities):
+                    if key in row and not any(found.items() <= each.items() for each in perplexities):
                         perplexities.append({**found, "perplexity": row[key]})
             before = stage
             state = json.loads((folder / stage / "trainer_state.json").read_text(encoding="utf-8"))

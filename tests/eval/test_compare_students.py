@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conversion import linearize
-from conversion.answers import REQUESTS, requests, sample_answers, topics
+from conversion.answers import REQUESTS, chat, requests, sample_answers, topics
 from conversion.distill import Blocks, perplexity
 from conversion.distill import main as distill
-from eval.compare_students import PROMPTS, chat, decode_speed, judged_by, load, main, repeated, stages_of
+from eval.compare_students import PROMPTS, decode_speed, judged_by, load, main, repeated, stages_of
 from modeling_rebased import ReBasedForCausalLM
 from training.byte_tokenizer import byte_tokenizer
 
@@ -27,7 +27,7 @@ TEXT = "the cat sat on the mat and the dog sat on the log <|endoftext|>" * 10
 def chat_tokenizer():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = None  # as some that come out of GGUF files
     return tokenizer
 
 

@@ -26,7 +26,7 @@ stage() {
     for compiled in "$compile" False; do
         [ "$seconds" -gt 0 ] || return 1
         started=$(date +%s)
-        timeout $((seconds + 75)) python3 -m conversion.distill --stage "$name" --teacher "$work/teacher" \
+        timeout $((seconds + ${MARGIN:-75})) python3 -m conversion.distill --stage "$name" --teacher "$work/teacher" \
             --student "$student" --eval_file "$held_out" "$other" --eval_length "$length" $((2 * length)) \
             --output_dir "$work/$variant/$name" --max_seconds "$seconds" --compile "$compiled" \
             --kernel_backend "$backend" --warmup_steps 30 --adam_beta2 0.95 --save_strategy no --logging_steps 10 \
@@ -39,7 +39,8 @@ stage() {
             echo >> "$out/stages.jsonl"
             return 0
         fi
-        said "$variant $name failed, compiled $compiled: $(tail -n 1 "$work/logs/$variant-$name-compile$compiled.log")"
+        said "$variant $name failed, compiled $compiled: $(grep -a "Error" "$work/logs/$variant-$name-compile$compiled.log" \
+            | tail -n 1)"
         seconds=$((seconds - $(date +%s) + started))
         [ "$compiled" = True ] || return 1
     done
