@@ -41,40 +41,34 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coefficients: tuple[float, ...]) -> None:
+    # not _check: a message takes longer to write than a small kernel runs
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check(x.dim() == 4, f"`{name}` must be [batch, tokens, heads, dim], but its shape is {tuple(x.shape)}.")
-        _check(x.is_floating_point(), f"`{name}` must be floating point, but its dtype is {x.dtype}.")
-    _check(
-        q.dtype == k.dtype == v.dtype,
-        f"`q`, `k` and `v` must have one dtype, but they have {q.dtype}, {k.dtype} and {v.dtype}.",
-    )
-    _check(
-        q.shape[:2] == k.shape[:2] == v.shape[:2],
-        "`q`, `k` and `v` must agree in batch and tokens, but they are "
-        f"{tuple(q.shape[:2])}, {tuple(k.shape[:2])} and {tuple(v.shape[:2])}.",
-    )
-    _check(q.shape[1] >= 1, "`q` must have at least one token, but it has 0.")
-    _check(q.shape[3] == k.shape[3], f"`q` and `k` must agree in size, but they have {q.shape[3]} and {k.shape[3]}.")
-    _check(
-        k.shape[2] == v.shape[2],
-        f"`k` and `v` must have the same number of heads, but they have {k.shape[2]} and {v.shape[2]}.",
-    )
-    _check(
-        q.shape[2] % k.shape[2] == 0,
-        f"The heads of `q` must be a multiple of those of `k`, but they are {q.shape[2]} and {k.shape[2]}.",
-    )
-    _check(
-        1 <= q.shape[3] <= MAX_FEATURE_DIM,
-        f"The last dimension of `q` and `k` must be 1 to {MAX_FEATURE_DIM}, but it is {q.shape[3]}.",
-    )
-    _check(
-        1 <= v.shape[3] <= MAX_HEAD_DIM,
-        f"The last dimension of `v` must be 1 to {MAX_HEAD_DIM}, but it is {v.shape[3]}.",
-    )
-    _check(
-        len(coefficients) == 3 and any(coefficients),
-        f"`coefficients` must be (c0, c1, c2), not all zero, but got {coefficients}.",
-    )
+        if x.dim() != 4:
+            raise ValueError(f"`{name}` must be [batch, tokens, heads, dim], but its shape is {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise ValueError(f"`{name}` must be floating point, but its dtype is {x.dtype}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"`q`, `k` and `v` must have one dtype, but they have {q.dtype}, {k.dtype} and {v.dtype}.")
+    (batch, length, heads, width), (*k_size, kv_heads, k_width), (*v_size, v_heads, dim) = q.shape, k.shape, v.shape
+    if not [batch, length] == k_size == v_size:
+        raise ValueError(
+            "`q`, `k` and `v` must agree in batch and tokens, but they are "
+            f"{tuple(q.shape[:2])}, {tuple(k.shape[:2])} and {tuple(v.shape[:2])}."
+        )
+    if length < 1:
+        raise ValueError("`q` must have at least one token, but it has 0.")
+    if width != k_width:
+        raise ValueError(f"`q` and `k` must agree in size, but they have {width} and {k_width}.")
+    if kv_heads != v_heads:
+        raise ValueError(f"`k` and `v` must have the same number of heads, but they have {kv_heads} and {v_heads}.")
+    if heads % kv_heads:
+        raise ValueError(f"The heads of `q` must be a multiple of those of `k`, but they are {heads} and {kv_heads}.")
+    if not 1 <= width <= MAX_FEATURE_DIM:
+        raise ValueError(f"The last dimension of `q` and `k` must be 1 to {MAX_FEATURE_DIM}, but it is {width}.")
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"The last dimension of `v` must be 1 to {MAX_HEAD_DIM}, but it is {dim}.")
+    if len(coefficients) != 3 or not any(coefficients):
+        raise ValueError(f"`coefficients` must be (c0, c1, c2), not all zero, but got {coefficients}.")
 
 
 def _check_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
