@@ -476,9 +476,13 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
 
     Returns:
         For each held-out file and length a row with the perplexities of the "teacher" (in the type in which it taught)
-        and of the "student" and what it was "before" (in float32), as OUTPUT_DIR/perplexity.json has them.
+        and of the "student" and what it was "before" (in float32, with TF32 products on a GPU), as
+        OUTPUT_DIR/perplexity.json has them.
     """
     set_seed(arguments.seed)
+    # Not the library's --tf32: torch.compile before 2.13 cannot read what that sets.
+    if arguments.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     half = torch.bfloat16 if arguments.bf16 else torch.float32
     if distill.max_seconds is not None:
         if distill.max_seconds <= 0:
@@ -537,7 +541,8 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
     trainer.train(resume_from_checkpoint=newest)
     seconds = time.monotonic() - started
 
-    trained = trainer.accelerator.unwrap_model(trainer.model)
+    # Without what the library wrapped around it for mixed precision: what is measured below is float32.
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if distill.lora_rank:
         trained = trained.merge_and_unload()
     for layer in trained.model.layers:  # what the trainer replaced
@@ -571,9 +576,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = HfArgumentParser((DistillArguments, TrainingArguments), description=__doc__.split("\n")[0])
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    given = ["--bf16", str(bf16), "--tf32", str(bf16), *(sys.argv[1:] if argv is None else argv)]
-    if not bf16:
-        given = given[:2] + given[4:]  # the library refuses --tf32, even False, where there is none
+    given = ["--bf16", str(bf16), *(sys.argv[1:] if argv is None else argv)]
     distill, arguments = parser.parse_args_into_dataclasses(given)
     try:
         found = run(distill, arguments)

@@ -12,9 +12,9 @@ from there, others are measured here. Writes, as they come,
     OUTPUT/answers.md      the answers of all models to twenty prompts, side by side
     OUTPUT/curves.png      the losses of training, where matplotlib is installed
 
-Perplexities are in float32. The rest is in bfloat16 on a GPU: answers are greedy with a repetition penalty of 1.1, the
-same for all; decoding goes step by step with the cache of transformers, after a context of which every model has seen
-every token.
+On a GPU perplexities are in float32 with TF32 products, the rest is in bfloat16. Answers are greedy with a repetition
+penalty of 1.1, the same for all; decoding goes step by step with the cache of transformers, after a context of which
+every model has seen every token.
 """
 
 from __future__ import annotations
@@ -489,6 +489,8 @@ def main(argv: list[str] | None = None) -> None:
         help="of the linear layers in answers and decoding; what fails is tried again with eager",
     )
     arguments = parser.parse_args(argv)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     Comparison(arguments).run()
     print((arguments.output / "report.md").read_text(encoding="utf-8"))
 

@@ -178,6 +178,16 @@ def test_time_that_is_no_time(folder, tmp_path, capsys):
     assert "--max_seconds is 0.0; it must be positive" in capsys.readouterr().err
 
 
+def test_in_bfloat16_the_perplexity_is_still_that_of_the_saved_model(folder, tmp_path):
+    """Training's mixed precision does not reach into the measurement."""
+    assert main(command(folder, "logits", tmp_path / "out", "--bf16", "True", steps=5)) == 0
+    (row,) = json.loads((tmp_path / "out" / "perplexity.json").read_text())["perplexity"]
+    blocks = Blocks([folder / "text.txt"], byte_tokenizer(), 32)
+    student = ReBasedForCausalLM.from_pretrained(tmp_path / "out" / "final")
+    assert next(student.parameters()).dtype == torch.float32
+    assert row["student"] == pytest.approx(perplexity(student, blocks), rel=1e-5)
+
+
 def test_tokens_in_an_array_are_those_of_the_text(folder, tmp_path, capsys):
     tokenizer = byte_tokenizer()
     ids = token_ids(str(folder / "text.txt"), tokenizer)

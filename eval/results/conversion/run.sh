@@ -68,7 +68,7 @@ train() {
     linearize "$work/teacher" --layers softmax > "$work/logs/teacher.log" 2>&1 || exit
     timeout 100 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
         --output "$work/answers.npy" > "$work/logs/answers.log" 2>&1
-    said "$(tail -n 1 "$work/logs/answers.log")"
+    said "$(grep dialogues "$work/logs/answers.log")"
 ) &
 for variant in $variants; do train "$variant" & done
 wait
