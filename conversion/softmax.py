@@ -97,7 +97,9 @@ def linearize(
         )
     except Exception as error:  # missing, truncated or mismatched weights
         raise ConversionError(f"The weights in SOURCE {str(source)!r} cannot be loaded: {error}") from error
-    tokens = _gguf_tokenizer(folder, options) if "gguf_file" in options else _load_tokenizer(folder, None, config)
+    tokens = (
+        _gguf_tokenizer(folder, options, theirs) if "gguf_file" in options else _load_tokenizer(folder, None, config)
+    )
 
     report = Report(str(source), str(destination), dry_run=dry_run)
     report.notes.append(
@@ -121,12 +123,19 @@ def linearize(
     return report
 
 
-def _gguf_tokenizer(folder: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _gguf_tokenizer(folder: Path, options: dict[str, Any], theirs: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a GGUF file, or `None` where it has none that the library can read."""
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        tokens = AutoTokenizer.from_pretrained(folder, **options)
     except Exception:  # the library raises what it likes; a model without a tokenizer is still a model
         return None
+    # transformers 5.17 takes the beginning of a text for its end, and forgets the padding; the configuration is right.
+    for name in ("bos", "eos", "pad"):
+        token_id = getattr(theirs, f"{name}_token_id")
+        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+            setattr(tokens, f"{name}_token", tokens.convert_ids_to_tokens(token_id))
+            tokens.init_kwargs.pop(f"{name}_token_id", None)
+    return tokens
 
 
 def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from conversion import ConversionError, linearize, to_rebased
-from conversion.softmax import _reduce_layer, exp_beta, reduce_heads
+from conversion.softmax import _gguf_tokenizer, _reduce_layer, exp_beta, reduce_heads
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from training.byte_tokenizer import byte_tokenizer
 
@@ -278,6 +279,19 @@ def test_gguf(tmp_path):
     )
     assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
     assert "no tokenizer" in str(report)
+
+
+def test_the_special_tokens_of_a_gguf_are_the_configurations(tmp_path, monkeypatch):
+    """transformers 5.17 reads them wrong."""
+    config = LlamaConfig(**SIZES, bos_token_id=65, eos_token_id=256, pad_token_id=257)
+    wrong = byte_tokenizer()
+    wrong.eos_token, wrong.pad_token = "A", None
+    wrong.init_kwargs |= {"eos_token_id": 65, "pad_token_id": None}
+    with monkeypatch.context() as patched:
+        patched.setattr("conversion.softmax.AutoTokenizer.from_pretrained", lambda *args, **kwargs: wrong)
+        _gguf_tokenizer(tmp_path, {}, config).save_pretrained(tmp_path)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (65, 256, 257)
 
 
 def test_to_rebased(tmp_path):
