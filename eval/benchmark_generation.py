@@ -51,7 +51,7 @@ def median_ms(function, repeats: int = 5) -> float:
     return sorted(times)[repeats // 2]
 
 
-def decode_table(heads: int, feature_dim: int, head_dim: int) -> list[dict]:
+def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) -> None:
     """The one-token kernel inside a CUDA graph, over enough states that none stays in the cache."""
     from triton.testing import do_bench
 
@@ -60,7 +60,6 @@ def decode_table(heads: int, feature_dim: int, head_dim: int) -> list[dict]:
     x = torch.empty(2**28, device="cuda")
     y = torch.randn_like(x)
     bandwidth = 2 * x.nbytes / do_bench(lambda: x.copy_(y), return_mode="median")
-    rows = []
     for batch in (1, 8, 64, 256):
         q, k = (torch.randn(batch, 1, heads, feature_dim, device="cuda").bfloat16() for _ in range(2))
         v = torch.randn(batch, 1, heads, head_dim, device="cuda").bfloat16()
@@ -78,11 +77,9 @@ def decode_table(heads: int, feature_dim: int, head_dim: int) -> list[dict]:
         us = 1e3 * do_bench(graph.replay, return_mode="median") / len(states)
         rows.append({"batch": batch, "us": us, "floor_us": 1e3 * 2 * states[0].nbytes / bandwidth})
         print(f"decode      batch {batch:4d}  {us:7.1f} us, state read and written once {rows[-1]['floor_us']:.1f} us")
-    return rows
 
 
-def training_table(tokens: int, lengths: list[int]) -> list[dict]:
-    rows = []
+def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
     for length in lengths:
         for name in MODELS:
             model = load(name, length).train()
@@ -98,7 +95,6 @@ def training_table(tokens: int, lengths: list[int]) -> list[dict]:
             del model
             gc.collect()
             torch.cuda.empty_cache()
-    return rows
 
 
 def compiled_step(model: ReBasedForCausalLM, cache: StaticCache):
@@ -118,8 +114,7 @@ def compiled_step(model: ReBasedForCausalLM, cache: StaticCache):
 
 
 @torch.no_grad()
-def generation_table(batch: int, contexts: list[int], steps: int, piece: int) -> list[dict]:
-    rows = []
+def generation_table(rows: list[dict], batch: int, contexts: list[int], steps: int, piece: int) -> None:
     for context in contexts:
         for name in MODELS:
             torch.cuda.reset_peak_memory_stats()
@@ -150,7 +145,6 @@ def generation_table(batch: int, contexts: list[int], steps: int, piece: int) ->
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
-    return rows
 
 
 def main() -> None:
@@ -167,20 +161,19 @@ def main() -> None:
         sys.exit("This benchmark is for GPUs, and torch sees none here.")
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    tables = {
-        "decode": decode_table(12, 16, 64),
-        "training": training_table(arguments.tokens, arguments.lengths),
-        "generation": generation_table(arguments.batch, arguments.contexts, arguments.steps, arguments.piece),
-    }
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
+    tables = {"decode": [], "training": [], "generation": []}
+    try:
+        decode_table(tables["decode"], 12, 16, 64)
+        training_table(tables["training"], arguments.tokens, arguments.lengths)
+        generation_table(tables["generation"], arguments.batch, arguments.contexts, arguments.steps, arguments.piece)
+    finally:  # also what there is when it is interrupted
         for name, rows in tables.items():
-            if not rows:
-                continue
-            with (arguments.output / f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            if rows and arguments.output is not None:
+                arguments.output.mkdir(parents=True, exist_ok=True)
+                with (arguments.output / f"{name}.csv").open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0])
+                    writer.writeheader()
+                    writer.writerows(rows)
 
 
 if __name__ == "__main__":
