@@ -263,7 +263,7 @@ def _state_row(
             mixed += g * inner1
             side += g * outer
         # selectors are turned with tl.trans: built as [64, 16], Triton 3.6 stored them past their buffer (8 warps)
-        grad = tl.dot(mixed.to(CT), tl.trans(selector.to(CT)), grad, input_precision=PREC)
+        grad = tl.dot(mixed.to(CT), tl.trans(selector), grad, input_precision=PREC)
     return acc, grad, side
 
 
@@ -299,7 +299,7 @@ def _state_tiles(
     )  # fmt: skip
     if NB == 2:
         if GRADIENT:
-            grad = tl.dot(side.to(CT), tl.trans(last.to(CT)), grad, input_precision=PREC)
+            grad = tl.dot(side.to(CT), tl.trans(last), grad, input_precision=PREC)
         third = _half_selector(8, True, SIGN, x.dtype)
         acc, grad, side = _state_row(
             acc, grad, side, x, y, third, inner1, s4, inner1, s4, False, QUERY, GRADIENT, CT, PREC
@@ -345,7 +345,7 @@ def _query_low(
     if LIN:
         f = tl.arange(0, FP)
         s = tl.load(state + (FIRST + f)[:, None] * DP + d_cols[None, :])
-        acc += weight_lin * tl.dot(x.to(CT), s.to(CT), input_precision=PREC)
+        acc += weight_lin * tl.dot(x, s.to(CT), input_precision=PREC)
         if NORM:
             z += weight_lin * tl.sum(x.to(tl.float32) * tl.load(norm + FIRST + f)[None, :], 1)
     if CONST:
@@ -463,7 +463,7 @@ def _state_kernel(
         ok = _kept(keep, rows, tokens, HAS_MASK)
         xg = x + g * sxh
         dz = 0.0
-        values = _load_rows(y + g * syh, rows, ok, syt, d_cols, D, D == DP, True).to(CT)  # [C, BD]
+        values = _load_rows(y + g * syh, rows, ok, syt, d_cols, D, D == DP, True)  # [C, BD]
         if REVERSE:
             dz = _load_rows(aux + g * 16, rows, ok, HKV * G * 16, f, 16, True, True)  # [C, 16]
         if NB <= 2:
@@ -585,7 +585,7 @@ def _low_state_kernel(
             weight = ok.to(tl.float32)
         if LIN:
             xt = _load_columns(x + g * sxh, rows, ok, sxt, f, F, F == FP, True).to(tl.float32)
-            lin = tl.dot(xt.to(CT), values.to(CT), lin, input_precision=PREC)
+            lin = tl.dot(xt.to(CT), values, lin, input_precision=PREC)
             lin_norm += tl.sum(xt * weight[None, :], 1)
         if CONST:
             const += tl.sum(values.to(tl.float32), 0)
@@ -668,7 +668,7 @@ def _forward_tile(
     if HAS_MASK and CONST:
         u = tl.where(ok[None, :], u, 0.0)
     z += tl.sum(u, 1)
-    acc = tl.dot(u.to(CT), values.to(CT), acc, input_precision=PREC)
+    acc = tl.dot(u.to(CT), values, acc, input_precision=PREC)
     return acc, z
 
 
@@ -822,7 +822,7 @@ def _dq_tile(
     QUAD: tl.constexpr, LIN: tl.constexpr, DIAGONAL: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """acc [BM, FP] += (dn . v - delta) u'(s) / 2 k over one tile of keys (u' itself where u is linear)."""
-    du = tl.dot(grad, vt.to(CT), input_precision=PREC) - dl[:, None]
+    du = tl.dot(grad, vt, input_precision=PREC) - dl[:, None]
     if QUAD:
         s = tl.dot(xq, tl.trans(keys), input_precision=PREC)
         if LIN:
@@ -830,7 +830,7 @@ def _dq_tile(
         du *= s
     if DIAGONAL:
         du = tl.where(rows[:, None] >= cols[None, :], du, 0.0)
-    return tl.dot(du.to(CT), keys.to(CT), acc, input_precision=PREC)  # a dropped key is 0 here
+    return tl.dot(du.to(CT), keys, acc, input_precision=PREC)  # a dropped key is 0 here
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
@@ -967,7 +967,7 @@ def _dkdv_tile(
         du = tl.where(below, du, 0.0)
     dv = tl.dot(u.to(CT), grad, dv, input_precision=PREC)
     if QUAD or LIN:
-        dk = tl.dot(du.to(CT), queries.to(CT), dk, input_precision=PREC)
+        dk = tl.dot(du.to(CT), queries, dk, input_precision=PREC)
     return dk, dv
 
 
@@ -1006,7 +1006,7 @@ def _dkdv_kernel(
     inside = rows < tokens
     ok = _kept(keep, rows, tokens, HAS_MASK)
     xk = _load_rows(k, rows, ok, skt, f, F, F == FP, True)
-    xv = _load_rows(v, rows, ok, svt, d, D, D == DP, True).to(CT)
+    xv = _load_rows(v, rows, ok, svt, d, D, D == DP, True)
     pick = tl.where((f16 < 2)[None, :], rows[:, None] * 0 + 1.0, 0.0).to(CT)
     acc_k = tl.zeros([BM, FP], tl.float32)
     acc_v = tl.zeros([BM, DP], tl.float32)
@@ -1144,7 +1144,7 @@ def _gradient_kernel(
             slot = seq * SLOTS + before
         s64 = slot.to(tl.int64) * (H // G) + hkv
         state = states + s64 * (NR * DP)
-        values = _load_rows(y, rows, ok, syt, d, D, D == DP, True).to(CT)  # [BM, DP]
+        values = _load_rows(y, rows, ok, syt, d, D, D == DP, True)  # [BM, DP]
         inner_selector = _selector(0, False, False, x.dtype.element_ty)
         for step in range(2 * NB):
             half = step % 2
