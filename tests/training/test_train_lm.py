@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from training import train_lm
 from training.train_lm import TokenBlocks, latest_complete_checkpoint, parse_arguments, read_documents
 
 
@@ -182,3 +183,20 @@ def test_blocks_hold_the_text_in_order(tmp_path, finished):
     assert [path.suffix for path in tmp_path.glob("tokens-*")] == [".bin"]
     with pytest.raises(ValueError, match="context_length is 400"):
         TokenBlocks([str(text)], tokenizer, 400, str(tmp_path))
+
+
+def test_the_model_is_given_blocks_and_no_mask(recipe, tmp_path, monkeypatch):
+    given = []
+
+    class Seen(Exception):
+        pass
+
+    def look(self, model, inputs, *args, **kwargs):
+        given.append(inputs)
+        raise Seen
+
+    monkeypatch.setattr(train_lm.LMTrainer, "training_step", look)
+    with pytest.raises(Seen):
+        train_lm.main([str(recipe), "--output_dir", str(tmp_path)])
+    assert sorted(given[0]) == ["input_ids", "labels"]  # a mask of ones would cost time in every layer
+    assert given[0]["input_ids"].shape == (2, 64)
