@@ -39,14 +39,14 @@ def test_english_6m_is_small_and_in_bfloat16():
 
 
 def test_english_6m_scores_the_start_of_held_out_english():
-    """1.6003 bits per byte measured on a CPU; other weights differ, and wrong code scores 3 and more."""
+    """1.5016 bits per byte measured on a CPU; other weights differ, and wrong code scores 3 and more."""
     tokenizer = AutoTokenizer.from_pretrained(ENGLISH, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(ENGLISH, trust_remote_code=True, dtype=torch.float32).eval()
     line = (REPOSITORY / "eval" / "tasks" / "heldout_english.jsonl").read_text(encoding="utf-8").split("\n")[0]
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(json.loads(line)["text"])["input_ids"][:2047]]])
     with torch.no_grad():
         bits = model(ids, labels=ids).loss.item() / math.log(2)
-    assert bits == pytest.approx(1.6003, abs=0.005)
+    assert bits == pytest.approx(1.5016, abs=0.005)
 
 
 def test_english_6m_card_has_the_figures_of_the_three_models():
