@@ -263,8 +263,8 @@ def export(
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         do_sample=True,
-        temperature=0.7,
-        top_p=0.95,
+        temperature=0.9,
+        top_p=0.9,
         max_new_tokens=400,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
