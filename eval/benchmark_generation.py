@@ -167,13 +167,19 @@ def main() -> None:
         training_table(tables["training"], arguments.tokens, arguments.lengths)
         generation_table(tables["generation"], arguments.batch, arguments.contexts, arguments.steps, arguments.piece)
     finally:  # also what there is when it is interrupted
-        for name, rows in tables.items():
-            if rows and arguments.output is not None:
-                arguments.output.mkdir(parents=True, exist_ok=True)
-                with (arguments.output / f"{name}.csv").open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
+        if arguments.output is not None:
+            write(tables, arguments.output)
+
+
+def write(tables: dict[str, list[dict]], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        if not rows:
+            continue
+        with (output / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
