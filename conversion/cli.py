@@ -48,6 +48,7 @@ EXAMPLES = {
   rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers window --window 64
   rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers hybrid --feature-dim 32
   rebased-convert linearize SmolLM2-135M-Instruct.gguf teacher/ --layers softmax
+  rebased-convert linearize teacher/ start/ --layers pure
   rebased-convert linearize tiny/ start/ --layers linear_attention,full_attention --dry-run""",
     "to-rebased": """\
   rebased-convert to-rebased based/ start/""",
@@ -137,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-position-embeddings", type=int, help="length trained on (default: theirs, or 2048)")
     command.add_argument("--tokenizer", help="folder with GPT-2's tokenizer, which is theirs")
 
-    command = add("linearize", linearize, "folder or GGUF file of a Llama, Mistral or Qwen model", "new folder")
+    command = add("linearize", linearize, "folder or GGUF file of a Llama, Mistral or Qwen model, or softmax copy", "new folder")
     command.add_argument(
         "--layers", default="window", help="pure, window, hybrid, softmax, or a type for each layer (default: window)"
     )

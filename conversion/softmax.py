@@ -53,6 +53,8 @@ def linearize(
 ) -> Report:
     """Start a ReBased model from a softmax decoder of the Llama family: Llama, SmolLM, Mistral, Qwen2, Qwen3.
 
+    Or from one that was converted with softmax in every layer before, which spares reading a GGUF file again.
+
     Embeddings, norms, MLP and the value and output projections are copied, and in layers that keep softmax the query
     and key projections too, with the norms that Qwen3 has on them. The queries and keys of the linear layers start as
     `reduce_heads` says, normalised by head, with a beta that makes the kernel (2 + s)^2 / 4 = 1 + s + s^2/4, close to
@@ -167,10 +169,49 @@ def student_config(
     Raises:
         ConversionError: naming the fields of `theirs` that ours has no place for, or the argument that does not fit.
     """
+    fields = _model_fields(theirs)
+    head_dim, rope = fields["head_dim"], fields["rope_parameters"] or {}
+    linear = set(types) & {"linear_attention", "hybrid_sliding"}
+    if not linear:
+        feature_dim = min(feature_dim, head_dim)
+    if not 1 <= feature_dim <= head_dim:
+        raise ConversionError(f"--feature-dim is {feature_dim}; it must be 1 to the model's head_dim, {head_dim}.")
+    plain = fields["position_embedding_type"] == "rope" and rope.get("rope_type", "default") == "default"
+    can = plain and feature_dim % 2 == 0 and head_dim % feature_dim == 0
+    if rotate and not can:
+        raise ConversionError(
+            f"--rotate needs an even --feature-dim that divides head_dim ({head_dim}) and a plain rotary embedding, "
+            f"but they are {feature_dim} and {rope.get('rope_type', 'default')!r}."
+        )
+    fields |= {
+        "layer_types": types,
+        "feature_dim": feature_dim,
+        "kernel": "rebased",
+        **dict.fromkeys(("kernel_coefficients", "normalize", "use_gamma", "use_beta")),  # as the kernel has them
+        "qk_norm_scope": "head",
+        "qk_norm_shared": False,
+        "attention_eps": 1e-5,
+        "rope_linear_attention": bool(linear) and (can if rotate is None else rotate),
+        "sliding_window": window,
+        "architectures": ["ReBasedForCausalLM"],
+    }
+    return make_config(**fields)
+
+
+def _model_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of our configuration that say what `theirs` is, whatever its layers become.
+
+    Raises:
+        ConversionError: naming the fields of `theirs` that ours has no place for.
+    """
+    if theirs.model_type == ReBasedConfig.model_type and set(theirs.layer_types) == {"full_attention"}:
+        ignored = ("model_type", "auto_map", "transformers_version", "dtype")
+        return {name: value for name, value in theirs.to_dict().items() if name not in ignored}
     if theirs.model_type not in FAMILY:
-        raise ConversionError(f"SOURCE has model_type {theirs.model_type!r}; it must be one of {', '.join(FAMILY)}.")
-    heads = theirs.num_attention_heads
-    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+        raise ConversionError(
+            f"SOURCE has model_type {theirs.model_type!r}; it must be one of {', '.join(FAMILY)}, or a ReBased model "
+            "with full_attention in every layer."
+        )
     rope = dict(theirs.rope_parameters)
     qwen2 = theirs.model_type == "qwen2"  # biases on q, k and v, always, and none on o
     sliding = "sliding_attention" in (getattr(theirs, "layer_types", None) or [])
@@ -190,48 +231,28 @@ def student_config(
         raise ConversionError(
             "SOURCE has what a ReBased model has no place for: " + ", ".join(f"{n} {v!r}" for n, v in wrong) + "."
         )
-    linear = set(types) & {"linear_attention", "hybrid_sliding"}
-    if not linear:
-        feature_dim = min(feature_dim, head_dim)
-    if not 1 <= feature_dim <= head_dim:
-        raise ConversionError(f"--feature-dim is {feature_dim}; it must be 1 to the model's head_dim, {head_dim}.")
-    plain = rope.get("rope_type", "default") == "default"
-    can = plain and feature_dim % 2 == 0 and head_dim % feature_dim == 0
-    if rotate and not can:
-        raise ConversionError(
-            f"--rotate needs an even --feature-dim that divides head_dim ({head_dim}) and a plain rotary embedding, "
-            f"but they are {feature_dim} and {rope.get('rope_type', 'default')!r}."
-        )
-    return make_config(
-        vocab_size=theirs.vocab_size,
-        hidden_size=theirs.hidden_size,
-        num_hidden_layers=theirs.num_hidden_layers,
-        layer_types=types,
-        num_attention_heads=heads,
-        num_key_value_heads=theirs.num_key_value_heads,
-        head_dim=head_dim,
-        feature_dim=feature_dim,
-        kernel="rebased",
-        qk_norm_scope="head",
-        attention_eps=1e-5,
-        attention_bias=qwen2,
-        softmax_qk_norm=theirs.model_type == "qwen3",
-        mlp_type="swiglu",
-        intermediate_size=theirs.intermediate_size,
-        norm_type="rmsnorm",
-        norm_eps=theirs.rms_norm_eps,
-        max_position_embeddings=theirs.max_position_embeddings,
-        position_embedding_type="rope",
-        rope_parameters=rope,
-        rope_linear_attention=bool(linear) and (can if rotate is None else rotate),
-        sliding_window=window,
-        initializer_range=theirs.initializer_range,
-        tie_word_embeddings=theirs.tie_word_embeddings,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
-        pad_token_id=theirs.pad_token_id,
-        architectures=["ReBasedForCausalLM"],
-    )
+    return {
+        "vocab_size": theirs.vocab_size,
+        "hidden_size": theirs.hidden_size,
+        "num_hidden_layers": theirs.num_hidden_layers,
+        "num_attention_heads": theirs.num_attention_heads,
+        "num_key_value_heads": theirs.num_key_value_heads,
+        "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        "attention_bias": qwen2,
+        "softmax_qk_norm": theirs.model_type == "qwen3",
+        "mlp_type": "swiglu",
+        "intermediate_size": theirs.intermediate_size,
+        "norm_type": "rmsnorm",
+        "norm_eps": theirs.rms_norm_eps,
+        "max_position_embeddings": theirs.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "rope_parameters": rope,
+        "initializer_range": theirs.initializer_range,
+        "tie_word_embeddings": theirs.tie_word_embeddings,
+        "bos_token_id": theirs.bos_token_id,
+        "eos_token_id": theirs.eos_token_id,
+        "pad_token_id": theirs.pad_token_id,
+    }
 
 
 def initial_state(teacher: State, config: ReBasedConfig, report: Report) -> State:

@@ -77,6 +77,21 @@ def test_layers_that_keep_softmax_are_exact(tmp_path, kind):
         torch.testing.assert_close(student(make_ids()).logits, teacher(make_ids()).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama3", "qwen2", "qwen3"])
+def test_a_copy_with_softmax_in_every_layer_starts_the_same_students(tmp_path, kind):
+    make_teacher(tmp_path / "teacher", kind)
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    linearize(tmp_path / "teacher", tmp_path / "copy", layers="softmax")
+    for source in ("teacher", "copy"):
+        linearize(tmp_path / source, tmp_path / f"from_{source}", layers="hybrid", feature_dim=4, window=5)
+    expected, found = tmp_path / "from_teacher", tmp_path / "from_copy"
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        if (expected / file).exists():
+            assert (found / file).read_bytes() == (expected / file).read_bytes(), file
+    with pytest.raises(ConversionError, match="or a ReBased model with full_attention in every layer"):
+        linearize(found, tmp_path / "again")
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_window_over_everything_is_exact_where_the_gate_is_closed(tmp_path, kind):
     teacher = make_teacher(tmp_path / "teacher", kind)
@@ -231,7 +246,7 @@ def test_other_families_and_damaged_weights(tmp_path):
     ReBasedForCausalLM(ReBasedConfig(vocab_size=11, hidden_size=12, num_hidden_layers=1)).save_pretrained(
         tmp_path / "ours"
     )
-    with pytest.raises(ConversionError, match="model_type 'rebased'; it must be one of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ConversionError, match="model_type 'rebased'; it must be one of llama, mistral, qwen2, qwen3, or"):
         linearize(tmp_path / "ours", tmp_path / "start")
     make_teacher(tmp_path / "teacher")
     weights = tmp_path / "teacher" / "model.safetensors"

