@@ -138,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-position-embeddings", type=int, help="length trained on (default: theirs, or 2048)")
     command.add_argument("--tokenizer", help="folder with GPT-2's tokenizer, which is theirs")
 
-    command = add("linearize", linearize, "folder or GGUF file of a Llama, Mistral or Qwen model, or softmax copy", "new folder")
+    source = "folder or GGUF file of a Llama, Mistral or Qwen model, or its copy with softmax in every layer"
+    command = add("linearize", linearize, source, "new folder")
     command.add_argument(
         "--layers", default="window", help="pure, window, hybrid, softmax, or a type for each layer (default: window)"
     )
