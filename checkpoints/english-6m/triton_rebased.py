@@ -61,6 +61,8 @@ except ImportError:  # the module must import where Triton is missing: the decor
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# whether kernels may hold instructions of NVIDIA's PTX
+_PTX = tl.constexpr(torch.version.hip is None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,9 +228,21 @@ def _times_norm(x, top, rest, PREC: tl.constexpr):
 
 
 @triton.jit
-def _state_tile(state, d_cols, some, DP: tl.constexpr, CT: tl.constexpr):
-    """Half a tile of a state, [32, BD]: 4 outer by 8 inner dims."""
-    n = tl.arange(0, 32)
+def _finished(x, CT: tl.constexpr):
+    """x, fp32, but the matrix units have to be done with it here: an instruction without a body reads it.
+
+    Sums that are left running from one step of a loop into the next one may make ptxas (12.8, C7515) run all matrix
+    products of the kernel one by one.
+    """
+    if _PTX and CT == tl.bfloat16:
+        x = tl.inline_asm_elementwise("// done", "=f,0", [x], dtype=tl.float32, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
+def _state_tile(state, d_cols, some, ROWS: tl.constexpr, DP: tl.constexpr, CT: tl.constexpr):
+    """A tile of a state, [64, BD]: 8 outer by 8 inner dims; with ROWS = 32 half of it, 4 outer dims."""
+    n = tl.arange(0, ROWS)
     return tl.load(state + n[:, None] * DP + d_cols[None, :], mask=some & (d_cols < DP)[None, :], other=0.0).to(CT)
 
 
@@ -245,70 +259,111 @@ def _half_selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, SIGN: tl.constexpr
 
 
 @triton.jit
-def _state_row(
-    acc, grad, side, x, y, selector, inner0, s0, inner1, s1,
-    TWO: tl.constexpr, QUERY: tl.constexpr, GRADIENT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """Half a tile on the diagonal and, if TWO, the half beside it, which counts twice; see `_state_tiles`."""
-    outer = tl.dot(x, selector, input_precision=PREC)  # [C, 32]
-    if QUERY:
-        acc = tl.dot((outer * inner0).to(CT), s0, acc, input_precision=PREC)
-        if TWO:
-            acc = tl.dot((outer * (inner1 * 2.0)).to(CT), s1, acc, input_precision=PREC)
-    if GRADIENT:
-        g = tl.dot(y, tl.trans(s0), input_precision=PREC)
-        mixed = g * inner0
-        if TWO:
-            g = tl.dot(y, tl.trans(s1), input_precision=PREC)
-            mixed += g * inner1
-            side += g * outer
-        # selectors are turned with tl.trans: built as [64, 16], Triton 3.6 stored them past their buffer (8 warps)
-        grad = tl.dot(mixed.to(CT), tl.trans(selector), grad, input_precision=PREC)
-    return acc, grad, side
+def _inner(x, SIGN: tl.constexpr, PREC: tl.constexpr):
+    """SIGN x [C, 16] as two halves [C, 8], fp32, where the matrix units leave a result.
+
+    There a thread holds the same dims of every 8 columns of a tile, so that one copy of 8 columns serves all of them.
+    """
+    C: tl.constexpr = x.shape[0]
+    d = tl.arange(0, 16)
+    same = tl.where(d[:, None] == d[None, :], SIGN, 0.0).to(x.dtype)
+    y = tl.dot(x, same, input_precision=PREC)
+    return tl.split(tl.permute(tl.reshape(y, [C, 2, 8]), (0, 2, 1)))
 
 
 @triton.jit
-def _state_tiles(
-    acc, grad, x, y, s0, s1, s2, s3, s4, s5,
-    NB: tl.constexpr, QUERY: tl.constexpr, GRADIENT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """F <= 16, the state's quadratic part, all tiles unrolled in halves (fewer registers).
+def _times_inner(outer, inner, WIDTH: tl.constexpr):
+    """outer [C, 8 WIDTH] * inner [C, 8] repeated WIDTH times along the columns, without moving a number."""
+    C: tl.constexpr = outer.shape[0]
+    left = tl.reshape(outer, [C, WIDTH, 8])
+    if _PTX and outer.dtype == tl.bfloat16:
+        right = tl.broadcast_to(inner[:, None, :], [C, WIDTH, 8])
+        both = tl.inline_asm_elementwise(
+            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [left, right], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        both = left * inner[:, None, :]
+    return tl.reshape(both, [C, 8 * WIDTH])
 
-    QUERY: acc [C, BD] += phi(x) @ state. GRADIENT: grad [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state)
-    by x. phi's gradient is twice a contraction (x_a x_b is symmetric): the caller multiplies by 2, once, at the end.
+
+@triton.jit
+def _query_tiles(acc, x, s0, s1, s2, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """F <= 16: acc [C, BD] += phi(x) @ state, the quadratic part.
+
+    x: [C, 16]; s0, s1, s2: tiles (0, 0), (0, 1), (1, 1).
+
+    Factors are exact in the compute type: their products are rounded once, like products of fp32 numbers. Tile (0, 1)
+    counts twice.
+    """
+    inner0, inner1 = _inner(x, 1.0, PREC)
+    outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC).to(CT)  # [C, 64]
+    acc = tl.dot(_times_inner(outer, inner0.to(CT), 8), s0, acc, input_precision=PREC)
+    if NB == 2:
+        acc = tl.dot(_times_inner(outer, (inner1 * 2.0).to(CT), 8), s1, acc, input_precision=PREC)
+        outer = tl.dot(x, _selector(8, True, False, x.dtype), input_precision=PREC).to(CT)
+        acc = tl.dot(_times_inner(outer, inner1.to(CT), 8), s2, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
+def _query_halves(acc, x, s0, s1, s2, s3, s4, s5, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """`_query_tiles` for a state in half tiles, as `_gradient_tiles` takes it."""
+    inner0, inner1 = _inner(x, 1.0, PREC)
+    once0, once1, twice1 = inner0.to(CT), inner1.to(CT), (inner1 * 2.0).to(CT)
+    outer = tl.dot(x, _half_selector(0, True, 1.0, x.dtype), input_precision=PREC).to(CT)  # [C, 32]
+    acc = tl.dot(_times_inner(outer, once0, 4), s0, acc, input_precision=PREC)
+    if NB == 2:
+        acc = tl.dot(_times_inner(outer, twice1, 4), s2, acc, input_precision=PREC)
+    outer = tl.dot(x, _half_selector(4, True, 1.0, x.dtype), input_precision=PREC).to(CT)
+    acc = tl.dot(_times_inner(outer, once0, 4), s1, acc, input_precision=PREC)
+    if NB == 2:
+        acc = tl.dot(_times_inner(outer, twice1, 4), s3, acc, input_precision=PREC)
+        outer = tl.dot(x, _half_selector(8, True, 1.0, x.dtype), input_precision=PREC).to(CT)
+        acc = tl.dot(_times_inner(outer, once1, 4), s4, acc, input_precision=PREC)
+        outer = tl.dot(x, _half_selector(12, True, 1.0, x.dtype), input_precision=PREC).to(CT)
+        acc = tl.dot(_times_inner(outer, once1, 4), s5, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
+def _gradient_row(
+    grad, x, y, selector, last, inner0, s0, inner1, s1, TWO: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
+):
+    """Half a tile on the diagonal and, if TWO, the half beside it, which counts twice; see `_gradient_tiles`."""
+    g = tl.dot(y, tl.trans(s0), input_precision=PREC)  # [C, 32]
+    mixed = _times_inner(g, inner0, 4)
+    if TWO:
+        g = tl.dot(y, tl.trans(s1), input_precision=PREC)
+        mixed += _times_inner(g, inner1, 4)
+        # not summed over the halves first: a sum would wait in registers
+        g *= tl.dot(x, selector, input_precision=PREC)
+        grad = tl.dot(g.to(CT), tl.trans(last), grad, input_precision=PREC)
+    # selectors are turned with tl.trans: built as [64, 16], Triton 3.6 stored them past their buffer (8 warps)
+    return tl.dot(mixed.to(CT), tl.trans(selector), grad, input_precision=PREC)
+
+
+@triton.jit
+def _gradient_tiles(grad, x, y, s0, s1, s2, s3, s4, s5, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """F <= 16: grad [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state) by x, the quadratic part.
+
+    phi's gradient is twice a contraction (x_a x_b is symmetric): the caller multiplies by 2, once, at the end.
     x: [C, 16]; y: [C, DP]; s0, s1: halves of tile (0, 0); s2, s3: of (0, 1); s4, s5: of (1, 1).
     """
-    # Signs cancel. They keep the compiler from sharing factors between a call for QUERY and one for GRADIENT, which
-    # would hold all of them in registers.
-    SIGN: tl.constexpr = -1.0 if GRADIENT else 1.0
-    last = _half_selector(8 if NB == 2 else 0, False, SIGN, x.dtype)
-    inner0 = tl.dot(x, _half_selector(0, False, SIGN, x.dtype), input_precision=PREC)  # [C, 32]
-    if NB == 2:
-        inner1 = tl.dot(x, last, input_precision=PREC)
-    else:
-        inner1 = inner0
-    side = inner0 * 0.0
+    # Signs cancel. They keep the compiler from sharing factors with `_query_halves`, which would hold all of them in
+    # registers.
+    inner0, inner1 = _inner(x, -1.0, PREC)
     TWO: tl.constexpr = NB == 2
-    first = _half_selector(0, True, SIGN, x.dtype)
-    acc, grad, side = _state_row(
-        acc, grad, side, x, y, first, inner0, s0, inner1, s2, TWO, QUERY, GRADIENT, CT, PREC
-    )  # fmt: skip
-    second = _half_selector(4, True, SIGN, x.dtype)
-    acc, grad, side = _state_row(
-        acc, grad, side, x, y, second, inner0, s1, inner1, s3, TWO, QUERY, GRADIENT, CT, PREC
-    )  # fmt: skip
+    last = _half_selector(8, False, -1.0, x.dtype)
+    first = _half_selector(0, True, -1.0, x.dtype)
+    grad = _gradient_row(grad, x, y, first, last, inner0, s0, inner1, s2, TWO, CT, PREC)
+    second = _half_selector(4, True, -1.0, x.dtype)
+    grad = _gradient_row(grad, x, y, second, last, inner0, s1, inner1, s3, TWO, CT, PREC)
     if NB == 2:
-        if GRADIENT:
-            grad = tl.dot(side.to(CT), tl.trans(last), grad, input_precision=PREC)
-        third = _half_selector(8, True, SIGN, x.dtype)
-        acc, grad, side = _state_row(
-            acc, grad, side, x, y, third, inner1, s4, inner1, s4, False, QUERY, GRADIENT, CT, PREC
-        )  # fmt: skip
-        fourth = _half_selector(12, True, SIGN, x.dtype)
-        acc, grad, side = _state_row(
-            acc, grad, side, x, y, fourth, inner1, s5, inner1, s5, False, QUERY, GRADIENT, CT, PREC
-        )  # fmt: skip
-    return acc, grad
+        third = _half_selector(8, True, -1.0, x.dtype)
+        grad = _gradient_row(grad, x, y, third, last, inner1, s4, inner1, s4, False, CT, PREC)
+        fourth = _half_selector(12, True, -1.0, x.dtype)
+        grad = _gradient_row(grad, x, y, fourth, last, inner1, s5, inner1, s5, False, CT, PREC)
+    return grad
 
 
 @triton.jit
@@ -679,6 +734,7 @@ def _forward_kernel(
     T, BLOCKS, SLOTS, N, alpha, beta, eps,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
     NR: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
+    DV: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
     HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -710,7 +766,7 @@ def _forward_kernel(
     xq = _load_rows(q, rows, inside, sqt, f, F, F == FP, True)  # [BM, FP]
     ok = _kept(keep, rows, tokens, HAS_MASK)
     kt = _load_columns(k, rows, ok, skt, f, F, F == FP, True)  # [FP, BM]
-    values = _load_rows(v, rows, ok, svt, d_cols, D, D == DP, True)  # [BM, BD]
+    values = _load_rows(v, rows, ok, svt, d_cols, DV, DV == DP, True)  # [BM, BD]
     if HAS_STATE:
         before = index - 1 + HAS_INIT
         if VARLEN:
@@ -722,12 +778,9 @@ def _forward_kernel(
         norm = norms + s64 * NR
         if QUAD and NB <= 2:
             some = before >= 0
-            s0 = _state_tile(state, d_cols, some, DP, CT)
-            s1 = _state_tile(state + 32 * DP, d_cols, some, DP, CT)
-            s2 = _state_tile(state + 64 * DP, d_cols, some & (NB == 2), DP, CT)
-            s3 = _state_tile(state + 96 * DP, d_cols, some & (NB == 2), DP, CT)
-            s4 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), DP, CT)
-            s5 = _state_tile(state + 160 * DP, d_cols, some & (NB == 2), DP, CT)
+            s0 = _state_tile(state, d_cols, some, 64, DP, CT)
+            s1 = _state_tile(state + 64 * DP, d_cols, some & (NB == 2), 64, DP, CT)
+            s2 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), 64, DP, CT)
             top, rest = _norm_matrix(norm, f, f, some, NB, CT)
     acc = tl.zeros([BM, BD], tl.float32)
     z = tl.zeros([BM], tl.float32)
@@ -738,9 +791,7 @@ def _forward_kernel(
         if before >= 0:
             if QUAD:
                 if NB <= 2:
-                    acc, _unused = _state_tiles(
-                        acc, 0.0, xq, 0.0, s0, s1, s2, s3, s4, s5, NB, True, False, CT, PREC
-                    )  # fmt: skip
+                    acc = _query_tiles(acc, xq, s0, s1, s2, NB, CT, PREC)
                 else:
                     acc = _query_loop(acc, q, rows, inside, sqt, state, d_cols, F, DP, NB, CT, PREC)
                     top, rest = _norm_matrix(norm, f, f, True, NB, CT)
@@ -757,7 +808,7 @@ def _forward_kernel(
         cols = j + block
         ok = _kept(keep, cols, tokens, HAS_MASK)
         kt = _load_columns(k, cols, ok, skt, f, F, F == FP, HAS_MASK)
-        values = _load_rows(v, cols, ok, svt, d_cols, D, D == DP, HAS_MASK)
+        values = _load_rows(v, cols, ok, svt, d_cols, DV, DV == DP, HAS_MASK)
         acc, z = _forward_tile(
             acc, z, xq, kt, values, rows, cols, ok, alpha, beta, QUAD, LIN, CONST, False, HAS_MASK, CT, PREC
         )
@@ -769,6 +820,20 @@ def _forward_kernel(
         mask=inside[:, None] & (d_cols < D)[None, :],
     )  # fmt: skip
     tl.store(rz + (b64 * H + h) * T + t64 + rows, inverse, mask=inside & (tl.program_id(1) == 0))
+
+
+@triton.jit(do_not_specialize=["T", "ROWS"])
+def _pad_kernel(
+    v, out, svb, svt, svh, T, ROWS, D: tl.constexpr, DP: tl.constexpr, HKV: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [B, T, HKV, DP] = v [B, T, HKV, D] and zeros; one program does BLOCK of the ROWS = B * T * HKV rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, DP)
+    ok = (row < ROWS)[:, None]
+    token = row // HKV
+    source = (token // T) * svb + (token % T) * svt + (row % HKV) * svh
+    x = tl.load(v + source[:, None] + d[None, :], mask=ok & (d < D)[None, :], other=0.0)
+    tl.store(out + row[:, None] * DP + d[None, :], x, mask=ok)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,6 +905,7 @@ def _dq_kernel(
     T, BLOCKS, SLOTS, N, alpha, half_alpha,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
+    DV: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr, PART: tl.constexpr,
     HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -872,7 +938,7 @@ def _dq_kernel(
     xq = _load_rows(q, rows, inside, sqt, f, F, F == FP, True)
     ok = _kept(keep, rows, tokens, HAS_MASK)
     keys = _load_rows(k, rows, ok, skt, f, F, F == FP, True)  # [BM, FP]
-    vt = _load_columns(v, rows, ok, svt, d, D, D == DP, True)  # [DP, BM]
+    vt = _load_columns(v, rows, ok, svt, d, DV, DV == DP, True)  # [DP, BM]
     if HAS_STATE:
         before = index - 1 + HAS_INIT
         if VARLEN:
@@ -884,17 +950,16 @@ def _dq_kernel(
         norm = norms + s64 * NR
         if QUAD and NB <= 2:
             some = before >= 0
-            s0 = _state_tile(state, d, some, DP, CT)
-            s1 = _state_tile(state + 32 * DP, d, some, DP, CT)
-            s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
-            s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), DP, CT)
-            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
-            s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
+            s0 = _state_tile(state, d, some, 32, DP, CT)
+            s1 = _state_tile(state + 32 * DP, d, some, 32, DP, CT)
+            s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), 32, DP, CT)
+            s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), 32, DP, CT)
+            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 32, DP, CT)
+            s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), 32, DP, CT)
             top, rest = _norm_matrix(norm, f, f, some, NB, CT)
     acc = tl.zeros([BM, FP], tl.float32)
     extra = tl.zeros([BM, FP], tl.float32)
     if PART:
-        grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
         dl = tl.load(delta + vector + rows, mask=inside, other=0.0)
     else:
         dl = _scaled_gradient(
@@ -903,15 +968,13 @@ def _dq_kernel(
         )  # fmt: skip
         # read back as an operand in shared memory: out of registers it would take 16 of them all along
         tl.debug_barrier()
-        grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
+    grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
     acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, rows, -half_alpha, QUAD, LIN, True, CT, PREC)
     if HAS_STATE:
         if before >= 0:
             if QUAD:
                 if NB <= 2:
-                    _unused, acc = _state_tiles(
-                        0.0, acc, xq, grad, s0, s1, s2, s3, s4, s5, NB, False, True, CT, PREC
-                    )  # fmt: skip
+                    acc = _gradient_tiles(acc, xq, grad, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
                 else:
                     top, rest = _norm_matrix(norm, f, f, True, NB, CT)
                 # kept apart from acc until the end: changed by hand here, acc would serialise the matrix units
@@ -925,7 +988,7 @@ def _dq_kernel(
         cols = j + block
         ok = _kept(keep, cols, tokens, HAS_MASK)
         keys = _load_rows(k, cols, ok, skt, f, F, F == FP, HAS_MASK)
-        vt = _load_columns(v, cols, ok, svt, d, D, D == DP, HAS_MASK)
+        vt = _load_columns(v, cols, ok, svt, d, DV, DV == DP, HAS_MASK)
         acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, cols, -half_alpha, QUAD, LIN, False, CT, PREC)
     if PART:
         extra -= tl.load(part + first * FP + rows[:, None] * (H * FP) + f[None, :], mask=inside[:, None], other=0.0)
@@ -954,6 +1017,8 @@ def _dkdv_tile(
     du = tl.dot(xv, tl.trans(grad), du, input_precision=PREC)
     if QUAD or LIN:
         s = tl.dot(xk, tl.trans(queries), input_precision=PREC)
+        if DIAGONAL and not LIN and not CONST:
+            s = tl.where(cols[None, :] >= rows[:, None], s, 0.0)  # a factor of u and of du
         u = _polynomial(s, alpha, beta, QUAD, LIN, CONST)
     else:
         u = du * 0.0 + 1.0
@@ -961,7 +1026,7 @@ def _dkdv_tile(
         if LIN:
             s += half_alpha
         du *= s
-    if DIAGONAL:
+    if DIAGONAL and (LIN or CONST):
         below = cols[None, :] >= rows[:, None]
         u = tl.where(below, u, 0.0)
         du = tl.where(below, du, 0.0)
@@ -977,12 +1042,14 @@ def _dkdv_kernel(
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, smb,
     T, BLOCKS, SLOTS, N, alpha, half_alpha, beta,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
-    HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DV: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
     PART: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dk [BM, F] and dv [BM, D] of one block of keys, summed over the G query heads that share them.
 
+    Tiles are BM keys by BN queries.
     dv_j = sum_i u(s_ij) dn_i, dk_j = sum_i (dn_i . v_j - delta_i) u'(s_ij) q_i; later segments come through R.
     """
     pid = tl.program_id(0)
@@ -1001,12 +1068,12 @@ def _dkdv_kernel(
     f = tl.arange(0, FP)
     d = tl.arange(0, DP)
     f16 = tl.arange(0, 16)
-    block = tl.arange(0, BM)
-    rows = row + block
+    block = tl.arange(0, BN)
+    rows = row + tl.arange(0, BM)
     inside = rows < tokens
     ok = _kept(keep, rows, tokens, HAS_MASK)
     xk = _load_rows(k, rows, ok, skt, f, F, F == FP, True)
-    xv = _load_rows(v, rows, ok, svt, d, D, D == DP, True)
+    xv = _load_rows(v, rows, ok, svt, d, DV, DV == DP, True)
     pick = tl.where((f16 < 2)[None, :], rows[:, None] * 0 + 1.0, 0.0).to(CT)
     acc_k = tl.zeros([BM, FP], tl.float32)
     acc_v = tl.zeros([BM, DP], tl.float32)
@@ -1027,18 +1094,14 @@ def _dkdv_kernel(
             if QUAD:
                 if NB <= 2:
                     # loaded here and, first, used for dk: fewer of them wait in registers
-                    s0 = _state_tile(state, d, some, DP, CT)
-                    s1 = _state_tile(state + 32 * DP, d, some, DP, CT)
-                    s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), DP, CT)
-                    s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), DP, CT)
-                    s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), DP, CT)
-                    s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), DP, CT)
-                    _none, acc_k = _state_tiles(
-                        0.0, acc_k, xk, xv, s0, s1, s2, s3, s4, s5, NB, False, True, CT, PREC
-                    )  # fmt: skip
-                    acc_v, _none = _state_tiles(
-                        acc_v, 0.0, xk, 0.0, s0, s1, s2, s3, s4, s5, NB, True, False, CT, PREC
-                    )  # fmt: skip
+                    s0 = _state_tile(state, d, some, 32, DP, CT)
+                    s1 = _state_tile(state + 32 * DP, d, some, 32, DP, CT)
+                    s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), 32, DP, CT)
+                    s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), 32, DP, CT)
+                    s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 32, DP, CT)
+                    s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), 32, DP, CT)
+                    acc_k = _gradient_tiles(acc_k, xk, xv, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
+                    acc_v = _query_halves(acc_v, xk, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
                 else:
                     acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, CT, PREC)
                     top, rest = _norm_matrix(norm, f, f, True, NB, CT)
@@ -1061,21 +1124,58 @@ def _dkdv_kernel(
         qg = q + b64 * sqb + t64 * sqt + h * sqh
         dg = dn + first * DP
         ag = aux + first * 16
-        queries = _load_rows(qg, rows, inside, sqt, f, F, F == FP, True)  # [BM, FP]
-        grad = _load_rows(dg, rows, inside, HKV * G * DP, d, DP, True, True)  # [BM, DP]
-        minus = _load_rows(ag, rows, inside, HKV * G * 16, f16, 16, True, True)  # [BM, 16]
-        acc_k, acc_v = _dkdv_tile(
-            acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
-            QUAD, LIN, CONST, True, CT, PREC,
-        )  # fmt: skip
-        for i in range(row + BM, tokens, BM):
-            cols = i + block
-            later = cols < tokens
-            queries = _load_rows(qg, cols, later, sqt, f, F, F == FP, True)
-            grad = _load_rows(dg, cols, later, HKV * G * DP, d, DP, True, True)
-            minus = _load_rows(ag, cols, later, HKV * G * 16, f16, 16, True, True)
+        later = tl.full([BN], True, tl.int1)
+        if BM == BN:
+            queries = _load_rows(qg, rows, inside, sqt, f, F, F == FP, True)  # [BM, FP]
+            grad = _load_rows(dg, rows, inside, HKV * G * DP, d, DP, True, True)  # [BM, DP]
+            minus = _load_rows(ag, rows, inside, HKV * G * 16, f16, 16, True, True)  # [BM, 16]
             acc_k, acc_v = _dkdv_tile(
-                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, cols, alpha, half_alpha, beta,
+                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
+                QUAD, LIN, CONST, True, CT, PREC,
+            )  # fmt: skip
+        else:
+            # a block has several narrow tiles on its diagonal: a loop keeps their loads ahead
+            for i in range(row, tl.minimum(row + BM, tokens), BN):
+                cols = i + block
+                later = cols < tokens
+                queries = _load_rows(qg, cols, later, sqt, f, F, F == FP, True)
+                grad = _load_rows(dg, cols, later, HKV * G * DP, d, DP, True, True)
+                minus = _load_rows(ag, cols, later, HKV * G * 16, f16, 16, True, True)
+                acc_k, acc_v = _dkdv_tile(
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, cols, alpha, half_alpha, beta,
+                    QUAD, LIN, CONST, True, CT, PREC,
+                )  # fmt: skip
+                acc_k = _finished(acc_k, CT)
+                acc_v = _finished(acc_v, CT)
+        full = row + BM
+        after = (row + BM).to(tl.int64)
+        qg += after * sqt
+        dg += after * (HKV * G * DP)
+        ag += after * (HKV * G * 16)
+        if CT == tl.bfloat16 or BM != BN:  # one copy of the loop less to compile in fp32, where it is long
+            # full tiles need no mask, and pointers that walk make an address a sum of two numbers
+            full += tl.maximum(tokens - row - BM, 0) // BN * BN
+            for _step in range(row + BM, full, BN):
+                queries = _load_rows(qg, block, later, sqt, f, F, F == FP, False)
+                grad = _load_rows(dg, block, later, HKV * G * DP, d, DP, True, False)
+                minus = _load_rows(ag, block, later, HKV * G * 16, f16, 16, True, False)
+                qg += BN * sqt
+                dg += BN * HKV * G * DP
+                ag += BN * HKV * G * 16
+                acc_k, acc_v = _dkdv_tile(
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
+                    QUAD, LIN, CONST, False, CT, PREC,
+                )  # fmt: skip
+                if BM != BN:
+                    acc_k = _finished(acc_k, CT)
+                    acc_v = _finished(acc_v, CT)
+        for i in tl.range(full, tokens, BN, num_stages=1):  # the last tile, if it is not full
+            later = i + block < tokens
+            queries = _load_rows(qg, block, later, sqt, f, F, F == FP, True)
+            grad = _load_rows(dg, block, later, HKV * G * DP, d, DP, True, True)
+            minus = _load_rows(ag, block, later, HKV * G * 16, f16, 16, True, True)
+            acc_k, acc_v = _dkdv_tile(
+                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
                 QUAD, LIN, CONST, False, CT, PREC,
             )  # fmt: skip
     if QUAD:
@@ -1275,10 +1375,11 @@ def _decode_kernel(
 class Plan(NamedTuple):
     """Tile sizes of the kernels for one (F, D, dtype).
 
-    segment: tokens between two states; forward, dq, dkdv, gradient: (rows of a tile, warps, stages), tiles of keys by
-    queries are square; state, later: (tokens a step, warps, stages) of the sums over keys and over later queries;
+    segment: tokens between two states; forward, dq, dkdv, gradient: (rows of a tile, warps, stages);
+    state, later: (tokens a step, warps, stages) of the sums over keys and over later queries;
     registers: most registers a thread, by kernel, where fewer than the compiler would take pay (ptxas then may run the
-    matrix products one by one; the kernels are written so that it need not).
+    matrix products one by one; the kernels are written so that it need not);
+    narrow: queries of dkdv's tiles, where they are fewer than its keys.
     """
 
     segment: int
@@ -1289,6 +1390,7 @@ class Plan(NamedTuple):
     later: tuple[int, int, int]
     gradient: tuple[int, int, int]
     registers: tuple[tuple[str, int], ...] = ()
+    narrow: int = 0
 
     def options(self, kernel: str) -> dict[str, int]:
         return {"maxnreg": n for name, n in self.registers if name == kernel and not _INTERPRETED}
@@ -1328,7 +1430,7 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
     (features / L a token) and must not depend on T, so that shapes of saved tensors are plain formulas in T.
     """
     if _INTERPRETED:
-        return Plan(64, *[(32, 4, 1)] * 6)
+        return Plan(64, *[(32, 4, 1)] * 6, narrow=16 if feature_dim <= 16 else 0)
     if feature_dim <= 16:
         segment = 512
     elif feature_dim <= 32:
@@ -1341,8 +1443,8 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
         rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
         return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows)
     if feature_dim <= 16 and head_dim <= 64:
-        registers = (("forward", 128), ("dq", 152), ("dkdv", 168), ("state", 168))
-        plan = Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 2), (32, 4, 4), (64, 4, 3), (64, 4, 3), registers)
+        registers = (("forward", 128), ("dq", 128), ("dkdv", 128), ("state", 168))
+        plan = Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 3), (32, 4, 4), (64, 4, 3), (64, 4, 3), registers, 32)
     elif feature_dim <= 64 and head_dim <= 64:
         registers = (("forward", 168), ("dkdv", 168))
         plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
@@ -1518,6 +1620,23 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
 
+def _even_rows(v: Tensor, width: int) -> Tensor:
+    """v with `width` columns, the new ones 0, where the kernels can't count on rows that start at 16 bytes.
+
+    Those can't be copied to shared memory asynchronously: every tile of keys would be waited for.
+    """
+    batch, length, heads, columns = v.shape
+    if columns % 16 == 0:  # what Triton knows of a stride
+        return v
+    out = v.new_empty(batch, length, heads, width)
+    rows, block = batch * length * heads, max(16, 4096 // width)
+    _launch(
+        _pad_kernel, (-(-rows // block),), (v, out, *v.stride()[:3], length, rows), D=columns, DP=width, HKV=heads,
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def _byte_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
@@ -1528,15 +1647,6 @@ def _byte_mask(mask: Tensor | None) -> Tensor | None:
 _COMPILED: dict[tuple, tuple] = {}
 
 
-def _kind(x: Tensor | float | None) -> tuple | bool | int | None:
-    """What Triton compiles for an argument: dtype and alignment of a tensor, divisibility and size of an int."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        return (x % 16 == 0) + 2 * (x == 1) + 4 * (x >= 2**31)
-    return None if x is None else 1.0
-
-
 def _launch(kernel, grid: tuple[int, ...], arguments: tuple, **flags) -> None:
     """kernel[grid](*arguments, **flags), remembering the compiled kernel: looking it up takes Triton 50 us and more.
 
@@ -1545,7 +1655,16 @@ def _launch(kernel, grid: tuple[int, ...], arguments: tuple, **flags) -> None:
     if _INTERPRETED:
         kernel[grid](*arguments, **flags)
         return
-    key = (kernel, torch.cuda.current_device(), *map(_kind, arguments), *flags.values())
+    # what Triton compiles for: dtype and alignment of a tensor, divisibility and size of an int
+    kinds = [kernel, torch.cuda.current_device(), *flags.values()]
+    for x in arguments:
+        if type(x) is int:
+            kinds.append((x % 16 == 0) + 2 * (x == 1) + 4 * (x >= 2**31))
+        elif isinstance(x, Tensor):
+            kinds += x.dtype, x.data_ptr() % 16 == 0
+        else:
+            kinds.append(x is None)
+    key = tuple(kinds)
     known = _COMPILED.get(key)
     if known is None:
         compiled = kernel[grid](*arguments, **flags)
@@ -1658,8 +1777,10 @@ def _make_states(
             norms.new_empty(cut.sequences, kv_heads, layout.rows),
         )
     elements = layout.rows * layout.d
-    block = 512  # at least an element a thread: a tile held twice would be added twice, the sums being in place
-    together = 16 if varlen else min(16, _power_of_2(cut.slots, 2))
+    # At least an element a thread: a tile held twice would be added twice, the sums being in place. With 1,024
+    # elements a thread has its 16 bytes of every slot, and sums them without the other threads.
+    block = 1024
+    together = 8 if varlen else min(8, _power_of_2(cut.slots, 2))
     _launch(
         _scan_kernel,
         (cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block)),
@@ -1693,6 +1814,7 @@ def _forward(
     mask = _byte_mask(attention_mask)
     initial = initial_state is not None
     with _Guard(q):
+        v = _even_rows(v, layout.d)
         cut = _cut(batch, length, plan.segment, initial, output_final_state, cu_seqlens)
         varlen = cut.cu is not None
         o = q.new_empty(batch, length, heads, head_dim)
@@ -1738,6 +1860,7 @@ def _forward(
             ),
             F=feature_dim,
             D=head_dim,
+            DV=v.shape[-1],
             FP=layout.f,
             DP=layout.d,
             BD=block_d,
@@ -1819,6 +1942,7 @@ def _backward(
         dq = q.new_empty(q.shape)
         dk = k.new_empty(k.shape)
         dv = v.new_empty(v.shape)
+        v = _even_rows(v, layout.d)
         half = torch.float32 if q.dtype == torch.float32 or _INTERPRETED else torch.bfloat16
         dn = q.new_empty(batch, length, heads, layout.d, dtype=half)
         delta = torch.empty_like(rz)
@@ -1921,6 +2045,7 @@ def _backward(
                 half_alpha,
             ),
             **sizes,
+            DV=v.shape[-1],
             H=heads,
             G=group,
             BM=rows,
@@ -1976,9 +2101,11 @@ def _backward(
                 layout.beta,
             ),
             **sizes,
+            DV=v.shape[-1],
             HKV=kv_heads,
             G=group,
             BM=rows,
+            BN=plan.narrow or rows,
             QUAD=layout.quad,
             LIN=layout.lin,
             CONST=layout.const,
