@@ -6,7 +6,7 @@
 
 Three tables: the one-token kernel at several batch sizes, with the time that its state's bytes take at the copy
 bandwidth; tokens per second of a training step of configuration/150m-rebased and 150m-softmax (bfloat16, forward and
-backward of the loss, no optimizer); tokens per second and peak memory of greedy steps after a context, at one batch
+backward of the loss, no optimizer), as they are and with layers that torch.compile compiled; tokens per second and peak memory of greedy steps after a context, at one batch
 size for both models, with a static cache, compiled. The context is fed in pieces. Writes decode.csv, training.csv and
 generation.csv.
 """
@@ -18,6 +18,7 @@ import csv
 import gc
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -80,21 +81,24 @@ def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) 
 
 
 def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
-    for length in lengths:
-        for name in MODELS:
-            model = load(name, length).train()
-            ids = torch.randint(model.config.vocab_size, (max(1, tokens // length), length), device="cuda")
+    for length, compiled, name in product(lengths, (False, True), MODELS):
+        model = load(name, length).train()
+        if compiled:
+            torch.compiler.reset()
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+        ids = torch.randint(model.config.vocab_size, (max(1, tokens // length), length), device="cuda")
 
-            def step(model=model, ids=ids) -> None:
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-                model.zero_grad(set_to_none=True)
+        def step(model=model, ids=ids) -> None:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
 
-            rate = ids.numel() / median_ms(step) * 1e3
-            rows.append({"model": name, "T": length, "tokens_per_s": rate})
-            print(f"training    {name:14s} T {length:6d}  {rate:10.0f} tokens/s", flush=True)
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
+        rate = ids.numel() / median_ms(step) * 1e3
+        rows.append({"model": name, "T": length, "compiled": compiled, "tokens_per_s": rate})
+        print(f"training    {name:14s} T {length:6d}  compiled {compiled!s:5s}  {rate:10.0f} tokens/s", flush=True)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def compiled_step(model: ReBasedForCausalLM, cache: StaticCache):

@@ -168,45 +168,50 @@ class ReBasedCausalConv(nn.Module):
         Returns:
             `torch.Tensor`: [B, T, size].
         """
-        x = hidden_states.transpose(1, 2)  # [B, size, T]
         if segment_ids is not None:
-            return self._packed_conv(x, segment_ids).transpose(1, 2)
-        length = x.shape[2]
+            return self._taps(F.pad(hidden_states, (0, 0, self.kernel_size, 0)), segment_ids)
+        x = hidden_states
         state, _ = previous_state(past_key_values, self.layer_idx)
-        if state is None:
-            state = x.new_zeros(*x.shape[:2], self.kernel_size)
-        state = state.to(x.dtype)
         if attention_mask is not None:
             # Bring each row's real tokens together at its start, and remember where each went.
             kept = attention_mask.bool()
-            order = kept.logical_not().long().argsort(dim=1, stable=True)[:, None].expand_as(x)
-            x = x.gather(2, order)
-        window = torch.cat([state, x], dim=2)
-        out = F.conv1d(window[..., 1:], self.conv.weight, self.conv.bias, groups=x.shape[1])
+            order = kept.logical_not().long().argsort(dim=1, stable=True)[..., None].expand_as(x)
+            x = x.gather(1, order)
+        if state is None:
+            window = F.pad(x, (0, 0, self.kernel_size, 0))  # [B, kernel_size + T, size]
+        else:
+            window = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
+        out = self._taps(window)
         if past_key_values is not None:
             if attention_mask is None:
-                state = window[..., -self.kernel_size :]
+                state = window[:, -self.kernel_size :]
             else:
                 last = kept.sum(1)[:, None] + torch.arange(self.kernel_size, device=x.device)
-                state = window.gather(2, last[:, None].expand(-1, x.shape[1], -1))
-            past_key_values.update_conv_state(state, self.layer_idx)
+                state = window.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+            past_key_values.update_conv_state(state.transpose(1, 2), self.layer_idx)
             past_key_values.update_recurrent_state(counts, self.layer_idx)
         if attention_mask is not None:
             position = (kept.long().cumsum(1) - 1).clamp_min(0)
-            out = out.gather(2, position[:, None].expand(-1, out.shape[1], length))
-        return out.transpose(1, 2)
+            out = out.gather(1, position[..., None].expand_as(out))
+        return out
 
-    def _packed_conv(self, x: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-        """The convolution tap by tap, so that no tap reaches into the sequence before: [B, size, T]."""
-        length = x.shape[2]
+    def _taps(self, window: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The convolution of [B, kernel_size + T, size] tap by tap, [B, T, size].
+
+        Faster than `F.conv1d` in groups of one channel, and torch.compile makes one kernel of it and of what follows.
+        No tap reaches into another sequence of `segment_ids`, [B, T].
+        """
+        size, length = self.kernel_size, window.shape[1] - self.kernel_size
         weight = self.conv.weight[:, 0]  # [size, kernel_size]
-        out = weight[:, -1:] * x
+        out = window[:, size:] * weight[:, -1]
         if self.conv.bias is not None:
-            out = out + self.conv.bias[:, None]
-        for distance in range(1, min(self.kernel_size, length)):
-            same = (segment_ids[:, distance:] == segment_ids[:, :-distance])[:, None].to(x.dtype)
-            tap = weight[:, -1 - distance, None] * x[..., :-distance] * same
-            out = out + F.pad(tap, (distance, 0))
+            out = out + self.conv.bias
+        for distance in range(1, size):
+            earlier = window[:, size - distance :][:, :length]
+            if segment_ids is not None:
+                same = segment_ids == F.pad(segment_ids, (distance, 0), value=-1)[:, :length]
+                earlier = earlier * same[..., None]
+            out = torch.addcmul(out, earlier, weight[:, -1 - distance])
         return out
 
 
