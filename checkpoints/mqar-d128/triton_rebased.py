@@ -1171,9 +1171,9 @@ def _dkdv_kernel(
                     acc_v = _finished(acc_v, CT)
         for i in tl.range(full, tokens, BN, num_stages=1):  # the last tile, if it is not full
             later = i + block < tokens
-            queries = _load_rows(qg, block, later, sqt, f, F, F == FP, True)
-            grad = _load_rows(dg, block, later, HKV * G * DP, d, DP, True, True)
-            minus = _load_rows(ag, block, later, HKV * G * 16, f16, 16, True, True)
+            queries = _load_rows(qg, i - full + block, later, sqt, f, F, F == FP, True)
+            grad = _load_rows(dg, i - full + block, later, HKV * G * DP, d, DP, True, True)
+            minus = _load_rows(ag, i - full + block, later, HKV * G * 16, f16, 16, True, True)
             acc_k, acc_v = _dkdv_tile(
                 acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
                 QUAD, LIN, CONST, False, CT, PREC,

@@ -138,6 +138,16 @@ def test_shapes(shape):
     check(*make(*shape), final=False, eps=1e-2)
 
 
+@pytest.mark.parametrize("narrow", [0, 16])
+@pytest.mark.parametrize("width", [8, 20])
+def test_segments_of_many_tiles(width, narrow, monkeypatch):
+    """As on a GPU, where a segment has more than two tiles, square ones or narrow ones."""
+    rows = (32, 4, 1)
+    plan = triton_rebased.Plan(256, *[rows] * 6, narrow=narrow)
+    monkeypatch.setattr(triton_rebased, "_plan", lambda *args: plan)
+    check(*make(1, 150, 2, 1, width, 20), final=False, eps=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("final", [False, True])
 def test_half_precision(dtype, final):
