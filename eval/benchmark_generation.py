@@ -7,8 +7,8 @@
 Three tables: the one-token kernel at several batch sizes, with the time that its state's bytes take at the copy
 bandwidth; tokens per second of a training step of configuration/150m-rebased and 150m-softmax (bfloat16, forward and
 backward of the loss, no optimizer), as they are and with torch.compile of each layer; tokens per second and peak
-memory of greedy steps after a context, at one batch size for both models, with a static cache, compiled. The context is
-fed in pieces. Writes decode.csv, training.csv and generation.csv.
+memory of greedy steps after a context, at one batch size for both models, with a static cache, compiled. The context
+is fed in pieces. Writes decode.csv, training.csv and generation.csv.
 """
 
 from __future__ import annotations
