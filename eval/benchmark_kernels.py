@@ -218,7 +218,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("The kernels are for GPUs, and torch sees none here; benchmark_eager.py times the CPU.")
     torch.manual_seed(0)
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": " ".join(sys.argv)}
+    command = " ".join(["python -m eval.benchmark_kernels", *sys.argv[1:]])
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
     rates = ceilings()
     machine |= rates
     print(

@@ -78,7 +78,7 @@ if [[ $parts == *train* ]]; then
     linearize "$gguf" "$work/teacher" --layers softmax > "$work/logs/teacher.log" 2>&1 || { tail "$work/logs/teacher.log"; exit 1; }
     said "read the teacher"
     (
-        timeout 100 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
+        timeout 190 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
             --output "$work/answers.npy" > "$work/logs/answers.log" 2>&1
         said "$(grep dialogues "$work/logs/answers.log")"
     ) &
@@ -89,7 +89,8 @@ if [[ $parts == *compare* ]]; then
     students=()
     for variant in $variants; do students+=(--student "$variant=$work/$variant"); done
     said "comparing"
-    timeout "$(left)" python3 -m eval.compare_students "$out" --teacher "$work/teacher" "${students[@]}" \
+    # Expandable segments make caches that grow with every token slow.
+    timeout "$(left)" env -u PYTORCH_CUDA_ALLOC_CONF python3 -m eval.compare_students "$out" --teacher "$work/teacher" "${students[@]}" \
         --text "$held_out" --text "$other" --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) \
         --new-tokens 100 ${COMPARE:-} > "$work/logs/compare.log" 2>&1
     tail -n 70 "$work/logs/compare.log"
