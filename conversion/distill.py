@@ -43,7 +43,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_rebased import ReBasedForCausalLM
 
-from .files import ConversionError, progress
+from .files import ConversionError, load_model, progress
 
 
 LINEAR = ("linear_attention", "hybrid_sliding")
@@ -488,8 +488,10 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
         if distill.max_seconds <= 0:
             raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
         arguments.max_steps = 10**9 if arguments.max_steps <= 0 else arguments.max_steps
-    teacher = AutoModelForCausalLM.from_pretrained(distill.teacher, dtype=half)
-    student: Any = ReBasedForCausalLM.from_pretrained(distill.student, dtype=torch.float32)
+    teacher = load_model(AutoModelForCausalLM, distill.teacher, f"--teacher {distill.teacher!r}", dtype=half)
+    student: Any = load_model(
+        ReBasedForCausalLM, distill.student, f"--student {distill.student!r}", dtype=torch.float32
+    )
     check_pair(teacher, student)
     for i in linear_layers(student) if distill.stage == "transfer" or distill.kernel_backend != "auto" else []:
         student.model.layers[i].self_attn.backend = distill.kernel_backend

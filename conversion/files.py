@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 
@@ -281,6 +281,32 @@ def read_weights(folder: Path, skip: str | None = None, skipped: list[str] | Non
     state = _without(state, skip, skipped if skipped is not None else [])
     check_tensors(state, str(folder))
     return state
+
+
+def load_model(model_class: Any, folder: str | os.PathLike, where: str, **options: Any) -> PreTrainedModel:
+    """`model_class.from_pretrained(folder)`, all of whose weights are the folder's.
+
+    The library makes up weights that it does not find and passes over those that it has no place for, with a warning.
+
+    Args:
+        model_class: the library's, an Auto class or a model's own.
+        folder: with safetensors, or a GGUF file that `options` name.
+        where: the argument and its value, for messages.
+        options: of `from_pretrained`.
+
+    Raises:
+        ConversionError: the weights are missing, truncated, or not just those that the configuration asks for.
+    """
+    try:
+        model, found = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except Exception as error:  # the library's errors about weights are of many kinds
+        raise ConversionError(f"The weights in {where} cannot be loaded: {error}") from error
+    missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing or unknown:
+        raise ConversionError(
+            f"{where} does not fit its configuration: missing {_some(missing)}; unknown {_some(unknown)}."
+        )
+    return model
 
 
 def make_config(**fields: Any) -> ReBasedConfig:

@@ -27,6 +27,7 @@ from .files import (
     check_against,
     check_destination,
     load_folder,
+    load_model,
     make_config,
     model_shapes,
     progress,
@@ -92,13 +93,13 @@ def linearize(
     except Exception as error:  # the library's errors about configurations are of many kinds
         raise ConversionError(f"SOURCE {str(source)!r} has no configuration of a known model: {error}") from error
     types = layer_types(theirs, layers)
+    if "gguf_file" in options and theirs.model_type in FAMILY:
+        _check_gguf(Path(source), theirs)
     config = student_config(theirs, types, feature_dim, window, rotate)
-    try:
-        teacher = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32 if "gguf_file" in options else "auto", use_safetensors=True, **options
-        )
-    except Exception as error:  # missing, truncated or mismatched weights
-        raise ConversionError(f"The weights in SOURCE {str(source)!r} cannot be loaded: {error}") from error
+    dtype = torch.float32 if "gguf_file" in options else "auto"
+    teacher = load_model(
+        AutoModelForCausalLM, folder, f"SOURCE {str(source)!r}", config=theirs, dtype=dtype, **options
+    )
     tokens = (
         _gguf_tokenizer(folder, options, theirs) if "gguf_file" in options else _load_tokenizer(folder, None, config)
     )
@@ -123,6 +124,59 @@ def linearize(
             if tokens is not None:
                 tokens.save_pretrained(path)
     return report
+
+
+def _check_gguf(path: Path, theirs: PreTrainedConfig) -> None:
+    """Check that the library reads all of a GGUF file, and read the size of a head, which it does not always.
+
+    It passes over tensors that it has no place for, scaled rotary embeddings (and with them those of Llama 3.1 and
+    after, whose factors are a tensor) and sliding windows, without a word; and it takes Qwen3's heads to be of 128.
+
+    Args:
+        path: the file.
+        theirs: what the library made of it; `head_dim` is set.
+
+    Raises:
+        ConversionError: naming what it would pass over.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    kind = reader.fields["general.architecture"].contents()
+
+    def read(name: str) -> Any:
+        field = reader.fields.get(f"{kind}.{name}")
+        return None if field is None else field.contents()
+
+    head_dim = read("attention.key_length")
+    if isinstance(head_dim, int):
+        theirs.head_dim = head_dim
+    rotated = read("rope.dimension_count")
+    size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    wrong = [
+        f"{name} {value!r}"
+        for name, value, plain in (
+            ("rope.dimension_count", rotated, (None, size)),
+            ("rope.scaling.type", read("rope.scaling.type"), (None, "none")),
+            ("attention.sliding_window", read("attention.sliding_window"), (None, 0)),
+        )
+        if value not in plain
+    ]
+    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), None)
+    if arch is not None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(theirs)
+        names = gguf.get_tensor_name_map(arch, theirs.num_hidden_layers)
+        read_names = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+        for tensor in reader.tensors:
+            unscaled = tensor.name == "rope_freqs.weight" and (tensor.data == 1).all()
+            if tensor.name not in read_names and not unscaled:
+                wrong.append(f"the tensor {tensor.name!r}")
+    if wrong:
+        raise ConversionError(
+            f"SOURCE {str(path)!r} has what transformers does not read of a GGUF file, {', '.join(wrong[:5])}, so "
+            "that its model would be another one; give the folder with safetensors that the file was made from."
+        )
 
 
 def _gguf_tokenizer(folder: Path, options: dict[str, Any], theirs: PreTrainedConfig) -> PreTrainedTokenizerBase | None:

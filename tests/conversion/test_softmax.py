@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -256,44 +257,128 @@ def test_other_families_and_damaged_weights(tmp_path):
     assert not (tmp_path / "start").exists()
 
 
-def write_gguf(path, teacher):
-    """The teacher as llama.cpp's converter writes it: pairs of rotated numbers side by side, without a tokenizer."""
+def write_gguf(path, teacher, fields=None, tensors=None):
+    """The teacher as llama.cpp's converter writes it, without a tokenizer.
+
+    Pairs of rotated numbers lie side by side in architecture llama only, and `head_dim` is `key_length` but in qwen2.
+    `fields` (strings and numbers) and `tensors` are added to the file's own.
+    """
     gguf = pytest.importorskip("gguf")
     config = teacher.config
-    writer = gguf.GGUFWriter(path, "llama")
+    kind = config.model_type
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, kind)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_rope_dimension_count(config.head_dim)
+    if kind == "llama":
+        writer.add_rope_dimension_count(head_dim)
+    if kind == "qwen3":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in (fields or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+    names = gguf.get_tensor_name_map(
+        next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), config.num_hidden_layers
+    )
     for name, tensor in teacher.state_dict().items():
         for x, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-            if f".{x}_proj." in name:
+            if kind == "llama" and f".{x}_proj." in name:
                 tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        if name != "lm_head.weight":
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.contiguous().numpy())
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def test_gguf(tmp_path):
-    teacher = make_teacher(tmp_path / "teacher")
+GGUF = {
+    "llama": ("llama", {}),
+    "llama, untied": ("llama", {"head_dim": 24, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 of the size the library takes for granted": ("qwen3", {"head_dim": 128}),
+}
+# Not the library's default, nor that of any of these models.
+ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+
+
+@pytest.mark.parametrize("case", GGUF)
+def test_gguf(tmp_path, case):
+    """transformers reads qwen2 with its biases, and qwen3 with its norms, but takes heads of qwen3 to be of 128."""
+    kind, fields = GGUF[case]
+    teacher = make_teacher(tmp_path / "teacher", kind, rope_parameters=ROPE, **fields)
     write_gguf(tmp_path / "model.gguf", teacher)
+    linearize(tmp_path / "model.gguf", tmp_path / "softmax", layers="softmax")
+    student = ReBasedForCausalLM.from_pretrained(tmp_path / "softmax").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(student(make_ids()).logits, teacher(make_ids()).logits, atol=1e-5, rtol=1e-5)
+
     report = linearize(tmp_path / "model.gguf", tmp_path / "from_gguf", layers="hybrid", feature_dim=4)
     linearize(tmp_path / "teacher", tmp_path / "from_folder", layers="hybrid", feature_dim=4)
-    one, other = (
-        ReBasedForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("from_gguf", "from_folder")
-    )
+    one, other = (ReBasedForCausalLM.from_pretrained(tmp_path / name) for name in ("from_gguf", "from_folder"))
+    assert one.config.rope_parameters == other.config.rope_parameters
+    assert one.config.tie_word_embeddings == other.config.tie_word_embeddings
+    one, other = one.state_dict(), other.state_dict()
     assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
     assert "no tokenizer" in str(report)
+
+
+PASSED_OVER = {
+    "llama 3's rotation": ({"tensors": {"rope_freqs.weight": torch.arange(1.0, 9.0)}}, "'rope_freqs.weight'"),
+    "scaled rotation": ({"fields": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type 'yarn'"),
+    "bias": ({"tensors": {"blk.2.attn_q.bias": torch.ones(64)}}, "the tensor 'blk.2.attn_q.bias'"),
+    "window": ({"fields": {"llama.attention.sliding_window": 32}}, "attention.sliding_window 32"),
+    "partial rotation": ({"fields": {"llama.attention.key_length": 32}}, "rope.dimension_count 16"),
+}
+
+
+@pytest.mark.parametrize("case", PASSED_OVER)
+def test_a_gguf_of_which_the_library_passes_over_something_is_refused(tmp_path, case):
+    written, message = PASSED_OVER[case]
+    write_gguf(tmp_path / "model.gguf", make_teacher(tmp_path / "teacher"), **written)
+    with pytest.raises(ConversionError, match=f"does not read of a GGUF file, .*{message}"):
+        linearize(tmp_path / "model.gguf", tmp_path / "start")
+    assert not (tmp_path / "start").exists()
+
+
+def test_a_gguf_with_a_rotation_scaled_by_one_and_a_damaged_one(tmp_path):
+    teacher = make_teacher(tmp_path / "teacher")
+    write_gguf(tmp_path / "model.gguf", teacher, tensors={"rope_freqs.weight": torch.ones(8)})
+    linearize(tmp_path / "model.gguf", tmp_path / "start")
+    whole = (tmp_path / "model.gguf").read_bytes()
+    for size in (10, 500, len(whole) // 2, len(whole) - 50):
+        (tmp_path / "model.gguf").write_bytes(whole[:size])
+        with pytest.raises(ConversionError, match=r"model\.gguf"):
+            linearize(tmp_path / "model.gguf", tmp_path / "start", overwrite=True)
+    partial = {name: tensor for name, tensor in teacher.state_dict().items() if "2.mlp.up" not in name}
+    teacher.state_dict = lambda: partial
+    write_gguf(tmp_path / "model.gguf", teacher)
+    with pytest.raises(ConversionError, match=r"missing 'model.layers.2.mlp.up_proj.weight'; unknown none"):
+        linearize(tmp_path / "model.gguf", tmp_path / "start", overwrite=True)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_weights_that_the_library_makes_up_or_passes_over(tmp_path, change):
+    make_teacher(tmp_path / "teacher")
+    path = tmp_path / "teacher" / "model.safetensors"
+    state = load_file(path)
+    weight = state.pop("model.layers.1.mlp.up_proj.weight")
+    if change == "unknown":
+        state |= {"model.layers.1.mlp.up_proj.weight": weight, "model.layers.1.mlp.up_proj.bias": weight[:, 0].clone()}
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=f"does not fit its configuration: .*{change} 'model.layers.1.mlp.up"):
+        linearize(tmp_path / "teacher", tmp_path / "start")
+    assert not (tmp_path / "start").exists()
 
 
 def test_the_special_tokens_of_a_gguf_are_the_configurations(tmp_path, monkeypatch):
