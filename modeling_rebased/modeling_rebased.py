@@ -199,10 +199,13 @@ class ReBasedCausalConv(nn.Module):
         """The convolution of [B, kernel_size + T, size] tap by tap, [B, T, size].
 
         Faster than `F.conv1d` in groups of one channel, and torch.compile makes one kernel of it and of what follows.
-        No tap reaches into another sequence of `segment_ids`, [B, T].
+        No tap reaches into another sequence of `segment_ids`, [B, T]. Like `F.conv1d` it rounds to the window's dtype
+        once, at the end.
         """
         size, length = self.kernel_size, window.shape[1] - self.kernel_size
         weight = self.conv.weight[:, 0]  # [size, kernel_size]
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            weight = weight.float()  # so that products and sums are float32
         out = window[:, size:] * weight[:, -1]
         if self.conv.bias is not None:
             out = out + self.conv.bias
@@ -212,7 +215,7 @@ class ReBasedCausalConv(nn.Module):
                 same = segment_ids == F.pad(segment_ids, (distance, 0), value=-1)[:, :length]
                 earlier = earlier * same[..., None]
             out = torch.addcmul(out, earlier, weight[:, -1 - distance])
-        return out
+        return out.to(window.dtype)
 
 
 class ReBasedShortConv(ReBasedCausalConv):
@@ -774,7 +777,8 @@ class ReBasedModel(ReBasedPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor`, *optional*): [B, T].
             attention_mask (`torch.Tensor`, *optional*): [B, cached + T], 0 at padding, left, right or between. Or the
-                masks that `create_masks_for_generate` made.
+                masks that `create_masks_for_generate` made. Softmax windows count columns, as everywhere in
+                transformers: padding between a row's tokens takes room in them.
             position_ids (`torch.LongTensor`, *optional*): [B, T] or [1, T]. By default each row's real tokens are
                 counted from 0, on from what the cache holds. Where they restart and there is neither mask nor cache,
                 they mark packed sequences.

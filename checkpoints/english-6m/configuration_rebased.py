@@ -4,8 +4,9 @@
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 KERNEL_COEFFICIENTS = {"rebased": (0.0, 0.0, 1.0), "based": (1.0, 1.0, 0.5)}
@@ -115,6 +116,12 @@ class ReBasedConfig(PreTrainedConfig):
         kernel_backend (`str`, *optional*, defaults to `"auto"`):
             Implementation of the linear attention: "auto", "eager" (PyTorch) or "triton" (kernels for GPUs). See
             `rebased_attention`.
+        pad_token_id (`int`, *optional*):
+            Token of padding, below `vocab_size`. Its embedding starts at zero.
+        bos_token_id (`int`, *optional*):
+            Token that begins a text.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Token, or tokens, that end a text.
 
     ```python
     >>> from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
@@ -262,6 +269,10 @@ class ReBasedConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             require(getattr(self, field) >= 1, f"`{field}` must be at least 1, but got {getattr(self, field)}.")
+        require(
+            self.pad_token_id is None or self.pad_token_id < self.vocab_size,
+            f"`pad_token_id` ({self.pad_token_id}) must be less than `vocab_size` ({self.vocab_size}).",
+        )
         for field in ("qk_norm_eps", "attention_eps", "norm_eps"):
             require(getattr(self, field) > 0, f"`{field}` must be positive, but got {getattr(self, field)}.")
         for field in ("embedding_dropout", "residual_dropout"):
@@ -305,6 +316,17 @@ class ReBasedConfig(PreTrainedConfig):
             f"`conv_intermediate_size={width}` needs `conv_type='gated'`, but that is {self.conv_type!r}.",
         )
         require(width is None or width >= 1, f"`conv_intermediate_size` must be at least 1, but got {width}.")
+        if self.mlp_type != "none":
+            require(
+                self.intermediate_size >= 1,
+                f"`intermediate_size` must be at least 1 for `mlp_type={self.mlp_type!r}`, but got "
+                f"{self.intermediate_size}.",
+            )
+            require(
+                self.hidden_act in ACT2FN,
+                f"`hidden_act` must be an activation of transformers for `mlp_type={self.mlp_type!r}`, one of "
+                f"{sorted(ACT2FN)}, but got {self.hidden_act!r}.",
+            )
         softmax = sorted(set(self.layer_types) & set(SOFTMAX_LAYER_TYPES))
         windowed = [t for t in softmax if t != "full_attention"]
         require(
@@ -312,6 +334,7 @@ class ReBasedConfig(PreTrainedConfig):
             f"`sliding_window` must be at least 1 where `layer_types` has {windowed}, but got {self.sliding_window}.",
         )
         rope = self.position_embedding_type == "rope"
+        rope_type = self.rope_parameters.get("rope_type") if rope else None
         require(
             not (rope and softmax) or self.head_dim % 2 == 0,
             f"`position_embedding_type='rope'` needs an even `head_dim` in softmax layers, but it is {self.head_dim}.",
@@ -326,6 +349,11 @@ class ReBasedConfig(PreTrainedConfig):
             f"{self.rope_parameters}.",
         )
         require(
+            not rope or rope_type == "default" or rope_type in ROPE_INIT_FUNCTIONS,
+            "`rope_parameters` must have a `rope_type` that transformers knows, one of "
+            f"{sorted({'default', *ROPE_INIT_FUNCTIONS})}, but it is {rope_type!r}.",
+        )
+        require(
             rope or not self.rope_linear_attention,
             "`rope_linear_attention=True` needs `position_embedding_type='rope'`, but that is "
             f"{self.position_embedding_type!r}.",
@@ -333,6 +361,11 @@ class ReBasedConfig(PreTrainedConfig):
         require(
             not self.rope_linear_attention or self.feature_dim % 2 == 0,
             f"`rope_linear_attention=True` needs an even `feature_dim`, but it is {self.feature_dim}.",
+        )
+        require(
+            not self.rope_linear_attention or rope_type == "default" or self.feature_dim == self.head_dim,
+            f"`rope_linear_attention=True` with `rope_parameters` of type {rope_type!r} needs `feature_dim` "
+            f"({self.feature_dim}) to be `head_dim` ({self.head_dim}); only the 'default' type serves two sizes.",
         )
 
 

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ def test_defaults():
     assert not ReBasedConfig(kernel="based").normalize
     assert config.conv_type == "residual" and config.conv_intermediate_size is None
     assert ReBasedConfig(conv_type="gated").conv_intermediate_size == 2 * 768
+
+
+def test_every_field_is_documented():
+    fields = set(ReBasedConfig.__annotations__)
+    documented = set(re.findall(r"^ +(\w+) \(`", ReBasedConfig.__doc__, re.MULTILINE))
+    assert documented == fields - {"keys_to_ignore_at_inference", "base_model_pp_plan"}
 
 
 def test_round_trip(tmp_path):
@@ -62,6 +69,22 @@ def test_round_trip(tmp_path):
         ({"kernel": "softmax"}, ["kernel"]),
         ({"mlp_type": "moe"}, ["mlp_type"]),
         ({"vocab_size": 0}, ["vocab_size"]),
+        ({"vocab_size": 10, "pad_token_id": 10}, ["pad_token_id", "vocab_size"]),
+        ({"mlp_type": "swiglu", "intermediate_size": 0}, ["intermediate_size", "mlp_type"]),
+        ({"hidden_act": "softmax"}, ["hidden_act", "mlp_type"]),
+        (
+            {"position_embedding_type": "rope", "rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            ["rope_parameters", "rope_type", "spiral"],
+        ),
+        (
+            {
+                "layer_types": ["linear_attention"] * 12,
+                "position_embedding_type": "rope",
+                "rope_linear_attention": True,
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            },
+            ["rope_linear_attention", "rope_parameters", "feature_dim", "head_dim"],
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(fields, named):
