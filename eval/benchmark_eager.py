@@ -28,6 +28,7 @@ TRAINING_LIMIT = 16384
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
+    """Median wall clock of some calls, after one that is not counted, in milliseconds."""
     function()
     times = []
     for _ in range(repeats):
@@ -74,6 +75,8 @@ def time_length(length: int, heads: int, feature_dim: int, head_dim: int, repeat
 
 
 def print_row(row: dict[str, float | None]) -> None:
+    """Print one length as a line of the table."""
+
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f}"
 
@@ -86,6 +89,7 @@ def print_row(row: dict[str, float | None]) -> None:
 
 
 def plot(rows: list[dict[str, float | None]], path: Path, title: str) -> None:
+    """Draw milliseconds over tokens, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,6 +110,7 @@ def plot(rows: list[dict[str, float | None]], path: Path, title: str) -> None:
 
 
 def main() -> None:
+    """Time every length, and write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--feature_dim", type=int, default=16)

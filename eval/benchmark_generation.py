@@ -18,8 +18,10 @@ import csv
 import gc
 import sys
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import StaticCache
@@ -39,7 +41,7 @@ def load(name: str, length: int) -> ReBasedForCausalLM:
         return ReBasedForCausalLM(config).bfloat16()
 
 
-def median_ms(function, repeats: int = 5) -> float:
+def median_ms(function: Callable[[], Any], repeats: int = 5) -> float:
     """Wall clock with the GPU waited for: host time counts, as it does for a user."""
     function()
     times = []
@@ -81,6 +83,7 @@ def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) 
 
 
 def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
+    """Tokens per second of a training step at each length; appends to `rows`."""
     for length, compiled, name in product(lengths, (False, True), MODELS):
         model = load(name, length).train()
         if compiled:
@@ -101,7 +104,7 @@ def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
         torch.cuda.empty_cache()
 
 
-def compiled_step(model: ReBasedForCausalLM, cache: StaticCache):
+def compiled_step(model: ReBasedForCausalLM, cache: StaticCache) -> Callable[[torch.Tensor], torch.Tensor]:
     """One greedy step, as generate() runs it with a static cache: compiled, in a CUDA graph."""
 
     def step(token: torch.Tensor) -> torch.Tensor:
@@ -119,6 +122,7 @@ def compiled_step(model: ReBasedForCausalLM, cache: StaticCache):
 
 @torch.no_grad()
 def generation_table(rows: list[dict], batch: int, contexts: list[int], steps: int, piece: int) -> None:
+    """Tokens per second and peak memory of greedy steps after each context; appends to `rows`."""
     for context in contexts:
         for name in MODELS:
             torch.cuda.reset_peak_memory_stats()
@@ -152,6 +156,7 @@ def generation_table(rows: list[dict], batch: int, contexts: list[int], steps: i
 
 
 def main() -> None:
+    """Make the three tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a training step")
@@ -176,6 +181,7 @@ def main() -> None:
 
 
 def write(tables: dict[str, list[dict]], output: Path) -> None:
+    """Write each table that has rows as a csv file."""
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         if not rows:

@@ -43,6 +43,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rebased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernels that are timed."""
     from modeling_rebased import rebased_attention
 
     return rebased_attention(q, k, v, eps=1e-12, backend="triton")[0]
@@ -84,6 +85,7 @@ def make_inputs(length: int, tokens: int, heads: int, feature_dim: int, head_dim
 
 
 def train(function: Callable, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward: the output and the gradients of q, k and v."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     output = function(*leaves)
     return (output, *torch.autograd.grad(output, leaves, grad))
@@ -122,6 +124,7 @@ def extra_memory() -> Iterator[list[float]]:
 
 
 def time_ms(function: Callable[[], object]) -> float:
+    """Median time of a call in milliseconds, by triton's own timer."""
     from triton.testing import do_bench
 
     return do_bench(function, warmup=10, rep=50, return_mode="median")
@@ -207,6 +210,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 
 
 def main() -> None:
+    """Check every method against the definition, time it, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for kernels.csv, machine.json and kernels.png")
     parser.add_argument("--feature-dim", type=int, default=16)
@@ -234,6 +238,7 @@ def main() -> None:
 
 
 def write(rows: list[dict], machine: dict, arguments: argparse.Namespace) -> None:
+    """Write kernels.csv, machine.json and kernels.png."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     with (arguments.output / "kernels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

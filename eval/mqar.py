@@ -19,8 +19,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 # The second key of the hash, so that no training example is drawn from the numbers of a test example.
@@ -366,7 +371,7 @@ def count_correct(
     return int(correct), asked
 
 
-def accuracy(model: torch.nn.Module, examples: MQARExamples, **kwargs) -> float:
+def accuracy(model: torch.nn.Module, examples: MQARExamples, **kwargs: Any) -> float:
     """`count_correct` as a fraction."""
     correct, asked = count_correct(model, examples, **kwargs)
     return correct / asked
@@ -380,7 +385,7 @@ def symbols(vocab_size: int = 8192) -> list[str]:
     return [FILLER, *(str(i) for i in range(1, vocab_size))]
 
 
-def build_tokenizer(vocab_size: int = 8192, model_max_length: int = 2048):
+def build_tokenizer(vocab_size: int = 8192, model_max_length: int = 2048) -> PreTrainedTokenizerFast:
     """Return the WordLevel tokenizer of MQAR checkpoints: a symbol a token, split at spaces, no special tokens added.
 
     A word that is no symbol raises an error when encoded. The filler doubles as the end-of-text and padding token,
@@ -407,6 +412,7 @@ def to_text(token_ids: list[int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Make the examples, time it, and print what was asked for."""
     parser = argparse.ArgumentParser(description="Generate MQAR data, time it, and look for leakage.")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--pairs", type=int, help="default: Figure 1's number for the length")

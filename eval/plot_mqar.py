@@ -213,6 +213,7 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Read the runs and write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", metavar="JSONL", help="what train_mqar wrote")
     parser.add_argument("--output", default=".", metavar="DIR", help="for figure_1.png, curves.png and figure_1.md")

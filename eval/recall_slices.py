@@ -221,6 +221,7 @@ def evaluate(
 
 
 def markdown(results: dict[str, Slices]) -> str:
+    """The table of all models and slices, in Markdown."""
     lines = [
         "| model | slice | tokens | share | loss | perplexity | accuracy |",
         "| --- | --- | --: | --: | --: | --: | --: |",
@@ -278,6 +279,7 @@ def read_documents(paths: list[str]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Score the models and write the table, the numbers and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(

@@ -168,6 +168,7 @@ class LMTrainer(Trainer):
     """A Trainer that also reports bits per byte, which compares models whatever their tokenizers."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the library's, with `eval_bits_per_byte` beside `eval_loss`."""
         if "eval_loss" in logs:
             tokens_per_byte = len(self.eval_dataset.tokens) / self.eval_dataset.num_bytes
             logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) * tokens_per_byte

@@ -760,6 +760,7 @@ def _integers(text: str) -> list[int]:
 
 
 def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.Namespace]:
+    """Read the command line: the runs, what they share, and the rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", default="rebased", help=f"comma-separated, of {', '.join(MODELS)}")
@@ -843,6 +844,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train the runs that are asked for."""
     runs, options, args = parse(argv)
     if args.time_steps:
         for run in {kind_of(run): run for run in runs}.values():

@@ -1,7 +1,7 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
 """ReBased model configuration."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -186,7 +186,7 @@ class ReBasedConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             self.layer_types = ["linear_attention" if i % 2 else "conv" for i in range(self.num_hidden_layers)]
         if self.num_key_value_heads is None:
@@ -209,11 +209,11 @@ class ReBasedConfig(PreTrainedConfig):
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
-    def convert_rope_params_to_dict(self, **kwargs):
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Part of the library's initialisation: leaves `rope_parameters` alone where nothing is rotated."""
         return super().convert_rope_params_to_dict(**kwargs) if self.position_embedding_type == "rope" else kwargs
 
-    def validate_rope(self):
+    def validate_rope(self) -> None:
         """Part of `@strict`-powered validation. The library's checks are about softmax layers' `head_dim`."""
         if self.position_embedding_type == "rope" and set(self.layer_types) & set(SOFTMAX_LAYER_TYPES):
             super().validate_rope()
@@ -241,7 +241,7 @@ class ReBasedConfig(PreTrainedConfig):
             "layers.*.mlp.down_proj": "rowwise",
         }
 
-    def validate_layer_type(self):
+    def validate_layer_type(self) -> None:
         """Part of `@strict`-powered validation. The library's own, in 5.17, renames "conv" to "linear_attention"."""
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown:
@@ -252,7 +252,7 @@ class ReBasedConfig(PreTrainedConfig):
                 f"{len(self.layer_types)}."
             )
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: refuses what cannot work, and names the fields at odds."""
 
         def require(condition: bool, message: str) -> None:

@@ -40,6 +40,8 @@ from .configuration_rebased import ReBasedConfig
 
 
 class ReBasedRMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, the root in float32, output in the input's dtype."""
+
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -91,6 +93,13 @@ class ReBasedQKNorm(nn.Module):
 
 
 class ReBasedRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary position embeddings, of every kind that transformers knows.
+
+    Args:
+        config (`ReBasedConfig`): its `rope_parameters` say which kind.
+        dim (`int`): size of one head's queries and keys: `head_dim` in softmax layers, `feature_dim` in linear ones.
+    """
+
     def __init__(self, config: ReBasedConfig, dim: int):
         super().__init__()
         self.config = config
@@ -100,29 +109,27 @@ class ReBasedRotaryEmbedding(nn.Module):
         self.rope_type = config.rope_parameters["rope_type"]
         if self.rope_type == "default":
             inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
-        elif dim == config.head_dim:
+        else:  # of head_dim, which the configuration has checked to be `dim`
             inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config)
-        else:
-            raise ValueError(
-                f"`rope_linear_attention=True` with `rope_parameters` of type {self.rope_type!r} needs `feature_dim` "
-                f"({dim}) to be `head_dim` ({config.head_dim}); only the 'default' type serves two sizes."
-            )
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     def compute_default_rope_parameters(self, config: ReBasedConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies, float32 [dim / 2], and the factor of cos and sin, 1."""
         exponent = torch.arange(0, self.dim, 2, dtype=torch.float) / self.dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin [B or 1, T, dim] for int64 positions [B or 1, T], in x's dtype and on its device."""
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         emb = torch.cat((freqs, freqs), dim=-1)
         return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(x_1, x_2) -> (-x_2, x_1), the halves of the last dimension."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((-x2, x1), dim=-1)
 
@@ -130,6 +137,10 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k rotated by cos and sin [B or 1, T, dim], to which the heads' dimension, `unsqueeze_dim`, is added.
+
+    By default q and k are [B, H, T, dim]; with `unsqueeze_dim=2` they are [B, T, H, dim].
+    """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -396,6 +407,11 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention as it is defined, which also returns its weights; `attn_implementation="eager"`.
+
+    query [B, H, T, D], key and value [B, H_kv, S, D] and a mask that is added to the scores, [B or 1, 1, T, S] ->
+    [B, T, H, D] and weights [B, H, T, S], in query's dtype; the softmax is in float32.
+    """
     key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -551,6 +567,8 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
 
 
 class ReBasedMLP(nn.Module):
+    """down(act(up(x))), or with `mlp_type="swiglu"` down(act(gate(x)) * up(x))."""
+
     def __init__(self, config: ReBasedConfig):
         super().__init__()
         hidden_size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -629,6 +647,8 @@ AUTO_MAP = {
 
 
 class ReBasedPreTrainedModel(PreTrainedModel):
+    """What the model and its heads share: what they support, how weights start, how masks are made."""
+
     config: ReBasedConfig
     config_class = ReBasedConfig
     base_model_prefix = "model"
