@@ -150,11 +150,11 @@ def _load_pickle(path: Path) -> Any:
             raise ConversionError(
                 f"SOURCE {str(path)!r} was refused: it asks to import or run something, and only plain tensors, "
                 "numbers, strings, lists and dicts are read. If you trust the file, save its state_dict alone: "
-                f"torch.save(model.state_dict(), ...). torch says: {_first_line(error)}"
+                f"torch.save(model.state_dict(), ...). torch says: {_refusal(error)}"
             ) from error
         raise ConversionError(
             f"SOURCE {str(path)!r} was refused: it is not a file of torch.save, or truncated, or it asks to import or "
-            f"run something. torch says: {_first_line(error)}"
+            f"run something. torch says: {_refusal(error)}"
         ) from error
     except Exception as error:  # a damaged archive can raise nearly anything
         raise ConversionError(
@@ -502,6 +502,13 @@ def from_record(record: dict[str, Any], state: State, unused: State) -> State | 
     if not {name for name, ours in keys.items() if ours is None} <= set(unused):
         return None
     return {name: unused[name] if ours is None else state[ours] for name, ours in keys.items()}
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    """What torch objects to in a pickle, without its advice to load the file with weights_only=False."""
+    said = str(error)
+    found = re.search(r"GLOBAL [\w.]+", said) or re.search(r"(?<=WeightsUnpickler error:)\s*\S.*", said)
+    return "weights only load failed" if found is None else found.group().strip()[:300]
 
 
 def _first_line(error: BaseException) -> str:
