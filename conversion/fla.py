@@ -121,7 +121,7 @@ def from_fla(
         fields |= _model_fields(theirs, roots, rest, mapping) | {"norm_eps": norm_eps}
     else:
         fields |= {"vocab_size": 1, "mlp_type": "none"}
-        notes.append(f"attention layers alone: written as {ATTENTION_FILE}, for conversion.load_attention")
+        notes.append(f"attention layers alone: written as {ATTENTION_FILE}, for {__package__}.load_attention")
     config = make_config(**fields)
     notes.append(
         f"{len(roots)} layers, hidden_size {config.hidden_size}, num_attention_heads {config.num_attention_heads}, "

@@ -88,6 +88,9 @@ def linearize(
     folder, options = Path(source), {"local_files_only": True}
     if folder.suffix == ".gguf":
         folder, options["gguf_file"] = folder.parent, folder.name
+    if not (Path(source).is_file() if "gguf_file" in options else folder.is_dir()):
+        kind = "a file" if folder.is_file() else "missing"
+        raise ConversionError(f"SOURCE {str(source)!r} is {kind}; it must be the folder of a model, or a .gguf file.")
     try:
         theirs = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # the library's errors about configurations are of many kinds
@@ -117,7 +120,8 @@ def linearize(
     if tokens is None:
         report.notes.append("SOURCE has no tokenizer that can be loaded")
     if set(types) != {"full_attention"}:
-        report.notes.append("the linear layers are a start, not a model: train them (python -m conversion.distill)")
+        how = f"python -m {__package__}.distill"
+        report.notes.append(f"the linear layers are a start, not a model: train them ({how})")
     if not dry_run:
         with written(destination, overwrite, source) as path:
             write_model(path, config, state, generation_config=teacher.generation_config)

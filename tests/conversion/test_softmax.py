@@ -241,6 +241,12 @@ def test_bad_arguments_and_models_leave_nothing(tmp_path, case):
 def test_other_families_and_damaged_weights(tmp_path):
     with pytest.raises(ConversionError, match="no configuration of a known model"):
         linearize(tmp_path, tmp_path / "start")
+    for name in ("nowhere", "nowhere.gguf"):
+        with pytest.raises(ConversionError, match=f"{name}' is missing; it must be the folder of a model, or a .gguf"):
+            linearize(tmp_path / name, tmp_path / "start")
+    (tmp_path / "model.pt").write_bytes(b"")
+    with pytest.raises(ConversionError, match=r"model\.pt' is a file; it must be the folder of a model, or a .gguf"):
+        linearize(tmp_path / "model.pt", tmp_path / "start")
     make_teacher(tmp_path / "mistral", "mistral", sliding_window=8)
     with pytest.raises(ConversionError, match="a sliding window True"):
         linearize(tmp_path / "mistral", tmp_path / "start")
