@@ -17,6 +17,7 @@ before and after, to OUTPUT_DIR/perplexity.json, and the losses to OUTPUT_DIR/tr
 
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_rebased import ReBasedForCausalLM
 
-from .files import ConversionError, load_model, progress
+from .files import ConversionError, load_config, load_model, progress, written
 
 
 LINEAR = ("linear_attention", "hybrid_sliding")
@@ -488,6 +489,13 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
         if distill.max_seconds <= 0:
             raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
         arguments.max_steps = 10**9 if arguments.max_steps <= 0 else arguments.max_steps
+    load_config(Path(distill.student))
+    # Anything else that is no folder is looked for on the Hub, where a misspelt path is not either.
+    if not Path(distill.teacher).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)", distill.teacher):
+        raise ConversionError(
+            f"--teacher is {distill.teacher!r}; it must be the folder of a softmax model, which linearize makes of a "
+            "GGUF file with --layers softmax."
+        )
     teacher = load_model(AutoModelForCausalLM, distill.teacher, f"--teacher {distill.teacher!r}", dtype=half)
     student: Any = load_model(
         ReBasedForCausalLM, distill.student, f"--student {distill.student!r}", dtype=torch.float32
@@ -551,10 +559,10 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
         for module in layer.children():
             module.__dict__.pop("forward", None)
     if trainer.is_world_process_zero():
-        final = Path(arguments.output_dir) / "final"
         trained.requires_grad_(True)
-        trained.save_pretrained(final)
-        tokenizer.save_pretrained(final)
+        with written(Path(arguments.output_dir) / "final", overwrite=True) as final:
+            trained.save_pretrained(final)
+            tokenizer.save_pretrained(final)
         trainer.save_state()
         steps = trainer.state.global_step
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

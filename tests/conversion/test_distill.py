@@ -1,10 +1,13 @@
 """The two stages of training a linearized model, on a tiny one."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from conversion import ConversionError, linearize
@@ -277,11 +280,45 @@ def test_a_teacher_of_this_package(folder, tmp_path):
         torch.testing.assert_close(one[name], other[name], atol=1e-3, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("which", ["teacher", "start"])
+def test_weights_that_are_missing_are_not_made_up(folder, tmp_path, which, capsys):
+    for name in ("teacher", "start"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copy(folder / "text.txt", tmp_path)
+    state = load_file(tmp_path / which / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / which / "model.safetensors", metadata={"format": "pt"})
+    assert main(command(tmp_path, "logits", tmp_path / "out")) == 1
+    assert "missing 'model.layers.1.mlp.up_proj.weight'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_one_before(folder, tmp_path, monkeypatch):
+    assert main(command(folder, "transfer", tmp_path / "out", steps=1)) == 0
+    before = (tmp_path / "out" / "final" / "model.safetensors").read_bytes()
+
+    def fail(self, path, **kwargs):
+        Path(path).mkdir()
+        raise OSError("no space")
+
+    monkeypatch.setattr(ReBasedForCausalLM, "save_pretrained", fail)
+    assert main(command(folder, "transfer", tmp_path / "out", steps=2)) == 1
+    assert (tmp_path / "out" / "final" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
 def test_wrong_arguments(folder, tmp_path, capsys):
     assert main(command(folder, "transfer", tmp_path / "out", "--lora_rank", "2")) == 1
     assert "--lora_rank is for stage logits" in capsys.readouterr().err
     assert main(command(folder, "logits", tmp_path / "out", "--context_length", "99999")) == 1
     assert "fewer than --context_length 99999" in capsys.readouterr().err
+    for name in ("teacher", "student"):
+        arguments = command(folder, "logits", tmp_path / "out")
+        arguments[arguments.index(f"--{name}") + 1] = str(tmp_path / "nowhere")
+        assert main(arguments) == 1
+        expected = "nowhere' has no config.json" if name == "student" else "--teacher is"
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     other = ReBasedForCausalLM(ReBasedConfig(vocab_size=11, hidden_size=32, num_hidden_layers=2))
     with pytest.raises(ConversionError, match="vocab_size must be the same"):
         check_pair(LlamaForCausalLM.from_pretrained(folder / "teacher"), other)
