@@ -18,9 +18,8 @@ FOLDERS = ("modeling_rebased", "configuration", "conversion", "training", "eval"
 
 def _run(arguments: list[str], folder: Path, **environment: str) -> str:
     """Run python in `folder`, outside the checkout, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": "", **environment}  # the checkout may be on the caller's path
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
