@@ -159,7 +159,8 @@ def rebased_attention(
     """
     coefficients = tuple(float(c) for c in coefficients)
     _check_tensors(q, k, v, coefficients)
-    _check(eps > 0, f"`eps` must be positive, but got {eps}.")
+    if not eps > 0:  # not _check: torch.compile with dynamic=True can trace no message about a number
+        raise ValueError(f"`eps` must be positive, but got {eps}.")
     batch, length, _, feature_dim = q.shape
     scale = feature_dim**-0.5 if scale is None else float(scale)
     attention_mask = _check_mask(attention_mask, batch, length)

@@ -89,6 +89,16 @@ def test_compile_forward_and_backward(name):
     assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
 
 
+@torch.no_grad()
+def test_compile_with_dynamic_shapes():
+    """Numbers such as `attention_eps` are symbols then, and a message about one cannot be traced."""
+    model, ids = make_model("paper"), make_ids()
+    expected = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_compile_by_inductor():
     model, ids = make_model("paper"), make_ids()
     expected = gradients(model, ids)
