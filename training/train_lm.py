@@ -264,7 +264,7 @@ def export(
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         do_sample=True,
-        temperature=0.9,
+        temperature=0.85,
         top_p=0.9,
         max_new_tokens=400,
         bos_token_id=tokenizer.bos_token_id,
