@@ -301,11 +301,7 @@ def load_model(model_class: Any, folder: str | os.PathLike, where: str, **option
         model, found = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # the library's errors about weights are of many kinds
         raise ConversionError(f"The weights in {where} cannot be loaded: {error}") from error
-    missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    if missing or unknown:
-        raise ConversionError(
-            f"{where} does not fit its configuration: missing {_some(missing)}; unknown {_some(unknown)}."
-        )
+    _check_names(found["missing_keys"], found["unexpected_keys"], where)
     return model
 
 
@@ -331,6 +327,14 @@ def model_shapes(config: ReBasedConfig) -> dict[str, torch.Size]:
     return shapes
 
 
+def _check_names(missing: Iterable[str], unknown: Iterable[str], where: str) -> None:
+    if missing or unknown:
+        raise ConversionError(
+            f"{where} does not fit its configuration: missing {_some(sorted(missing))}; unknown "
+            f"{_some(sorted(unknown))}."
+        )
+
+
 def check_against(config: ReBasedConfig, state: State, where: str) -> None:
     """Check that `state` has just the tensors that `config` asks for.
 
@@ -338,11 +342,7 @@ def check_against(config: ReBasedConfig, state: State, where: str) -> None:
         ConversionError: naming the tensors that are missing, unknown or of a wrong shape.
     """
     shapes = model_shapes(config)
-    missing, unknown = sorted(set(shapes) - set(state)), sorted(set(state) - set(shapes))
-    if missing or unknown:
-        raise ConversionError(
-            f"{where!r} does not fit its configuration: missing {_some(missing)}; unknown {_some(unknown)}."
-        )
+    _check_names(set(shapes) - set(state), set(state) - set(shapes), repr(where))
     for name, shape in shapes.items():
         if state[name].shape != shape:
             raise ConversionError(

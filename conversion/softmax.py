@@ -86,9 +86,10 @@ def linearize(
     """
     check_destination(destination, overwrite, source)
     folder, options = Path(source), {"local_files_only": True}
-    if folder.suffix == ".gguf":
+    is_gguf = folder.suffix == ".gguf"
+    if is_gguf:
         folder, options["gguf_file"] = folder.parent, folder.name
-    if not (Path(source).is_file() if "gguf_file" in options else folder.is_dir()):
+    if not (Path(source).is_file() if is_gguf else folder.is_dir()):
         kind = "a file" if folder.is_file() else "missing"
         raise ConversionError(f"SOURCE {str(source)!r} is {kind}; it must be the folder of a model, or a .gguf file.")
     try:
@@ -96,16 +97,14 @@ def linearize(
     except Exception as error:  # the library's errors about configurations are of many kinds
         raise ConversionError(f"SOURCE {str(source)!r} has no configuration of a known model: {error}") from error
     types = layer_types(theirs, layers)
-    if "gguf_file" in options and theirs.model_type in FAMILY:
+    if is_gguf and theirs.model_type in FAMILY:
         _check_gguf(Path(source), theirs)
     config = student_config(theirs, types, feature_dim, window, rotate)
-    dtype = torch.float32 if "gguf_file" in options else "auto"
+    dtype = torch.float32 if is_gguf else "auto"
     teacher = load_model(
         AutoModelForCausalLM, folder, f"SOURCE {str(source)!r}", config=theirs, dtype=dtype, **options
     )
-    tokens = (
-        _gguf_tokenizer(folder, options, theirs) if "gguf_file" in options else _load_tokenizer(folder, None, config)
-    )
+    tokens = _gguf_tokenizer(folder, options, theirs) if is_gguf else _load_tokenizer(folder, None, config)
 
     report = Report(str(source), str(destination), dry_run=dry_run)
     report.notes.append(
@@ -263,8 +262,7 @@ def _model_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
         ConversionError: naming the fields of `theirs` that ours has no place for.
     """
     if theirs.model_type == ReBasedConfig.model_type and set(theirs.layer_types) == {"full_attention"}:
-        ignored = ("model_type", "auto_map", "transformers_version", "dtype")
-        return {name: value for name, value in theirs.to_dict().items() if name not in ignored}
+        return _own_fields(theirs)
     if theirs.model_type not in FAMILY:
         raise ConversionError(
             f"SOURCE has model_type {theirs.model_type!r}; it must be one of {', '.join(FAMILY)}, or a ReBased model "
@@ -311,6 +309,12 @@ def _model_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
         "eos_token_id": theirs.eos_token_id,
         "pad_token_id": theirs.pad_token_id,
     }
+
+
+def _own_fields(config: ReBasedConfig) -> dict[str, Any]:
+    """The fields of a configuration of ours, to make another one of."""
+    ignored = ("model_type", "auto_map", "transformers_version", "dtype")
+    return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
 def initial_state(teacher: State, config: ReBasedConfig, report: Report) -> State:
@@ -485,11 +489,9 @@ def to_rebased(
             f"but they are {config.coefficients} and (normalize, use_gamma, use_beta) is "
             f"{(config.normalize, config.use_gamma, config.use_beta)}."
         )
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("transformers_version", "dtype")}
+    fields = _own_fields(config)
     fields |= {"kernel": "rebased", "kernel_coefficients": None, "qk_norm_scope": "head", "qk_norm_shared": False}
     fields |= {"normalize": True, "use_gamma": True, "use_beta": True}
-    for field in ("model_type", "auto_map"):
-        fields.pop(field, None)
     new = make_config(**fields)
     report = Report(str(source), str(destination), dry_run=dry_run)
     beta = exp_beta(config.feature_dim, 1.0)
