@@ -35,13 +35,9 @@ def choose_backend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     raise RuntimeError(f"`backend='triton'` cannot run here: {reason}. Use backend='auto' or 'eager'.")
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coefficients: tuple[float, ...]) -> None:
-    # not _check: a message takes longer to write than a small kernel runs
+    # Messages are written only where they are raised: they take longer than a small kernel runs, and torch.compile
+    # with dynamic=True can trace none about a number.
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"`{name}` must be [batch, tokens, heads, dim], but its shape is {tuple(x.shape)}.")
@@ -74,20 +70,20 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coefficien
 def _check_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     if attention_mask is None:
         return None
-    _check(
-        attention_mask.shape == (batch, length),
-        f"`attention_mask` must be [batch, tokens] = ({batch}, {length}), but its shape is "
-        f"{tuple(attention_mask.shape)}.",
-    )
+    if attention_mask.shape != (batch, length):
+        raise ValueError(
+            f"`attention_mask` must be [batch, tokens] = ({batch}, {length}), but its shape is "
+            f"{tuple(attention_mask.shape)}."
+        )
     return attention_mask.bool()
 
 
 def _check_state(state: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
-    _check(
-        state.shape == shape,
-        f"`{name}` must be [batch or sequences, kv heads, features, head_dim + 1] = {shape}, but its shape is "
-        f"{tuple(state.shape)}.",
-    )
+    if state.shape != shape:
+        raise ValueError(
+            f"`{name}` must be [batch or sequences, kv heads, features, head_dim + 1] = {shape}, but its shape is "
+            f"{tuple(state.shape)}."
+        )
 
 
 def rebased_attention(
@@ -159,26 +155,27 @@ def rebased_attention(
     """
     coefficients = tuple(float(c) for c in coefficients)
     _check_tensors(q, k, v, coefficients)
-    if not eps > 0:  # not _check: torch.compile with dynamic=True can trace no message about a number
+    if not eps > 0:
         raise ValueError(f"`eps` must be positive, but got {eps}.")
     batch, length, _, feature_dim = q.shape
     scale = feature_dim**-0.5 if scale is None else float(scale)
     attention_mask = _check_mask(attention_mask, batch, length)
     sequences = batch
     if cu_seqlens is not None:
-        _check(batch == 1, f"`cu_seqlens` packs sequences into a batch of 1, but the batch of `q` is {batch}.")
-        _check(
-            cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 2 and cu_seqlens.dtype in (torch.int32, torch.int64),
-            "`cu_seqlens` must be a vector of at least two int32 or int64, but it is "
-            f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}.",
-        )
+        if batch != 1:
+            raise ValueError(f"`cu_seqlens` packs sequences into a batch of 1, but the batch of `q` is {batch}.")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                "`cu_seqlens` must be a vector of at least two int32 or int64, but it is "
+                f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}."
+            )
         # Reading the values of a GPU tensor would make the host wait for it in every layer.
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
             bounds = cu_seqlens.tolist()
-            _check(
-                bounds[0] == 0 and bounds[-1] == length and bounds == sorted(bounds),
-                f"`cu_seqlens` must rise from 0 to the number of tokens, {length}, but it is {bounds}.",
-            )
+            if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+                raise ValueError(
+                    f"`cu_seqlens` must rise from 0 to the number of tokens, {length}, but it is {bounds}."
+                )
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         features = num_features(feature_dim, coefficients)
@@ -186,11 +183,10 @@ def rebased_attention(
 
     options = {"coefficients": coefficients, "scale": scale, "eps": eps}
     if segment_ids is not None:
-        _check(
-            cu_seqlens is None and initial_state is None and not output_final_state,
-            "`segment_ids` goes with none of `cu_seqlens`, `initial_state` and `output_final_state`.",
-        )
-        _check(backend != "triton", "`segment_ids` needs the eager backend: give `backend='triton'` `cu_seqlens`.")
+        if cu_seqlens is not None or initial_state is not None or output_final_state:
+            raise ValueError("`segment_ids` goes with none of `cu_seqlens`, `initial_state` and `output_final_state`.")
+        if backend == "triton":
+            raise ValueError("`segment_ids` needs the eager backend: give `backend='triton'` `cu_seqlens`.")
         return eager_rebased_attention(q, k, v, **options, attention_mask=attention_mask, segment_ids=segment_ids)
     if choose_backend(backend, q, k, v) == "triton":
         return triton_rebased_attention(
@@ -291,7 +287,8 @@ def rebased_attention_decode(
     """
     coefficients = tuple(float(c) for c in coefficients)
     _check_tensors(q, k, v, coefficients)
-    _check(q.shape[1] == 1, f"`q` must hold one token, but it holds {q.shape[1]}.")
+    if q.shape[1] != 1:
+        raise ValueError(f"`q` must hold one token, but it holds {q.shape[1]}.")
     features = num_features(q.shape[3], coefficients)
     _check_state(state, "state", (q.shape[0], k.shape[2], features, v.shape[3] + 1))
     decode = triton_rebased_decode if choose_backend(backend, q, k, v) == "triton" else eager_rebased_decode
