@@ -1205,7 +1205,7 @@ def _gradient_kernel(
     KEYS: tl.constexpr, HAS_INIT: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """F > 16: 16 dims of half the gradient by x that comes through the state (see `_state_tiles`), fp32.
+    """F > 16: 16 dims of half the gradient by x that comes through the state (see `_gradient_tiles`), fp32.
 
     KEYS: x, y are k, v and the state is R; otherwise q, dn and S. The norms' part is left to the caller.
     Grid: (slices of 16 dims, blocks of BM rows * H). Walks the ordered pairs of blocks (i in the slice, j).

@@ -75,7 +75,8 @@ train() {
 
 if [[ $parts == *train* ]]; then
     # Read once: a GGUF file takes much longer to read than a folder.
-    linearize "$gguf" "$work/teacher" --layers softmax > "$work/logs/teacher.log" 2>&1 || { tail "$work/logs/teacher.log"; exit 1; }
+    linearize "$gguf" "$work/teacher" --layers softmax > "$work/logs/teacher.log" 2>&1 ||
+        { tail "$work/logs/teacher.log"; exit 1; }
     said "read the teacher"
     (
         timeout 190 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
@@ -90,9 +91,10 @@ if [[ $parts == *compare* ]]; then
     for variant in $variants; do students+=(--student "$variant=$work/$variant"); done
     said "comparing"
     # Expandable segments make caches that grow with every token slow.
-    timeout "$(left)" env -u PYTORCH_CUDA_ALLOC_CONF python3 -m eval.compare_students "$out" --teacher "$work/teacher" "${students[@]}" \
-        --text "$held_out" --text "$other" --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) \
-        --new-tokens 100 ${COMPARE:-} > "$work/logs/compare.log" 2>&1
+    timeout "$(left)" env -u PYTORCH_CUDA_ALLOC_CONF python3 -m eval.compare_students "$out" \
+        --teacher "$work/teacher" "${students[@]}" --text "$held_out" --text "$other" \
+        --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) --new-tokens 100 ${COMPARE:-} \
+        > "$work/logs/compare.log" 2>&1
     tail -n 70 "$work/logs/compare.log"
 fi
 tar czf "$out/logs.tar.gz" -C "$work" logs
