@@ -58,6 +58,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gamma": {"kernel": "rebased", "normalize": False, "use_gamma": True, "use_beta": False},
     "gamma_beta": {"kernel": "rebased", "normalize": False, "use_gamma": True, "use_beta": True},
     "softmax": {"layer_types": ["conv", "full_attention"]},
+    # Not the paper's: the same projections, so the same parameters, cut into fewer and wider heads.
+    "rebased_6_heads": {"kernel": "rebased", "num_attention_heads": 6},
+    "rebased_3_heads": {"kernel": "rebased", "num_attention_heads": 3},
+    "based_3_heads": {"kernel": "based", "num_attention_heads": 3},
 }
 
 
@@ -116,14 +120,15 @@ class Run:
 
     def config(self, kernel_backend: str = "auto") -> ReBasedConfig:
         """The model: two layers, no MLP, learned positions, as in the authors' MQAR runs."""
+        heads = MODELS[self.model].get("num_attention_heads", 12)
         options: dict[str, Any] = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden,
             "num_hidden_layers": 2,
             "layer_types": ["conv", "linear_attention"],
-            "num_attention_heads": 12,
-            "feature_dim": 16,
-            "head_dim": self.hidden // 12,
+            "num_attention_heads": heads,
+            "feature_dim": 12 * 16 // heads,
+            "head_dim": self.hidden // 12 * 12 // heads,
             "mlp_type": "none",
             "norm_type": "layernorm",
             "position_embedding_type": "learned",
@@ -607,12 +612,13 @@ def floor_seconds(run: Run, bandwidth: float = 3.0e12, rate: float = 700e12) -> 
     """What one training step must take at least, by operations and by bytes, given a GPU's two rates.
 
     Operations: a product of [M, K] and [K, N] is 2 M K N, once forward and twice backward; the kernel's state form is
-    counted, 136 features of 16, written and read for head_dim + 1 columns. Bytes: each tensor between two operations
+    counted, F(F + 1)/2 features, written and read for head_dim + 1 columns. Bytes: each tensor between two operations
     that cannot be one (projections, convolution, mixer, loss) in bf16, written and read forward, read again backward,
     its gradient written and read: 5 passes.
     """
     d, tokens, asked = run.hidden, run.batch_size * run.length, run.batch_size * run.pairs
-    heads, feature_dim, head_dim = 12, 16, run.hidden // 12
+    config = run.config()
+    heads, feature_dim, head_dim = config.num_attention_heads, config.feature_dim, config.head_dim
     inner = heads * head_dim
     projections = 2 * d * d + 2 * d * (2 * heads * feature_dim) + 2 * 2 * d * inner
     kernel = heads * 2 * 2 * (feature_dim * (feature_dim + 1) // 2) * (head_dim + 1)

@@ -194,7 +194,12 @@ def test_each_model_is_another_one(model):
     if model == "softmax":
         assert config.layer_types == ["conv", "full_attention"]
     else:
-        assert (*config.coefficients, config.use_gamma, config.use_beta, config.normalize) == flags[model]
+        kernel, _, heads = model.removesuffix("_heads").partition("_") if model.endswith("_heads") else (model, "", 12)
+        assert (*config.coefficients, config.use_gamma, config.use_beta, config.normalize) == flags[kernel]
+        assert config.num_attention_heads == int(heads)
+        # however many heads: the paper's projections
+        assert config.num_attention_heads * config.feature_dim == 12 * 16
+        assert config.num_attention_heads * config.head_dim == run.hidden // 12 * 12
     names = {name.split(".")[-1] for name, _ in build_model(run).model.layers[1].self_attn.named_parameters()}
     assert "weight" in names
 
