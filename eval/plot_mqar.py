@@ -127,7 +127,7 @@ def markdown(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: list[Cell], path: str | Path, models: tuple[str, ...] = ("rebased", "based", "softmax")) -> None:
+def plot(found: list[Cell], path: str | Path) -> None:
     """Draw the figure: ours filled, the authors' hollow and dashed, incomplete cells as triangles."""
     import matplotlib
 
@@ -135,13 +135,14 @@ def plot(found: list[Cell], path: str | Path, models: tuple[str, ...] = ("rebase
     from matplotlib import pyplot
 
     colors = {"rebased": "tab:red", "based": "tab:blue", "softmax": "tab:gray"}
+    if any(cell.model == "rebased_3_heads" for cell in found):  # not the paper's
+        colors["rebased_3_heads"] = "tab:green"
     lengths = sorted(
         {cell.length for cell in found} | {length for points in PUBLISHED.values() for length, _ in points}
     )
     figure, axes = pyplot.subplots(1, len(lengths), figsize=(3 * len(lengths), 3.4), sharey=True, layout="constrained")
     for axis, length in zip(axes, lengths):
-        for model in models:
-            color = colors.get(model)
+        for model, color in colors.items():
             points = {h: a for (n, h), a in PUBLISHED.get(model, {}).items() if n == length}
             axis.plot(
                 sorted(points), [points[h] for h in sorted(points)], "--o", color=color, mfc="white", alpha=0.6, lw=1
@@ -164,7 +165,7 @@ def plot(found: list[Cell], path: str | Path, models: tuple[str, ...] = ("rebase
         axis.set(title=f"length {length}", xlabel="hidden size", xticks=HIDDEN, xticklabels=HIDDEN, ylim=(-0.03, 1.05))
         axis.set_xlim(HIDDEN[0] / 1.3, HIDDEN[-1] * 1.3)
     axes[0].set_ylabel("accuracy")
-    handles = [pyplot.Line2D([], [], color=colors.get(m), marker="o", ls="", label=m) for m in models]
+    handles = [pyplot.Line2D([], [], color=color, marker="o", ls="", label=model) for model, color in colors.items()]
     handles += [
         pyplot.Line2D([], [], color="black", marker="o", ls="", label="ours"),
         pyplot.Line2D([], [], color="black", marker="^", ls="", label=f"ours, fewer than {PAPER_EPOCHS} epochs"),
