@@ -9,6 +9,9 @@ takes on top of inputs, outputs and gradients. The tokens stay the same in all (
 heads where one sequence is longer than that. Each result is compared with float64 before it is timed, and the copy and
 matrix-product ceilings are measured in the same run. Writes kernels.csv, machine.json and kernels.png.
 
+--profile T instead calls forward and backward once at that length, between the profiler's start and stop, for
+`ncu --profile-from-start off`.
+
 Peers, timed where installed: flash-linear-attention (`pip install modeling-rebased[kernels-peers]`), and `retention`
 with --feature-dim equal to --head-dim.
 """
@@ -187,6 +190,19 @@ def run(arguments: argparse.Namespace, rates: dict[str, float], rows: list[dict]
             torch.cuda.empty_cache()
 
 
+def profile(arguments: argparse.Namespace) -> None:
+    """One forward and backward of ReBased for a profiler that waits for cudaProfilerStart."""
+    sizes = (arguments.tokens, arguments.heads, arguments.feature_dim, arguments.head_dim)
+    inputs = make_inputs(arguments.profile, *sizes)
+    for _ in range(3):  # compile, and fill the allocator
+        train(rebased, *inputs)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    train(rebased, *inputs)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
 def plot(rows: list[dict], title: str, path: Path) -> None:
     """Time against T, log-log, with the memory floor as a line."""
     import matplotlib
@@ -218,10 +234,14 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of all sequences together")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--profile", type=int, metavar="T", help="time nothing, run once at length T for a profiler")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("The kernels are for GPUs, and torch sees none here; benchmark_eager.py times the CPU.")
     torch.manual_seed(0)
+    if arguments.profile:
+        profile(arguments)
+        return
     command = " ".join(["python -m eval.benchmark_kernels", *sys.argv[1:]])
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
     rates = ceilings()
