@@ -14,12 +14,13 @@ CUDA graph.
 
 A run is one line in OUTPUT, written when it ends. Runs that are already there are skipped, so the same command goes on
 where it was stopped; a run that was stopped in the middle goes on from its last saved epoch. `--jobs` trains several
-kinds of model at once on one GPU, which pays where they are small.
+kinds of model at once on one GPU, which pays where they are small; with `--take-turns` they only compile at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -165,6 +166,7 @@ class Options:
     save_seconds: float = 30.0
     race_epoch: int | None = None
     deadline: float | None = None  # a time.time() after which runs stop at the end of their epoch
+    take_turns: bool = False
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
@@ -684,6 +686,15 @@ Score it with lm-eval:
 
 # ---------------------------------------------------------------- the sweep
 
+# Held while a process of a sweep trains, where processes take turns.
+_turn: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+
+def _share_turn(lock: contextlib.AbstractContextManager) -> None:
+    """Make `lock` this process's turn: the start of every process of a sweep."""
+    global _turn
+    _turn = lock
+
 
 def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tuple[list[Run], list[dict[str, Any]]]:
     """Train the first seed's runs to an epoch, and keep the learning rate with the lowest loss there.
@@ -710,26 +721,31 @@ def run_group(
     """Train runs of one kind one after another; every one is in `output` as soon as it ends."""
     results = []
     trainer = FastTrainer(runs[0], options) if options.loop == "fast" else None
-    if trainer is not None and options.race_epoch is not None:
-        runs, given_up = _race(trainer, runs, options.race_epoch, worker)
-        for result in given_up:
+    if trainer is not None and trainer.on_gpu:
+        trainer.prepare(runs[0])
+    with _turn:
+        if trainer is not None and options.race_epoch is not None:
+            runs, given_up = _race(trainer, runs, options.race_epoch, worker)
+            for result in given_up:
+                append_result(output, result)
+        for run in runs:
+            if options.deadline is not None and time.time() > options.deadline:
+                break
+            if trainer is not None:
+                result, model = trainer.train(run, position=worker), trainer.model
+                result["setup_seconds"] = round(trainer.setup_seconds, 2)
+            else:
+                result, model = train_plain(run, options)
             append_result(output, result)
-    for run in runs:
-        if options.deadline is not None and time.time() > options.deadline:
-            break
-        if trainer is not None:
-            result, model = trainer.train(run, position=worker), trainer.model
-            result["setup_seconds"] = round(trainer.setup_seconds, 2)
-        else:
-            result, model = train_plain(run, options)
-        append_result(output, result)
-        results.append(result)
-        if save:
-            copy = build_model(run, options.kernel_backend)
-            copy.load_state_dict(model.state_dict())
-            save_model(copy, run, Path(save) / run.name, result)
-        shown = {key: result[key] for key in ("name", "accuracy", "epochs_trained", "seconds", "tokens_per_second")}
-        tqdm.write(json.dumps(shown))
+            results.append(result)
+            if save:
+                copy = build_model(run, options.kernel_backend)
+                copy.load_state_dict(model.state_dict())
+                save_model(copy, run, Path(save) / run.name, result)
+            shown = {
+                key: result[key] for key in ("name", "accuracy", "epochs_trained", "seconds", "tokens_per_second")
+            }
+            tqdm.write(json.dumps(shown))
     return results
 
 
@@ -747,7 +763,9 @@ def sweep(runs: list[Run], options: Options, output: str, jobs: int = 1, save: s
         for group in tqdm(groups.values(), desc="kinds of model", disable=not options.progress, position=1):
             results += run_group(group, options, output, save)
         return results
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    turn = {"initializer": _share_turn, "initargs": (context.Lock(),)} if options.take_turns else {}
+    with ProcessPoolExecutor(jobs, mp_context=context, **turn) as pool:
         futures = [
             pool.submit(run_group, group, options, output, save, number % jobs)
             for number, group in enumerate(groups.values())
@@ -786,6 +804,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--save", metavar="DIR", help="write every trained model to DIR/NAME")
     add("--work-dir", metavar="DIR", help="where unfinished runs are kept; default: beside OUTPUT")
     add("--jobs", type=int, default=1, help="kinds of model trained at once on the GPU")
+    add("--take-turns", action="store_true", help="with --jobs: compile at once, but train one kind at a time")
     add(
         "--race",
         type=int,
@@ -845,6 +864,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         work_dir=args.work_dir or str(Path(args.output).with_suffix("")) + "-unfinished",
         race_epoch=args.race,
         deadline=time.time() + args.max_seconds if args.max_seconds else None,
+        take_turns=args.take_turns,
     )
     return runs, options, args
 

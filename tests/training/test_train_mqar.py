@@ -106,12 +106,32 @@ def test_a_sweep_skips_what_is_done_and_takes_up_what_is_not(tmp_path):
     assert sweep(runs, CPU, str(output)) == []
 
 
-def test_a_sweep_in_another_process_gives_the_same_numbers(tmp_path):
-    runs = [dataclasses.replace(TINY, epochs=1, lr=lr) for lr in (1e-2, 1e-3)]
-    here = sweep(runs, CPU, str(tmp_path / "a.jsonl"))
-    there = sweep(runs, CPU, str(tmp_path / "b.jsonl"), jobs=2)
+@pytest.mark.parametrize("take_turns", [False, True])
+def test_a_sweep_in_other_processes_gives_the_same_numbers(tmp_path, take_turns):
+    runs = [dataclasses.replace(TINY, epochs=1, model=model) for model in ("rebased", "based")]
+    options = dataclasses.replace(CPU, take_turns=take_turns)
+    here = sweep(runs, options, str(tmp_path / "a.jsonl"))
+    there = sweep(runs, options, str(tmp_path / "b.jsonl"), jobs=2)
     losses = [{r["name"]: r["history"][0]["loss"] for r in results} for results in (here, there)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_process_trains_in_its_turn_only(tmp_path, monkeypatch):
+    events = []
+
+    class Turn:
+        def __enter__(self):
+            events.append("begins")
+
+        def __exit__(self, *exc):
+            events.append("is over")
+
+    train = FastTrainer.train
+    monkeypatch.setattr(FastTrainer, "train", lambda *args, **kw: (events.append("trains"), train(*args, **kw))[1])
+    monkeypatch.setattr(train_mqar, "_turn", None)  # put back after the test
+    train_mqar._share_turn(Turn())
+    train_mqar.run_group([dataclasses.replace(TINY, epochs=1)], CPU, str(tmp_path / "r.jsonl"), None)
+    assert events == ["begins", "trains", "is over"]
 
 
 def test_a_race_goes_on_with_the_best_rate_only(tmp_path):
