@@ -770,8 +770,11 @@ def sweep(runs: list[Run], options: Options, output: str, jobs: int = 1, save: s
             pool.submit(run_group, group, options, output, save, number % jobs)
             for number, group in enumerate(groups.values())
         ]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="kinds of model", position=jobs):
-            results += future.result()
+        bar = tqdm(total=len(futures), desc="kinds of model", disable=not options.progress, position=jobs)
+        with bar:
+            for future in as_completed(futures):
+                results += future.result()
+                bar.update()
     return results
 
 
