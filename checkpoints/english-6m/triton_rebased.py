@@ -28,6 +28,7 @@ How it works (docs/kernels.md has the costs):
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -60,6 +61,7 @@ except ImportError:  # the module must import where Triton is missing: the decor
 
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
+_WIDE_BYTES = 136 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # whether kernels may hold instructions of NVIDIA's PTX
 _PTX = tl.constexpr(torch.version.hip is None)
@@ -278,8 +280,14 @@ def _times_inner(outer, inner, WIDTH: tl.constexpr):
     left = tl.reshape(outer, [C, WIDTH, 8])
     if _PTX and outer.dtype == tl.bfloat16:
         right = tl.broadcast_to(inner[:, None, :], [C, WIDTH, 8])
+        # a product plus -0: compute capability 8 has no other product of pairs, and 9 makes a plain product of it
         both = tl.inline_asm_elementwise(
-            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [left, right], dtype=tl.bfloat16, is_pure=True, pack=2
+            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+            "=r,r,r",
+            [left, right],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
         )
     else:
         both = left * inner[:, None, :]
@@ -1423,8 +1431,16 @@ def _power_of_2(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
-    """Tile sizes, by size of the features, values and dtype only: the same on every call, and no timing at run time.
+@functools.lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    """Whether the plans that were measured on an H100 are meant for this device (or no GPU is to run anything)."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Tile sizes, by size of the features, values, dtype and kind of GPU: the same on every call, nothing is timed.
 
     The segment trades the quadratic part (160 L / 2 operations a token at F = 16) against the states' traffic
     (features / L a token) and must not depend on T, so that shapes of saved tensors are plain formulas in T.
@@ -1454,6 +1470,8 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype) -> Plan:
         plan = Plan(segment, *[(64, 4, 1)] * 6)
     else:
         plan = Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1))
+    if not _is_hopper(device):  # operands of its products lie in shared memory, elsewhere in registers: no limits
+        plan = plan._replace(registers=())
     return plan
 
 
@@ -1810,7 +1828,7 @@ def _forward(
     batch, length, heads, feature_dim = q.shape
     kv_heads, head_dim = v.shape[2:]
     layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
-    plan = _plan(feature_dim, head_dim, q.dtype)
+    plan = _plan(feature_dim, head_dim, q.dtype, q.device)
     mask = _byte_mask(attention_mask)
     initial = initial_state is not None
     with _Guard(q):
@@ -1897,7 +1915,7 @@ def _forward_fake(
     batch, length, heads, feature_dim = q.shape
     kv_heads, head_dim = v.shape[2:]
     layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
-    plan = _plan(feature_dim, head_dim, q.dtype)
+    plan = _plan(feature_dim, head_dim, q.dtype, q.device)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = _slots(batch, length, plan.segment, initial_state is not None, output_final_state, sequences)
     if output_final_state:
@@ -1930,7 +1948,7 @@ def _backward(
     kv_heads, head_dim = v.shape[2:]
     group = heads // kv_heads
     layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
-    plan = _plan(feature_dim, head_dim, q.dtype)
+    plan = _plan(feature_dim, head_dim, q.dtype, q.device)
     mask = _byte_mask(attention_mask)
     mask_stride = 0 if mask is None else mask.stride(0)
     final = grad_final is not None
@@ -2312,9 +2330,15 @@ def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, feature_
     if device.type == "cuda":
         if _INTERPRETED:
             return None
-        if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8:
+        if torch.version.hip is None:
             major, minor = torch.cuda.get_device_capability(device)
-            return f"it needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
+            if major < 8:
+                return f"it needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
+            if dtype == torch.bfloat16 and feature_dim <= 16 and 128 < head_dim <= MAX_HEAD_DIM:
+                shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+                if shared < _WIDE_BYTES:
+                    needs = f"{_WIDE_BYTES:,} bytes of shared memory"
+                    return f"head_dim {head_dim} in bfloat16 needs {needs}, and this GPU has {shared:,} for a block"
     elif device.type == "cpu":
         if not _INTERPRETED:
             return "the tensors are on the CPU (Triton kernels run there only with TRITON_INTERPRET=1, for tests)"

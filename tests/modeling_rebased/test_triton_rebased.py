@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import math
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -422,3 +423,18 @@ def test_reasons():
     assert "257" in reason(device, torch.bfloat16, 16, 257)
     assert "float64" in reason(device, torch.float64, 16, 64)
     assert "meta" in reason(torch.device("meta"), torch.float32, 16, 64)
+
+
+def test_reasons_of_a_gpu(monkeypatch):
+    """What a GPU lacks is said before a kernel fails to compile or to start."""
+    reason, device = triton_rebased.triton_unavailable_reason, torch.device("cuda")
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=101376)
+    monkeypatch.setattr(triton_rebased, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert "101,376" in reason(device, torch.bfloat16, 16, 129)
+    assert reason(device, torch.bfloat16, 16, 128) is reason(device, torch.float32, 16, 256) is None
+    properties.shared_memory_per_block_optin = 232448
+    assert reason(device, torch.bfloat16, 16, 256) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "7.5" in reason(device, torch.float32, 16, 64)

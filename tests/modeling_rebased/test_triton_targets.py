@@ -1,0 +1,67 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The kernels are compiled, down to machine code, for kinds of GPU that are not here."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+pytest.importorskip("triton")
+
+# Calls forward and backward with launches that are recorded only, then compiles what was to be launched.
+SCRIPT = """
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling_rebased import triton_rebased
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32"}
+capability, feature_dim, head_dim, length = map(int, sys.argv[1:])
+launches = []
+triton_rebased._launch = lambda kernel, grid, arguments, **flags: launches.append((kernel, arguments, flags))
+triton_rebased._is_hopper = lambda device: capability == 90
+q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
+triton_rebased._Attention.apply(q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.25, 1e-12, False)[0].sum().backward()
+for kernel, arguments, flags in launches:
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[i] if i < len(arguments) else flags[name]
+        signature[name] = "constexpr"
+        if i < len(arguments) and isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif i < len(arguments) and isinstance(value, float):
+            signature[name] = "fp32"
+        elif i < len(arguments) and isinstance(value, int) and value != 1:
+            signature[name] = "i32"
+        if signature[name] == "constexpr":
+            constants[name] = value
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {name: value for name, value in flags.items() if name not in kernel.arg_names}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    print("compiled", kernel.__name__, compiled.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize(("capability", "shared"), [(80, 99), (90, 227)])
+def test_kernels_compile(capability, shared, tmp_path):
+    """F = 16, D = 64 in bfloat16, with states: within the shared memory of a block, in KiB (8.6 has less than 8.0)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    command = [sys.executable, "-c", SCRIPT, str(capability), "16", "64", "1100"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("compiled")]
+    names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel"}
+    assert {name for _, name, _ in lines} == names
+    assert max(int(size) for *_, size in lines) <= shared * 1024
