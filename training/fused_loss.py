@@ -105,7 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         lse = torch.empty(n, dtype=torch.float32, device=h.device)
         loss = torch.empty_like(lse)
         dh = torch.empty(n, d, dtype=torch.float32, device=h.device)
-        _loss_kernel[(triton.cdiv(n, bn),)](h, w, target, lse, loss, dh, n, v, D=d, BN=bn, BV=bv, num_warps=8)
+        # tiles of 256 numbers twice, not three times, or they do not fit into the 99 KiB that some GPUs have
+        _loss_kernel[(triton.cdiv(n, bn),)](
+            h, w, target, lse, loss, dh, n, v, D=d, BN=bn, BV=bv, num_warps=8, num_stages=3 if d <= 128 else 2
+        )
         ctx.save_for_backward(h, w, target, lse, dh)
         ctx.types = hidden.dtype, weight.dtype
         return loss.mean()
