@@ -7,11 +7,8 @@ is compared with the quadratic one in float64 before it is timed.
 """
 
 import argparse
-import csv
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,22 +17,13 @@ import torch
 from modeling_rebased import rebased_attention
 from modeling_rebased.eager_rebased import naive_rebased_attention
 
+from .timing import median_ms, write_csv
+
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 # The quadratic form needs H * T * T floats a few times over.
 QUADRATIC_LIMIT = 4096
 TRAINING_LIMIT = 16384
-
-
-def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median wall clock of some calls, after one that is not counted, in milliseconds."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
 
 
 def make_inputs(length: int, heads: int, feature_dim: int, head_dim: int) -> list[torch.Tensor]:
@@ -137,11 +125,7 @@ def main() -> None:
         rows.append(time_length(length, *sizes, arguments.repeats))
         print_row(rows[-1])
     if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        with open(arguments.output / "eager.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, arguments.output / "eager.csv")
         plot(rows, arguments.output / "eager.png", title)
         print(f"Wrote {arguments.output / 'eager.csv'} and {arguments.output / 'eager.png'}")
 

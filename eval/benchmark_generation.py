@@ -14,19 +14,18 @@ is fed in pieces. Writes decode.csv, training.csv and generation.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import sys
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import StaticCache
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+
+from .timing import median_ms, write_csv
 
 
 ROOT = Path(__file__).resolve().parents[1] / "configuration"
@@ -39,19 +38,6 @@ def load(name: str, length: int) -> ReBasedForCausalLM:
     config.max_position_embeddings = max(config.max_position_embeddings, length)
     with torch.device("cuda"):
         return ReBasedForCausalLM(config).bfloat16()
-
-
-def median_ms(function: Callable[[], Any], repeats: int = 5) -> float:
-    """Wall clock with the GPU waited for: host time counts, as it does for a user."""
-    function()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[repeats // 2]
 
 
 def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) -> None:
@@ -96,7 +82,7 @@ def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             model.zero_grad(set_to_none=True)
 
-        rate = ids.numel() / median_ms(step) * 1e3
+        rate = ids.numel() / median_ms(step, 5) * 1e3
         rows.append({"model": name, "T": length, "compiled": compiled, "tokens_per_s": rate})
         print(f"training    {name:14s} T {length:6d}  compiled {compiled!s:5s}  {rate:10.0f} tokens/s", flush=True)
         del model, step
@@ -176,20 +162,9 @@ def main() -> None:
         training_table(tables["training"], arguments.tokens, arguments.lengths)
         generation_table(tables["generation"], arguments.batch, arguments.contexts, arguments.steps, arguments.piece)
     finally:  # also what there is when it is interrupted
-        if arguments.output is not None:
-            write(tables, arguments.output)
-
-
-def write(tables: dict[str, list[dict]], output: Path) -> None:
-    """Write each table that has rows as a csv file."""
-    output.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        if not rows:
-            continue
-        with (output / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        for name, rows in tables.items():
+            if arguments.output is not None and rows:
+                write_csv(rows, arguments.output / f"{name}.csv")
 
 
 if __name__ == "__main__":

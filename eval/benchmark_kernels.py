@@ -19,7 +19,6 @@ with --feature-dim equal to --head-dim.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import sys
@@ -30,6 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+from .timing import write_csv
 
 
 LENGTHS = (512, 2048, 8192, 32768, 131072)
@@ -259,11 +260,7 @@ def main() -> None:
 
 def write(rows: list[dict], machine: dict, arguments: argparse.Namespace) -> None:
     """Write kernels.csv, machine.json and kernels.png."""
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with (arguments.output / "kernels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_csv(rows, arguments.output / "kernels.csv")
     (arguments.output / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     title = f"{machine['gpu']}, {arguments.tokens} tokens, {arguments.heads} heads, D {arguments.head_dim}, bfloat16"
     plot(rows, title, arguments.output / "kernels.png")
