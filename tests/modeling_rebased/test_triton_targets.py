@@ -1,15 +1,17 @@
 # Copyright 2026 The ReBased for Hugging Face authors
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The kernels are compiled, down to machine code, for kinds of GPU that are not here."""
+"""Other machines than this one: kinds of GPU that are not here, and none with Triton missing."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from modeling_rebased import triton_rebased
 
-pytest.importorskip("triton")
 
 # Calls forward and backward with launches that are recorded only, then compiles what was to be launched.
 SCRIPT = """
@@ -52,6 +54,7 @@ for kernel, arguments, flags in launches:
 """
 
 
+@pytest.mark.skipif(not triton_rebased.HAS_TRITON, reason="needs the package triton")
 @pytest.mark.parametrize(("capability", "shared"), [(80, 99), (90, 227)])
 def test_kernels_compile(capability, shared, tmp_path):
     """F = 16, D = 64 in bfloat16, with states: within the shared memory of a block, in KiB (8.6 has less than 8.0)."""
@@ -65,3 +68,14 @@ def test_kernels_compile(capability, shared, tmp_path):
     names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel"}
     assert {name for _, name, _ in lines} == names
     assert max(int(size) for *_, size in lines) <= shared * 1024
+
+
+def test_without_triton(monkeypatch):
+    """The file is read as it is, and says why its backend cannot run."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("without_triton", triton_rebased.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert not module.HAS_TRITON
+    assert "not installed" in module.triton_unavailable_reason(torch.device("cpu"), torch.float32, 16, 64)
