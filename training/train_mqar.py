@@ -721,8 +721,9 @@ def run_group(
     """Train runs of one kind one after another; every one is in `output` as soon as it ends."""
     results = []
     trainer = FastTrainer(runs[0], options) if options.loop == "fast" else None
-    if trainer is not None and trainer.on_gpu:
-        trainer.prepare(runs[0])
+    late = options.deadline is not None and time.time() > options.deadline
+    if options.take_turns and trainer is not None and trainer.on_gpu and not late:
+        trainer.prepare(runs[0])  # compiles while another process trains
     with _turn:
         if trainer is not None and options.race_epoch is not None:
             runs, given_up = _race(trainer, runs, options.race_epoch, worker)
