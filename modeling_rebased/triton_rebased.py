@@ -242,6 +242,33 @@ def _finished(x, CT: tl.constexpr):
 
 
 @triton.jit
+def _product(x, keys, CT: tl.constexpr, PREC: tl.constexpr):
+    """x [C, N] in bfloat16, computed exactly: x times 1, or x plus 0 times keys [N, 16] where 1 would be large.
+
+    The matrix units read a left operand that was loaded from shared memory, again for every product, and that memory
+    is what the kernels wait for. A result of theirs lies in registers as a left operand has to: no memory is read.
+    """
+    if CT == tl.bfloat16:
+        C: tl.constexpr = x.shape[0]
+        N: tl.constexpr = x.shape[1]
+        if N == keys.shape[0]:
+            zero = tl.zeros([C, 16], CT)
+            x = tl.dot(zero, tl.trans(keys), x.to(tl.float32), input_precision=PREC).to(CT)
+        else:
+            n = tl.arange(0, N)
+            x = tl.dot(x, (n[:, None] == n[None, :]).to(CT), input_precision=PREC).to(CT)
+    return x
+
+
+@triton.jit
+def _once(x, CT: tl.constexpr):
+    """x in bfloat16, computed once (an instruction without a body): else, for every layout that x is wanted in."""
+    if _PTX and CT == tl.bfloat16:
+        x = tl.inline_asm_elementwise("// once", "=r,0", [x], dtype=tl.bfloat16, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
 def _state_tile(state, d_cols, some, ROWS: tl.constexpr, DP: tl.constexpr, CT: tl.constexpr):
     """A tile of a state, [64, BD]: 8 outer by 8 inner dims; with ROWS = 32 half of it, 4 outer dims."""
     n = tl.arange(0, ROWS)
@@ -249,27 +276,29 @@ def _state_tile(state, d_cols, some, ROWS: tl.constexpr, DP: tl.constexpr, CT: t
 
 
 @triton.jit
-def _half_selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, SIGN: tl.constexpr, DTYPE: tl.constexpr):
-    """`_selector` for half a tile, [16, 32], of SIGN (1 or -1) instead of 1."""
+def _half_selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, DTYPE: tl.constexpr):
+    """`_selector` for half a tile, [16, 32]."""
     n = tl.arange(0, 32)
     d = tl.arange(0, 16)
     if OUTER:
         source = n // 8 + OFFSET
     else:
         source = n % 8 + OFFSET
-    return tl.where(d[:, None] == source[None, :], SIGN, 0.0).to(DTYPE)
+    return (d[:, None] == source[None, :]).to(DTYPE)
 
 
 @triton.jit
-def _inner(x, SIGN: tl.constexpr, PREC: tl.constexpr):
-    """SIGN x [C, 16] as two halves [C, 8], fp32, where the matrix units leave a result.
+def _inner(x, PREC: tl.constexpr):
+    """x [C, 16] as two halves [C, 8], fp32, where the matrix units leave a result.
 
     There a thread holds the same dims of every 8 columns of a tile, so that one copy of 8 columns serves all of them.
     """
     C: tl.constexpr = x.shape[0]
-    d = tl.arange(0, 16)
-    same = tl.where(d[:, None] == d[None, :], SIGN, 0.0).to(x.dtype)
-    y = tl.dot(x, same, input_precision=PREC)
+    if x.dtype == tl.bfloat16:
+        y = x.to(tl.float32)  # is there already, see `_product`
+    else:
+        d = tl.arange(0, 16)
+        y = tl.dot(x, (d[:, None] == d[None, :]).to(x.dtype), input_precision=PREC)
     return tl.split(tl.permute(tl.reshape(y, [C, 2, 8]), (0, 2, 1)))
 
 
@@ -303,7 +332,7 @@ def _query_tiles(acc, x, s0, s1, s2, NB: tl.constexpr, CT: tl.constexpr, PREC: t
     Factors are exact in the compute type: their products are rounded once, like products of fp32 numbers. Tile (0, 1)
     counts twice.
     """
-    inner0, inner1 = _inner(x, 1.0, PREC)
+    inner0, inner1 = _inner(x, PREC)
     outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC).to(CT)  # [C, 64]
     acc = tl.dot(_times_inner(outer, inner0.to(CT), 8), s0, acc, input_precision=PREC)
     if NB == 2:
@@ -316,19 +345,19 @@ def _query_tiles(acc, x, s0, s1, s2, NB: tl.constexpr, CT: tl.constexpr, PREC: t
 @triton.jit
 def _query_halves(acc, x, s0, s1, s2, s3, s4, s5, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
     """`_query_tiles` for a state in half tiles, as `_gradient_tiles` takes it."""
-    inner0, inner1 = _inner(x, 1.0, PREC)
+    inner0, inner1 = _inner(x, PREC)
     once0, once1, twice1 = inner0.to(CT), inner1.to(CT), (inner1 * 2.0).to(CT)
-    outer = tl.dot(x, _half_selector(0, True, 1.0, x.dtype), input_precision=PREC).to(CT)  # [C, 32]
+    outer = tl.dot(x, _half_selector(0, True, x.dtype), input_precision=PREC).to(CT)  # [C, 32]
     acc = tl.dot(_times_inner(outer, once0, 4), s0, acc, input_precision=PREC)
     if NB == 2:
         acc = tl.dot(_times_inner(outer, twice1, 4), s2, acc, input_precision=PREC)
-    outer = tl.dot(x, _half_selector(4, True, 1.0, x.dtype), input_precision=PREC).to(CT)
+    outer = tl.dot(x, _half_selector(4, True, x.dtype), input_precision=PREC).to(CT)
     acc = tl.dot(_times_inner(outer, once0, 4), s1, acc, input_precision=PREC)
     if NB == 2:
         acc = tl.dot(_times_inner(outer, twice1, 4), s3, acc, input_precision=PREC)
-        outer = tl.dot(x, _half_selector(8, True, 1.0, x.dtype), input_precision=PREC).to(CT)
+        outer = tl.dot(x, _half_selector(8, True, x.dtype), input_precision=PREC).to(CT)
         acc = tl.dot(_times_inner(outer, once1, 4), s4, acc, input_precision=PREC)
-        outer = tl.dot(x, _half_selector(12, True, 1.0, x.dtype), input_precision=PREC).to(CT)
+        outer = tl.dot(x, _half_selector(12, True, x.dtype), input_precision=PREC).to(CT)
         acc = tl.dot(_times_inner(outer, once1, 4), s5, acc, input_precision=PREC)
     return acc
 
@@ -357,19 +386,17 @@ def _gradient_tiles(grad, x, y, s0, s1, s2, s3, s4, s5, NB: tl.constexpr, CT: tl
     phi's gradient is twice a contraction (x_a x_b is symmetric): the caller multiplies by 2, once, at the end.
     x: [C, 16]; y: [C, DP]; s0, s1: halves of tile (0, 0); s2, s3: of (0, 1); s4, s5: of (1, 1).
     """
-    # Signs cancel. They keep the compiler from sharing factors with `_query_halves`, which would hold all of them in
-    # registers.
-    inner0, inner1 = _inner(x, -1.0, PREC)
+    inner0, inner1 = _inner(x, PREC)
     TWO: tl.constexpr = NB == 2
-    last = _half_selector(8, False, -1.0, x.dtype)
-    first = _half_selector(0, True, -1.0, x.dtype)
+    last = _half_selector(8, False, x.dtype)
+    first = _half_selector(0, True, x.dtype)
     grad = _gradient_row(grad, x, y, first, last, inner0, s0, inner1, s2, TWO, CT, PREC)
-    second = _half_selector(4, True, -1.0, x.dtype)
+    second = _half_selector(4, True, x.dtype)
     grad = _gradient_row(grad, x, y, second, last, inner0, s1, inner1, s3, TWO, CT, PREC)
     if NB == 2:
-        third = _half_selector(8, True, -1.0, x.dtype)
+        third = _half_selector(8, True, x.dtype)
         grad = _gradient_row(grad, x, y, third, last, inner1, s4, inner1, s4, False, CT, PREC)
-        fourth = _half_selector(12, True, -1.0, x.dtype)
+        fourth = _half_selector(12, True, x.dtype)
         grad = _gradient_row(grad, x, y, fourth, last, inner1, s5, inner1, s5, False, CT, PREC)
     return grad
 
@@ -790,6 +817,8 @@ def _forward_kernel(
             s1 = _state_tile(state + 64 * DP, d_cols, some & (NB == 2), 64, DP, CT)
             s2 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), 64, DP, CT)
             top, rest = _norm_matrix(norm, f, f, some, NB, CT)
+    if FP == 16:
+        xq = _product(xq, xq, CT, PREC)
     acc = tl.zeros([BM, BD], tl.float32)
     z = tl.zeros([BM], tl.float32)
     acc, z = _forward_tile(
@@ -853,7 +882,7 @@ def _pad_kernel(
 def _scaled_gradient(
     o, do, rz, dn, delta, aux, rows, inside, sdt, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, CT: tl.constexpr
 ):
-    """delta = do . o / z of some rows; writes it, do / z and -delta (see `_columns`) to delta, dn and aux.
+    """delta = do . o / z and do / z of some rows; writes do / z, delta and -delta (see `_columns`) to dn, delta, aux.
 
     With them dv_j = sum_i u(s_ij) dn_i and du_ij = dn_i . v_j - delta_i: no 1 / z is left in the other kernels.
     """
@@ -863,11 +892,11 @@ def _scaled_gradient(
     out = _load_rows(o, rows, inside, H * D, d, D, D == DP, True).to(tl.float32)
     scale = tl.load(rz + rows, mask=inside, other=0.0)
     dl = tl.sum(grad * out, 1) * scale
-    scaled = (grad * scale[:, None]).to(CT)
+    scaled = _once((grad * scale[:, None]).to(CT), CT)
     tl.store(dn + rows[:, None] * (H * DP) + d[None, :], scaled, mask=inside[:, None])
     tl.store(delta + rows, dl, mask=inside)
     tl.store(aux + rows[:, None] * (H * 16) + f[None, :], _columns(-dl, CT), mask=inside[:, None])
-    return dl
+    return dl, scaled
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -966,27 +995,28 @@ def _dq_kernel(
             s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), 32, DP, CT)
             top, rest = _norm_matrix(norm, f, f, some, NB, CT)
     acc = tl.zeros([BM, FP], tl.float32)
-    extra = tl.zeros([BM, FP], tl.float32)
+    HELD: tl.constexpr = FP == 16 and DP <= 64 and CT == tl.bfloat16  # do / z stays in registers
     if PART:
         dl = tl.load(delta + vector + rows, mask=inside, other=0.0)
     else:
-        dl = _scaled_gradient(
+        dl, grad = _scaled_gradient(
             o + first * D, do + b64 * sdb + t64 * sdt + h * sdh, rz + vector, dn + first * DP, delta + vector,
             aux + first * 16, rows, inside, sdt, D, DP, H, CT,
         )  # fmt: skip
-        # read back as an operand in shared memory: out of registers it would take 16 of them all along
-        tl.debug_barrier()
-    grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
+    if HELD:
+        grad = _product(grad, keys, CT, PREC)
+    else:
+        if not PART:
+            tl.debug_barrier()  # read back as an operand in shared memory: there are no registers for it
+        grad = _load_rows(dn + first * DP, rows, inside, H * DP, d, DP, True, True)
+    if FP == 16:
+        xq = _product(xq, xq, CT, PREC)
     acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, rows, -half_alpha, QUAD, LIN, True, CT, PREC)
     if HAS_STATE:
         if before >= 0:
             if QUAD:
                 if NB <= 2:
                     acc = _gradient_tiles(acc, xq, grad, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
-                else:
-                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
-                # kept apart from acc until the end: changed by hand here, acc would serialise the matrix units
-                extra = dl[:, None] * _times_norm(xq, top, rest, PREC)
             if LIN:
                 FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
                 acc = _gradient_low(
@@ -998,6 +1028,15 @@ def _dq_kernel(
         keys = _load_rows(k, cols, ok, skt, f, F, F == FP, HAS_MASK)
         vt = _load_columns(v, cols, ok, svt, d, DV, DV == DP, HAS_MASK)
         acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, cols, -half_alpha, QUAD, LIN, False, CT, PREC)
+    extra = tl.zeros([BM, FP], tl.float32)
+    if HAS_STATE:
+        if before >= 0:
+            if QUAD:
+                if NB > 2:
+                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                # not before the loop: changed by hand there, acc would serialise the matrix units, and waiting for the
+                # end of it takes registers
+                extra = dl[:, None] * _times_norm(xq, top, rest, PREC)
     if PART:
         extra -= tl.load(part + first * FP + rows[:, None] * (H * FP) + f[None, :], mask=inside[:, None], other=0.0)
     if QUAD:
@@ -1082,6 +1121,8 @@ def _dkdv_kernel(
     ok = _kept(keep, rows, tokens, HAS_MASK)
     xk = _load_rows(k, rows, ok, skt, f, F, F == FP, True)
     xv = _load_rows(v, rows, ok, svt, d, DV, DV == DP, True)
+    if FP == 16 and DP <= 64:
+        xv = _product(xv, xk, CT, PREC)
     pick = tl.where((f16 < 2)[None, :], rows[:, None] * 0 + 1.0, 0.0).to(CT)
     acc_k = tl.zeros([BM, FP], tl.float32)
     acc_v = tl.zeros([BM, DP], tl.float32)
@@ -1108,12 +1149,16 @@ def _dkdv_kernel(
                     s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), 32, DP, CT)
                     s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 32, DP, CT)
                     s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), 32, DP, CT)
-                    acc_k = _gradient_tiles(acc_k, xk, xv, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
-                    acc_v = _query_halves(acc_v, xk, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
+                    held = _product(xk, xk, CT, PREC)  # not as long as the loops: there are no registers for it
+                    acc_k = _gradient_tiles(acc_k, held, xv, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
+                    # phi(-x) = phi(x): with x, the compiler would keep the factors of one use for the other
+                    minus_held = (held.to(tl.float32) * -1.0).to(held.dtype)
+                    acc_v = _query_halves(acc_v, minus_held, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
+                    acc_k += _times_norm(held, top, rest, PREC)
                 else:
                     acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, CT, PREC)
                     top, rest = _norm_matrix(norm, f, f, True, NB, CT)
-                acc_k += _times_norm(xk, top, rest, PREC)
+                    acc_k += _times_norm(xk, top, rest, PREC)
             if PART:
                 base = part + ((b64 * T + t64) * HKV + hkv) * FP
                 acc_k += tl.load(base + rows[:, None] * (HKV * FP) + f[None, :], mask=inside[:, None], other=0.0)
@@ -1133,6 +1178,7 @@ def _dkdv_kernel(
         dg = dn + first * DP
         ag = aux + first * 16
         later = tl.full([BN], True, tl.int1)
+        full = row + BM
         if BM == BN:
             queries = _load_rows(qg, rows, inside, sqt, f, F, F == FP, True)  # [BM, FP]
             grad = _load_rows(dg, rows, inside, HKV * G * DP, d, DP, True, True)  # [BM, DP]
@@ -1142,9 +1188,12 @@ def _dkdv_kernel(
                 QUAD, LIN, CONST, True, CT, PREC,
             )  # fmt: skip
         else:
-            # a block has several narrow tiles on its diagonal: a loop keeps their loads ahead
-            for i in range(row, tl.minimum(row + BM, tokens), BN):
-                cols = i + block
+            # A block has several narrow tiles on its diagonal: a loop keeps their loads ahead. The last tile of all,
+            # if it is not full, comes with them: it needs a mask too, and a loop of its own would take registers.
+            full += tl.maximum(tokens - row - BM, 0) // BN * BN
+            end = tl.minimum(row + BM, tokens) + tl.where(full < tokens, BN, 0)
+            for i in range(row, end, BN):
+                cols = tl.where(i < row + BM, i, full) + block
                 later = cols < tokens
                 queries = _load_rows(qg, cols, later, sqt, f, F, F == FP, True)
                 grad = _load_rows(dg, cols, later, HKV * G * DP, d, DP, True, True)
@@ -1155,14 +1204,14 @@ def _dkdv_kernel(
                 )  # fmt: skip
                 acc_k = _finished(acc_k, CT)
                 acc_v = _finished(acc_v, CT)
-        full = row + BM
         after = (row + BM).to(tl.int64)
         qg += after * sqt
         dg += after * (HKV * G * DP)
         ag += after * (HKV * G * 16)
         if CT == tl.bfloat16 or BM != BN:  # one copy of the loop less to compile in fp32, where it is long
             # full tiles need no mask, and pointers that walk make an address a sum of two numbers
-            full += tl.maximum(tokens - row - BM, 0) // BN * BN
+            if BM == BN:
+                full += tl.maximum(tokens - row - BM, 0) // BN * BN
             for _step in range(row + BM, full, BN):
                 queries = _load_rows(qg, block, later, sqt, f, F, F == FP, False)
                 grad = _load_rows(dg, block, later, HKV * G * DP, d, DP, True, False)
@@ -1177,15 +1226,16 @@ def _dkdv_kernel(
                 if BM != BN:
                     acc_k = _finished(acc_k, CT)
                     acc_v = _finished(acc_v, CT)
-        for i in tl.range(full, tokens, BN, num_stages=1):  # the last tile, if it is not full
-            later = i + block < tokens
-            queries = _load_rows(qg, i - full + block, later, sqt, f, F, F == FP, True)
-            grad = _load_rows(dg, i - full + block, later, HKV * G * DP, d, DP, True, True)
-            minus = _load_rows(ag, i - full + block, later, HKV * G * 16, f16, 16, True, True)
-            acc_k, acc_v = _dkdv_tile(
-                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
-                QUAD, LIN, CONST, False, CT, PREC,
-            )  # fmt: skip
+        if BM == BN:
+            for i in tl.range(full, tokens, BN, num_stages=1):  # the last tile, if it is not full
+                later = i + block < tokens
+                queries = _load_rows(qg, i - full + block, later, sqt, f, F, F == FP, True)
+                grad = _load_rows(dg, i - full + block, later, HKV * G * DP, d, DP, True, True)
+                minus = _load_rows(ag, i - full + block, later, HKV * G * 16, f16, 16, True, True)
+                acc_k, acc_v = _dkdv_tile(
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
+                    QUAD, LIN, CONST, False, CT, PREC,
+                )  # fmt: skip
     if QUAD:
         acc_k *= 2.0
     if HAS_MASK:
