@@ -168,6 +168,11 @@ class Options:
     deadline: float | None = None  # a time.time() after which runs stop at the end of their epoch
     take_turns: bool = False
 
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed, by now."""
+        return self.deadline is not None and time.time() > self.deadline
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
@@ -250,15 +255,14 @@ class PlainTrainer(Trainer):
 class PlainCallback(TrainerCallback):
     """Tells the sampler its epoch and stops at the accuracy that ends a run."""
 
-    def __init__(self, run: Run, sampler: OrderSampler, deadline: float | None):
-        self.run, self.sampler, self.deadline = run, sampler, deadline
+    def __init__(self, run: Run, sampler: OrderSampler, options: Options):
+        self.run, self.sampler, self.options = run, sampler, options
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.sampler.epoch = round(state.epoch)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
-        late = self.deadline is not None and time.time() > self.deadline
-        control.should_training_stop |= metrics["eval_accuracy"] >= self.run.stop_at or late
+        control.should_training_stop |= metrics["eval_accuracy"] >= self.run.stop_at or self.options.late
 
 
 def train_plain(run: Run, options: Options) -> tuple[dict[str, Any], ReBasedForCausalLM]:
@@ -298,7 +302,7 @@ def train_plain(run: Run, options: Options) -> tuple[dict[str, Any], ReBasedForC
         eval_dataset=PlainDataset(test),
         optimizers=(optimizer, schedule),
     )
-    trainer.add_callback(PlainCallback(run, trainer.sampler, options.deadline))
+    trainer.add_callback(PlainCallback(run, trainer.sampler, options))
     begin = time.perf_counter()
     saved = options.work_dir and folder.exists() and any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(saved) or None)
@@ -519,7 +523,7 @@ class FastTrainer:
             seconds = seconds_before + time.perf_counter() - begin
             history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": round(seconds, 2)})
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
-            late = self.options.deadline is not None and time.time() > self.options.deadline
+            late = self.options.late
             early = until is not None and epoch + 1 >= until
             if self.options.work_dir and (
                 late or early or time.perf_counter() - last_save > self.options.save_seconds
@@ -710,7 +714,7 @@ def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tup
         return history[-1]["loss"] if history and math.isfinite(history[-1]["loss"]) else math.inf
 
     best = min(first, key=rank)
-    late = trainer.options.deadline is not None and time.time() > trainer.options.deadline
+    late = trainer.options.late
     given_up = [results[run] for run in first if run is not best or (late and results[run].get("stopped"))]
     return [run for run in runs if run.lr == best.lr], given_up
 
@@ -721,8 +725,7 @@ def run_group(
     """Train runs of one kind one after another; every one is in `output` as soon as it ends."""
     results = []
     trainer = FastTrainer(runs[0], options) if options.loop == "fast" else None
-    late = options.deadline is not None and time.time() > options.deadline
-    if options.take_turns and trainer is not None and trainer.on_gpu and not late:
+    if options.take_turns and trainer is not None and trainer.on_gpu and not options.late:
         trainer.prepare(runs[0])  # compiles while another process trains
     with _turn:
         if trainer is not None and options.race_epoch is not None:
@@ -730,7 +733,7 @@ def run_group(
             for result in given_up:
                 append_result(output, result)
         for run in runs:
-            if options.deadline is not None and time.time() > options.deadline:
+            if options.late:
                 break
             if trainer is not None:
                 result, model = trainer.train(run, position=worker), trainer.model
