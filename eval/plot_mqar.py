@@ -1,10 +1,11 @@
 """Figure 1 of the ReBased paper from our results: accuracy on MQAR over the hidden size, a panel a length.
 
-    python -m eval.plot_mqar eval/results/mqar/h100.jsonl --output eval/results/mqar
+    python -m eval.plot_mqar eval/results/mqar/*.jsonl --output eval/results/mqar
 
 A point is the mean over seeds of the best learning rate's accuracy (the rate with the highest mean), a bar the lowest
-and highest seed. Points read off the authors' figure stand beside ours, hollow. Runs with fewer epochs than the
-paper's 64 that did not reach their goal are marked: they do not reproduce a cell.
+and highest seed. A seed that was trained again, in another file, counts once, with the mean of its runs. Points read
+off the authors' figure stand beside ours, hollow. Runs with fewer epochs than the paper's 64 that did not reach their
+goal are marked: they do not reproduce a cell.
 """
 
 from __future__ import annotations
@@ -42,6 +43,20 @@ PUBLISHED: dict[str, dict[tuple[int, int], float]] = {
     },
     "softmax": {(length, hidden): 1.0 for length in LENGTHS for hidden in HIDDEN},
 }
+# The figure's models, then those that it shows where there are results of them, then what the curves alone show.
+COLORS = {
+    "rebased": "tab:red",
+    "based": "tab:blue",
+    "softmax": "tab:gray",
+    "rebased_3_heads": "tab:green",
+    "based_3_heads": "tab:purple",
+    "rebased_6_heads": "tab:olive",
+    "x2": "tab:orange",
+    "normalized": "tab:brown",
+    "gamma": "tab:pink",
+    "gamma_beta": "tab:cyan",
+}
+WIDE_HEADS = {"rebased_3_heads": 0.93, "based_3_heads": 1.07}  # not the paper's; where to draw them beside one another
 PAPER_EPOCHS = 64
 PAPER_GOAL = 0.99  # the accuracy at which the authors stop a run
 
@@ -54,7 +69,8 @@ class Cell:
     length: int
     hidden: int
     lr: float
-    accuracies: list[float]  # one a seed
+    accuracies: list[float]  # one a seed, the mean of its runs
+    runs: int  # more than seeds where some were repeated
     epochs: int  # the most that a seed trained
     complete: bool  # every seed trained the paper's epochs or reached its goal
 
@@ -64,8 +80,13 @@ class Cell:
 
 
 def read_runs(paths: list[str | Path]) -> list[dict[str, Any]]:
-    """Read results, the newest line of each run."""
-    runs: dict[tuple, dict[str, Any]] = {}
+    """Read results, whatever the order of the files.
+
+    Of the lines that one file has for a run, the newest counts. Files may hold the same run: every finished one is
+    returned, a repeat beside the first; of those that were all cut off, the one that got furthest. Lines that are no
+    results, such as the timings of `train_mqar --time-steps`, are passed over.
+    """
+    newest: dict[tuple, dict[str, Any]] = {}
     for path in paths:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             try:
@@ -73,8 +94,24 @@ def read_runs(paths: list[str | Path]) -> list[dict[str, Any]]:
             except json.JSONDecodeError:  # a line cut off by a kill
                 continue
             if run.get("accuracy") is not None:
-                runs[run["name"], run.get("loop")] = run
-    return list(runs.values())
+                newest[run["name"], run.get("loop"), str(path)] = run
+    by_run: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for (name, loop, _), run in newest.items():
+        if run not in by_run[name, loop]:  # a copy of a file is no repeat
+            by_run[name, loop].append(run)
+    runs = []
+    for group in by_run.values():
+        finished = [run for run in group if not run.get("stopped")]
+        runs += finished or [max(group, key=lambda run: run["epochs_trained"])]
+    return runs
+
+
+def seed_accuracies(runs: list[dict[str, Any]]) -> list[float]:
+    """The accuracy of each seed, the mean of its runs."""
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        by_seed[run["seed"]].append(run["accuracy"])
+    return [sum(by_seed[seed]) / len(by_seed[seed]) for seed in sorted(by_seed)]
 
 
 def cells(runs: list[dict[str, Any]]) -> list[Cell]:
@@ -95,14 +132,14 @@ def cells(runs: list[dict[str, Any]]) -> list[Cell]:
                 by_rate[run["lr"]].append(run)
 
         def mean(lr: float, by_rate=by_rate) -> float:
-            return sum(run["accuracy"] for run in by_rate[lr]) / len(by_rate[lr])
+            accuracies = seed_accuracies(by_rate[lr])
+            return sum(accuracies) / len(accuracies)
 
         lr = max(by_rate, key=mean)
         chosen = by_rate[lr]
         complete = all(run["epochs_trained"] >= PAPER_EPOCHS or run["accuracy"] >= PAPER_GOAL for run in chosen)
-        accuracies = [run["accuracy"] for run in chosen]
         trained = max(run["epochs_trained"] for run in chosen)
-        result.append(Cell(model, length, hidden, lr, accuracies, trained, complete))
+        result.append(Cell(model, length, hidden, lr, seed_accuracies(chosen), len(chosen), trained, complete))
     return result
 
 
@@ -119,9 +156,11 @@ def markdown(found: list[Cell]) -> str:
         else:
             text = "≥ 0.97" if cell.model in ("rebased", "based") else ""
         spread = f"{min(cell.accuracies):.3f} to {max(cell.accuracies):.3f}" if len(cell.accuracies) > 1 else ""
+        seeds = len(cell.accuracies)
+        count = f"{seeds}" if cell.runs == seeds else f"{seeds} ({cell.runs} runs)"
         epochs = f"{cell.epochs}" if cell.complete else f"{cell.epochs} of {PAPER_EPOCHS}"
         lines.append(
-            f"| {cell.length} | {cell.hidden} | {cell.model} | {cell.mean:.3f} | {spread} | {len(cell.accuracies)} "
+            f"| {cell.length} | {cell.hidden} | {cell.model} | {cell.mean:.3f} | {spread} | {count} "
             f"| {epochs} | {cell.lr:g} | {text} |"
         )
     return "\n".join(lines)
@@ -134,9 +173,8 @@ def plot(found: list[Cell], path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = {"rebased": "tab:red", "based": "tab:blue", "softmax": "tab:gray"}
-    if any(cell.model == "rebased_3_heads" for cell in found):  # not the paper's
-        colors["rebased_3_heads"] = "tab:green"
+    shown = {*PUBLISHED, *(cell.model for cell in found if cell.model in WIDE_HEADS)}
+    colors = {model: color for model, color in COLORS.items() if model in shown}
     lengths = sorted(
         {cell.length for cell in found} | {length for points in PUBLISHED.values() for length, _ in points}
     )
@@ -151,7 +189,7 @@ def plot(found: list[Cell], path: str | Path) -> None:
             for shape, complete in (("o", True), ("^", False)):
                 part = [cell for cell in ours if cell.complete == complete]
                 axis.errorbar(
-                    [cell.hidden for cell in part],
+                    [cell.hidden * WIDE_HEADS.get(model, 1) for cell in part],
                     [cell.mean for cell in part],
                     yerr=[
                         [cell.mean - min(cell.accuracies) for cell in part],
@@ -177,36 +215,35 @@ def plot(found: list[Cell], path: str | Path) -> None:
 
 
 def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw accuracy over epochs, a panel a length and hidden size, a line a run."""
+    """Draw accuracy over epochs, a panel a length and hidden size, a line a run, pale where it was cut off."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = sorted({(run["length"], run["hidden"]) for run in runs})
-    models = sorted({run["model"] for run in runs})
-    colors = dict(zip(models, pyplot.get_cmap("tab10").colors))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(4.5 * columns, 3.2 * rows), squeeze=False, layout="constrained"
     )
     for axis, (length, hidden) in zip(axes.flat, panels):
-        labelled = set()
-        for run in sorted(runs, key=lambda r: r["name"]):
-            if (run["length"], run["hidden"]) != (length, hidden):
-                continue
-            label = None if run["model"] in labelled else run["model"]
-            labelled.add(run["model"])
+        here = [run for run in runs if (run["length"], run["hidden"]) == (length, hidden)]
+        for run in here:
             axis.plot(
                 [entry["epoch"] for entry in run["history"]],
                 [entry["accuracy"] for entry in run["history"]],
-                color=colors[run["model"]],
+                color=COLORS.get(run["model"], "black"),
                 alpha=0.4 if run.get("stopped") else 1,
-                label=label,
             )
         axis.set(title=f"length {length}, hidden size {hidden}", xlabel="epoch", ylabel="accuracy", ylim=(-0.03, 1.03))
-        axis.legend(fontsize=8)
+        axis.legend(
+            handles=[
+                pyplot.Line2D([], [], color=COLORS.get(model, "black"), label=model)
+                for model in sorted({run["model"] for run in here})
+            ],
+            fontsize=8,
+        )
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=150)

@@ -6,6 +6,7 @@ import pytest
 
 from eval import plot_mqar
 from eval.plot_mqar import PUBLISHED, cells, markdown, read_runs
+from training.train_mqar import MODELS
 
 
 def run(model="rebased", length=1024, hidden=64, lr=1e-3, seed=0, accuracy=0.5, **extra):
@@ -53,6 +54,46 @@ def test_the_authors_numbers_stand_beside():
     assert rows["1024", "64", "rebased"] == "0.55" and rows["1024", "64", "based"] == "0.33"
     assert rows["256", "64", "rebased"] == "≥ 0.97" and rows["1024", "64", "gamma"] == ""
     assert PUBLISHED["rebased"][2048, 128] - PUBLISHED["based"][2048, 128] == pytest.approx(0.17)
+
+
+def test_a_repeat_of_a_seed_is_not_another_seed(tmp_path):
+    first, other, again = run(seed=0, accuracy=0.5), run(seed=1, accuracy=0.2), run(seed=0, accuracy=0.7)
+    cut = run(seed=1, accuracy=0.1, stopped="deadline", epochs_trained=9)
+    steps = {"name": first["name"], "step_seconds": 0.01, "tokens_per_second": 4e7}  # of train_mqar --time-steps
+    files = {"a": [first, other], "repeats": [again, cut], "copy": [first], "steps": [steps]}
+    for name, lines in files.items():
+        (tmp_path / name).write_text("\n".join(json.dumps(line) for line in lines))
+    for order in (files, reversed(files)):
+        runs = read_runs([tmp_path / name for name in order])
+        assert sorted(r["accuracy"] for r in runs) == [0.2, 0.5, 0.7]
+        (cell,) = cells(runs)
+        assert (cell.accuracies, cell.runs, cell.complete) == ([pytest.approx(0.6), 0.2], 3, True)
+        assert "| 0.400 | 0.200 to 0.600 | 2 (3 runs) |" in markdown([cell])
+    (tmp_path / "further").write_text(json.dumps({**cut, "accuracy": 0.05, "epochs_trained": 12}))
+    assert [r["epochs_trained"] for r in read_runs([tmp_path / "further", tmp_path / "repeats"])] == [12, 64]
+
+
+def test_the_rate_is_chosen_by_seeds_not_by_runs():
+    # 3e-3: seeds of 0.9 (twice) and 0.1 have the mean 0.5, their three runs 0.63
+    runs = [run(lr=3e-3, seed=0, accuracy=0.9), run(lr=3e-3, seed=0, accuracy=0.9), run(lr=3e-3, seed=1, accuracy=0.1)]
+    assert cells([*runs, run(lr=1e-3, accuracy=0.55)])[0].lr == 1e-3
+
+
+def test_the_legend_of_the_curves_is_not_pale(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    plot_mqar.plot_curves([run(seed=0, stopped="deadline"), run(seed=1)], tmp_path / "curves.png")
+    monkeypatch.undo()
+    (axis,) = kept[0].axes
+    (line,) = axis.get_legend().get_lines()
+    assert [drawn.get_alpha() for drawn in axis.get_lines()] == [0.4, 1] and line.get_alpha() in (None, 1)
+    assert line.get_color() == plot_mqar.COLORS["rebased"]
+    pyplot.close(kept[0])
+
+
+def test_every_model_has_its_colour():
+    assert set(plot_mqar.COLORS) == set(MODELS) and len(set(plot_mqar.COLORS.values())) == len(MODELS)
 
 
 def test_files_are_written_from_damaged_results_too(tmp_path, capsys):
