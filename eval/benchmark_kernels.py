@@ -5,7 +5,8 @@
     python -m eval.benchmark_kernels --output eval/results/kernels/h100
 
 For every length: forward, forward and backward (medians of triton.testing.do_bench) and the memory that the latter
-takes on top of inputs, outputs and gradients. The tokens stay the same in all (--tokens): B = tokens / T, and fewer
+takes on top of inputs, outputs and gradients, and the time the host takes to issue the latter: where that is longer
+than the GPU's work, it is what do_bench shows. The tokens stay the same in all (--tokens): B = tokens / T, and fewer
 heads where one sequence is longer than that. Each result is compared with float64 before it is timed, and the copy and
 matrix-product ceilings are measured in the same run. Writes kernels.csv, machine.json and kernels.png.
 
@@ -21,7 +22,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +137,18 @@ def time_ms(function: Callable[[], object]) -> float:
     return do_bench(function, warmup=10, rep=50, return_mode="median")
 
 
+def host_ms(function: Callable[[], object], calls: int = 20) -> float:
+    """Milliseconds until a call returns, the GPU being behind: the median of `calls`."""
+    times = []
+    torch.cuda.synchronize()
+    for _ in range(calls):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(times)
+
+
 def ceilings() -> dict[str, float]:
     """Copy bandwidth in TB/s, read plus written, and the rate of a large bfloat16 matrix product in TFLOP/s."""
     x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
@@ -148,6 +163,7 @@ def time_one(function: Callable, inputs: list[Tensor], rates: dict[str, float]) 
     with torch.no_grad():
         forward = time_ms(lambda: function(*inputs[:3]))
     training = time_ms(lambda: train(function, *inputs))
+    host = host_ms(lambda: train(function, *inputs))
     with extra_memory() as memory:
         kept = train(function, *inputs)
     del kept
@@ -158,6 +174,7 @@ def time_one(function: Callable, inputs: list[Tensor], rates: dict[str, float]) 
         "H": inputs[0].shape[2],
         "forward_ms": forward,
         "training_ms": training,
+        "training_host_ms": host,
         "extra_gib": memory[0],
         "floor_forward_ms": moved / per_ms,
         "floor_training_ms": (3 * moved) / per_ms,
@@ -185,7 +202,7 @@ def run(arguments: argparse.Namespace, rates: dict[str, float], rows: list[dict]
             print(
                 f"{name:26s} T {length:7d}  B {row['B']:4d}  H {row['H']:3d}  F {feature_dim:3d}  "
                 f"forward {row['forward_ms']:8.3f} ms  forward+backward {row['training_ms']:8.3f} ms  "
-                f"extra {row['extra_gib']:5.2f} GiB",
+                f"(host {row['training_host_ms']:6.3f})  extra {row['extra_gib']:5.2f} GiB",
                 flush=True,
             )
             torch.cuda.empty_cache()

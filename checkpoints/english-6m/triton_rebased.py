@@ -32,8 +32,9 @@ import functools
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -1688,19 +1689,20 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
 
-def _even_rows(v: Tensor, width: int) -> Tensor:
-    """v with `width` columns, the new ones 0, where the kernels can't count on rows that start at 16 bytes.
+def _even_rows(v: Tensor, known: _Pass) -> Tensor:
+    """v with layout.d columns, the new ones 0, where the kernels can't count on rows that start at 16 bytes.
 
     Those can't be copied to shared memory asynchronously: every tile of keys would be waited for.
     """
     batch, length, heads, columns = v.shape
     if columns % 16 == 0:  # what Triton knows of a stride
         return v
+    width = known.layout.d
     out = v.new_empty(batch, length, heads, width)
     rows, block = batch * length * heads, max(16, 4096 // width)
     _launch(
-        _pad_kernel, (-(-rows // block),), (v, out, *v.stride()[:3], length, rows), D=columns, DP=width, HKV=heads,
-        BLOCK=block, num_warps=4,
+        known, "pad", _pad_kernel, (-(-rows // block),), (v, out, *v.stride()[:3], length, rows),
+        lambda: {"D": columns, "DP": width, "HKV": heads, "BLOCK": block, "num_warps": 4},
     )  # fmt: skip
     return out
 
@@ -1712,34 +1714,56 @@ def _byte_mask(mask: Tensor | None) -> Tensor | None:
     return (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)
 
 
-_COMPILED: dict[tuple, tuple] = {}
+class _Pass:
+    """What calls with inputs of the same kinds share: sizes, tiles and compiled kernels, each looked up once."""
+
+    __slots__ = ("launches", "layout", "plan")
+
+    def __init__(self, layout: _Layout, plan: Plan) -> None:
+        self.layout, self.plan = layout, plan
+        self.launches: dict[str, tuple] = {}
 
 
-def _launch(kernel, grid: tuple[int, ...], arguments: tuple, **flags) -> None:
-    """kernel[grid](*arguments, **flags), remembering the compiled kernel: looking it up takes Triton 50 us and more.
+_PASSES: dict[tuple, _Pass] = {}
+_MOST_PASSES = 4096
 
-    `flags` are the constexpr parameters and compiler options (num_warps and the like).
+
+def _pass(name: str, tensors: tuple[Tensor | None, ...], coefficients: tuple[float, ...], *options) -> _Pass:
+    """The forward, backward or decoding pass over such inputs: q comes first and v third in `tensors`.
+
+    The key holds whatever Triton compiles for: dtype, alignment and strides of a tensor, divisibility and size of an
+    int, constants. Those of inner tensors and all grids follow from the inputs' own, for what torch allocates is
+    aligned.
     """
-    if _INTERPRETED:
-        kernel[grid](*arguments, **flags)
-        return
-    # what Triton compiles for: dtype and alignment of a tensor, divisibility and size of an int
-    kinds = [kernel, torch.cuda.current_device(), *flags.values()]
-    for x in arguments:
-        if type(x) is int:
-            kinds.append((x % 16 == 0) + 2 * (x == 1) + 4 * (x >= 2**31))
-        elif isinstance(x, Tensor):
-            kinds += x.dtype, x.data_ptr() % 16 == 0
-        else:
-            kinds.append(x is None)
-    key = tuple(kinds)
-    known = _COMPILED.get(key)
+    q, _, v = tensors[:3]
+    kinds = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors]
+    key = (name, q.device, _precision(q.dtype), coefficients, *options, *kinds)
+    known = _PASSES.get(key)
     if known is None:
-        compiled = kernel[grid](*arguments, **flags)
-        _COMPILED[key] = compiled, tuple(flags[name] for name in kernel.arg_names[len(arguments) :])
+        if len(_PASSES) >= _MOST_PASSES:
+            _PASSES.clear()
+        layout = _layout(q.shape[3], v.shape[3], *coefficients)
+        known = _PASSES[key] = _Pass(layout, _plan(q.shape[3], v.shape[3], q.dtype, q.device))
+    return known
+
+
+def _launch(
+    known: _Pass, name: str, kernel, grid: tuple[int, ...], arguments: tuple, flags: Callable[[], dict[str, Any]]
+) -> None:
+    """kernel[grid](*arguments, **flags()), remembering the compiled kernel as `name`: Triton takes 50 us to find it.
+
+    `flags` gives the constexpr parameters and compiler options (num_warps and the like), and is not asked again.
+    """
+    launch = known.launches.get(name)
+    if launch is None:
+        values = flags()
+        compiled = kernel[grid](*arguments, **values)
+        if not _INTERPRETED:
+            constants = tuple(values[flag] for flag in kernel.arg_names[len(arguments) :])
+            known.launches[name] = compiled[(*grid, 1, 1)[:3]], constants
     else:
-        compiled, constants = known
-        compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+        run, constants = launch
+        run(*arguments, *constants)
 
 
 class _Guard:
@@ -1773,15 +1797,15 @@ def _new_states(like: Tensor, slots: int, kv_heads: int, layout: _Layout, exact:
 
 
 def _make_states(
-    x: Tensor, y: Tensor, states: Tensor, norms: Tensor, cut: _Segments, layout: _Layout, plan: Plan,
-    mask: Tensor | None, kv_heads: int, weights: tuple[Tensor, Tensor] | None, initial: Tensor | None, last: bool,
-    head_dim: int,
+    x: Tensor, y: Tensor, states: Tensor, norms: Tensor, cut: _Segments, known: _Pass, mask: Tensor | None,
+    kv_heads: int, weights: tuple[Tensor, Tensor] | None, initial: Tensor | None, last: bool, head_dim: int,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Fills `states` and `norms` with running sums; returns the totals in fp32 if `last`.
 
     `weights` (delta, aux) marks the backward direction: x, y are q, do / z and the sums run from the end.
     """
     batch, length, heads, feature_dim = x.shape
+    layout, plan = known.layout, known.plan
     reverse = weights is not None
     varlen = cut.cu is not None
     if initial is not None:
@@ -1805,36 +1829,41 @@ def _make_states(
         0 if mask is None else mask.stride(0), length, cut.computed, cut.slots, cut.sequences,
     )  # fmt: skip
     tables = (states, norms, mask, cut.cu, cut.seq_of, cut.first_segment, cut.first_slot)
-    flags = {
-        "F": feature_dim, "D": y.shape[-1], "FP": layout.f, "DP": layout.d, "BD": block_d, "NR": layout.rows,
-        "HKV": kv_heads, "G": heads // kv_heads, "L": plan.segment, "C": tokens, "REVERSE": reverse,
-        "LAST": int(last), "HAS_INIT": int(initial is not None), "HAS_MASK": mask is not None, "VARLEN": varlen,
-        "CT": _compute_type(x.dtype), "PREC": _precision(x.dtype), "num_warps": warps,
-    }  # fmt: skip
+
+    def flags() -> dict[str, Any]:
+        return {
+            "F": feature_dim, "D": y.shape[-1], "FP": layout.f, "DP": layout.d, "BD": block_d, "NR": layout.rows,
+            "HKV": kv_heads, "G": heads // kv_heads, "L": plan.segment, "C": tokens, "REVERSE": reverse,
+            "LAST": int(last), "HAS_INIT": int(initial is not None), "HAS_MASK": mask is not None, "VARLEN": varlen,
+            "CT": _compute_type(x.dtype), "PREC": _precision(x.dtype), "num_warps": warps,
+        }  # fmt: skip
+
     programs = (cut.computed if varlen else batch * cut.computed) * kv_heads
     tiles = layout.blocks * (layout.blocks + 1) // 2 if layout.quad else 0
     if programs > 0 and layout.quad:
         group = min(tiles, 3)
         _launch(
+            known,
+            "state",
             _state_kernel,
             (-(-tiles // group) * programs, layout.d // block_d),
             (x, y, aux, *tables, *shape),
-            **flags,
-            NB=layout.blocks,
-            TG=group,
-            num_stages=stages,
-            **plan.options("later" if reverse else "state"),
+            lambda: {
+                **flags(),
+                "NB": layout.blocks,
+                "TG": group,
+                "num_stages": stages,
+                **plan.options("later" if reverse else "state"),
+            },
         )
     if programs > 0 and (layout.lin or layout.const):
         _launch(
+            known,
+            "low state",
             _low_state_kernel,
             (programs, layout.d // block_d),
             (x, y, delta, *tables, *shape, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0),
-            **flags,
-            FIRST=tiles * 64,
-            LIN=layout.lin,
-            CONST=layout.const,
-            num_stages=1,
+            lambda: {**flags(), "FIRST": tiles * 64, "LIN": layout.lin, "CONST": layout.const, "num_stages": 1},
         )
     if cut.total == 0 or (cut.slots == 1 and not varlen and not last):
         return None  # nothing to add up
@@ -1850,17 +1879,21 @@ def _make_states(
     block = 1024
     together = 8 if varlen else min(8, _power_of_2(cut.slots, 2))
     _launch(
+        known,
+        "scan",
         _scan_kernel,
         (cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block)),
         (states, norms, *totals, cut.first_slot, cut.slots),
-        E=elements,
-        NR=layout.rows,
-        HKV=kv_heads,
-        U=together,
-        BE=block,
-        VARLEN=varlen,
-        KEEP_LAST=last,
-        num_warps=4,
+        lambda: {
+            "E": elements,
+            "NR": layout.rows,
+            "HKV": kv_heads,
+            "U": together,
+            "BE": block,
+            "VARLEN": varlen,
+            "KEEP_LAST": last,
+            "num_warps": 4,
+        },
     )
     return totals if last else None
 
@@ -1877,12 +1910,13 @@ def _forward(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     batch, length, heads, feature_dim = q.shape
     kv_heads, head_dim = v.shape[2:]
-    layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
-    plan = _plan(feature_dim, head_dim, q.dtype, q.device)
     mask = _byte_mask(attention_mask)
     initial = initial_state is not None
+    inputs = (q, k, v, mask, cu_seqlens, initial_state)
+    known = _pass("forward", inputs, (c0, c1, c2, scale), output_final_state)
+    layout, plan = known.layout, known.plan
     with _Guard(q):
-        v = _even_rows(v, layout.d)
+        v = _even_rows(v, known)
         cut = _cut(batch, length, plan.segment, initial, output_final_state, cu_seqlens)
         varlen = cut.cu is not None
         o = q.new_empty(batch, length, heads, head_dim)
@@ -1891,14 +1925,15 @@ def _forward(
         totals = None
         if cut.total > 0:
             totals = _make_states(
-                k, v, states, norms, cut, layout, plan, mask, kv_heads, None, initial_state, output_final_state,
-                head_dim,
-            )  # fmt: skip
+                k, v, states, norms, cut, known, mask, kv_heads, None, initial_state, output_final_state, head_dim
+            )
         rows, warps, stages = plan.forward
         blocks = -(-length // rows)
         programs = (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * heads
         block_d = min(layout.d, 128)
         _launch(
+            known,
+            "forward",
             _forward_kernel,
             (programs, layout.d // block_d),
             (
@@ -1926,30 +1961,32 @@ def _forward(
                 layout.beta,
                 eps / layout.factor,
             ),
-            F=feature_dim,
-            D=head_dim,
-            DV=v.shape[-1],
-            FP=layout.f,
-            DP=layout.d,
-            BD=block_d,
-            NB=layout.blocks,
-            NR=layout.rows,
-            H=heads,
-            G=heads // kv_heads,
-            L=plan.segment,
-            BM=rows,
-            QUAD=layout.quad,
-            LIN=layout.lin,
-            CONST=layout.const,
-            HAS_STATE=varlen or initial or length > plan.segment,
-            HAS_INIT=int(initial),
-            HAS_MASK=mask is not None,
-            VARLEN=varlen,
-            CT=_compute_type(q.dtype),
-            PREC=_precision(q.dtype),
-            num_warps=warps,
-            num_stages=stages,
-            **plan.options("forward"),
+            lambda: {
+                "F": feature_dim,
+                "D": head_dim,
+                "DV": v.shape[-1],
+                "FP": layout.f,
+                "DP": layout.d,
+                "BD": block_d,
+                "NB": layout.blocks,
+                "NR": layout.rows,
+                "H": heads,
+                "G": heads // kv_heads,
+                "L": plan.segment,
+                "BM": rows,
+                "QUAD": layout.quad,
+                "LIN": layout.lin,
+                "CONST": layout.const,
+                "HAS_STATE": varlen or initial or length > plan.segment,
+                "HAS_INIT": int(initial),
+                "HAS_MASK": mask is not None,
+                "VARLEN": varlen,
+                "CT": _compute_type(q.dtype),
+                "PREC": _precision(q.dtype),
+                "num_warps": warps,
+                "num_stages": stages,
+                **plan.options("forward"),
+            },
         )
         if output_final_state:
             final = _to_public(*totals, feature_dim, head_dim, layout)
@@ -1997,12 +2034,12 @@ def _backward(
     batch, length, heads, feature_dim = q.shape
     kv_heads, head_dim = v.shape[2:]
     group = heads // kv_heads
-    layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
-    plan = _plan(feature_dim, head_dim, q.dtype, q.device)
     mask = _byte_mask(attention_mask)
     mask_stride = 0 if mask is None else mask.stride(0)
     final = grad_final is not None
-    compute = _compute_type(q.dtype)
+    inputs = (q, k, v, mask, cu_seqlens, grad, grad_final, o, rz, states, norms)
+    known = _pass("backward", inputs, (c0, c1, c2, scale), has_initial, has_last, grad_initial)
+    layout, plan = known.layout, known.plan
     with _Guard(q):
         cut = _cut(batch, length, plan.segment, has_initial, has_last, cu_seqlens)
         varlen = cut.cu is not None
@@ -2010,17 +2047,19 @@ def _backward(
         dq = q.new_empty(q.shape)
         dk = k.new_empty(k.shape)
         dv = v.new_empty(v.shape)
-        v = _even_rows(v, layout.d)
+        v = _even_rows(v, known)
         half = torch.float32 if q.dtype == torch.float32 or _INTERPRETED else torch.bfloat16
         dn = q.new_empty(batch, length, heads, layout.d, dtype=half)
         delta = torch.empty_like(rz)
         aux = q.new_empty(batch, length, heads, 16, dtype=half)
-        inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        sizes = {
-            "F": feature_dim, "D": head_dim, "FP": layout.f, "DP": layout.d, "NB": layout.blocks, "NR": layout.rows,
-            "L": plan.segment, "HAS_MASK": mask is not None, "VARLEN": varlen, "CT": compute,
-            "PREC": _precision(q.dtype),
-        }  # fmt: skip
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+
+        def sizes() -> dict[str, Any]:
+            return {
+                "F": feature_dim, "D": head_dim, "FP": layout.f, "DP": layout.d, "NB": layout.blocks,
+                "NR": layout.rows, "L": plan.segment, "HAS_MASK": mask is not None, "VARLEN": varlen,
+                "CT": _compute_type(q.dtype), "PREC": _precision(q.dtype),
+            }  # fmt: skip
 
         def grid(cut: _Segments, rows: int, heads: int) -> tuple[int, int]:
             """Programs and blocks of a sequence."""
@@ -2035,6 +2074,8 @@ def _backward(
             part = q.new_empty(batch, length, x.shape[2], layout.f, dtype=torch.float32)
             programs, blocks = grid(cut, rows, x.shape[2])
             _launch(
+                known,
+                "gradient of keys" if keys else "gradient of queries",
                 _gradient_kernel,
                 (programs * (layout.f // 16),),
                 (
@@ -2052,15 +2093,19 @@ def _backward(
                     cut.slots,
                     cut.sequences,
                 ),
-                **{**sizes, "D": y.shape[-1], "HAS_MASK": keys and mask is not None},
-                H=x.shape[2],
-                G=1 if keys else group,
-                BM=rows,
-                KEYS=keys,
-                HAS_INIT=int(init),
-                num_warps=warps,
-                num_stages=stages,
-                **plan.options("gradient"),
+                lambda: {
+                    **sizes(),
+                    "D": y.shape[-1],
+                    "HAS_MASK": keys and mask is not None,
+                    "H": x.shape[2],
+                    "G": 1 if keys else group,
+                    "BM": rows,
+                    "KEYS": keys,
+                    "HAS_INIT": int(init),
+                    "num_warps": warps,
+                    "num_stages": stages,
+                    **plan.options("gradient"),
+                },
             )
             return part
 
@@ -2070,20 +2115,20 @@ def _backward(
         if parts:
             steps = -(-length // 64)
             _launch(
+                known,
+                "scale",
                 _scale_kernel,
                 (batch * steps * heads,),
                 (o, grad, rz, dn, delta, aux, *grad.stride()[:3], length, steps),
-                D=head_dim,
-                DP=layout.d,
-                H=heads,
-                BM=64,
-                CT=compute,
+                lambda: {"D": head_dim, "DP": layout.d, "H": heads, "BM": 64, "CT": _compute_type(q.dtype)},
             )
             part = through_state(q, dn, False, states, cut, has_initial)
         rows, warps, stages = plan.dq
         programs, blocks = grid(cut, rows, heads)
         half_alpha = layout.alpha / 2 if layout.quad else 0.0
         _launch(
+            known,
+            "dq",
             _dq_kernel,
             (programs,),
             (
@@ -2102,7 +2147,7 @@ def _backward(
                 norms,
                 mask,
                 *tables(cut),
-                *inputs,
+                *strides,
                 *grad.stride()[:3],
                 mask_stride,
                 length,
@@ -2112,19 +2157,21 @@ def _backward(
                 layout.alpha,
                 half_alpha,
             ),
-            **sizes,
-            DV=v.shape[-1],
-            H=heads,
-            G=group,
-            BM=rows,
-            QUAD=layout.quad,
-            LIN=layout.lin,
-            HAS_STATE=has_state,
-            HAS_INIT=int(has_initial),
-            PART=parts,
-            num_warps=warps,
-            num_stages=stages,
-            **plan.options("dq"),
+            lambda: {
+                **sizes(),
+                "DV": v.shape[-1],
+                "H": heads,
+                "G": group,
+                "BM": rows,
+                "QUAD": layout.quad,
+                "LIN": layout.lin,
+                "HAS_STATE": has_state,
+                "HAS_INIT": int(has_initial),
+                "PART": parts,
+                "num_warps": warps,
+                "num_stages": stages,
+                **plan.options("dq"),
+            },
         )
         del part
 
@@ -2135,14 +2182,15 @@ def _backward(
         totals = None
         if cut.total > 0:
             totals = _make_states(
-                q, dn, later, later_norms, cut, layout, plan, None, kv_heads, (delta, aux), grad_final, grad_initial,
-                head_dim,
-            )  # fmt: skip
+                q, dn, later, later_norms, cut, known, None, kv_heads, (delta, aux), grad_final, grad_initial, head_dim
+            )
         parts = layout.quad and layout.blocks > 2 and has_state
         part = through_state(k, v, True, later, cut, final) if parts else None
         rows, warps, stages = plan.dkdv
         programs, blocks = grid(cut, rows, kv_heads)
         _launch(
+            known,
+            "dkdv",
             _dkdv_kernel,
             (programs,),
             (
@@ -2158,7 +2206,7 @@ def _backward(
                 later_norms,
                 mask,
                 *tables(cut),
-                *inputs,
+                *strides,
                 mask_stride,
                 length,
                 blocks,
@@ -2168,21 +2216,23 @@ def _backward(
                 half_alpha,
                 layout.beta,
             ),
-            **sizes,
-            DV=v.shape[-1],
-            HKV=kv_heads,
-            G=group,
-            BM=rows,
-            BN=plan.narrow or rows,
-            QUAD=layout.quad,
-            LIN=layout.lin,
-            CONST=layout.const,
-            HAS_STATE=has_state,
-            HAS_INIT=int(final),
-            PART=parts,
-            num_warps=warps,
-            num_stages=stages,
-            **plan.options("dkdv"),
+            lambda: {
+                **sizes(),
+                "DV": v.shape[-1],
+                "HKV": kv_heads,
+                "G": group,
+                "BM": rows,
+                "BN": plan.narrow or rows,
+                "QUAD": layout.quad,
+                "LIN": layout.lin,
+                "CONST": layout.const,
+                "HAS_STATE": has_state,
+                "HAS_INIT": int(final),
+                "PART": parts,
+                "num_warps": warps,
+                "num_stages": stages,
+                **plan.options("dkdv"),
+            },
         )
         if grad_initial:
             d_initial = _to_public(*totals, feature_dim, head_dim, layout)
@@ -2214,14 +2264,17 @@ def _decode(
     batch, _, heads, feature_dim = q.shape
     kv_heads, head_dim = v.shape[2:]
     group = heads // kv_heads
-    layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
-    o = q.new_empty(batch, 1, heads, head_dim)
     mask = _byte_mask(attention_mask)
+    known = _pass("decode", (q, k, v, state, mask), (c0, c1, c2, scale))
+    layout = known.layout
+    o = q.new_empty(batch, 1, heads, head_dim)
     # features a step: the tile [heads, features, values] has to stay in one warp's registers
     heads_padded = 1 << (group - 1).bit_length()
     features = max(1, min(16, 1024 // (layout.d * heads_padded)))
     with _Guard(q):
         _launch(
+            known,
+            "decode",
             _decode_kernel,
             (batch * kv_heads,),
             (
@@ -2243,19 +2296,21 @@ def _decode(
                 layout.beta,
                 eps / layout.factor,
             ),
-            F=feature_dim,
-            D=head_dim,
-            BD=layout.d,
-            NF=layout.features,
-            H=heads,
-            G=group,
-            GP=heads_padded,
-            BF=features,
-            QUAD=layout.quad,
-            LIN=layout.lin,
-            CONST=layout.const,
-            HAS_MASK=mask is not None,
-            num_warps=1,
+            lambda: {
+                "F": feature_dim,
+                "D": head_dim,
+                "BD": layout.d,
+                "NF": layout.features,
+                "H": heads,
+                "G": group,
+                "GP": heads_padded,
+                "BF": features,
+                "QUAD": layout.quad,
+                "LIN": layout.lin,
+                "CONST": layout.const,
+                "HAS_MASK": mask is not None,
+                "num_warps": 1,
+            },
         )
     return o
 

@@ -146,6 +146,7 @@ def test_segments_of_many_tiles(width, narrow, monkeypatch):
     rows = (32, 4, 1)
     plan = triton_rebased.Plan(256, *[rows] * 6, narrow=narrow)
     monkeypatch.setattr(triton_rebased, "_plan", lambda *args: plan)
+    monkeypatch.setattr(triton_rebased, "_PASSES", {})  # plans of earlier calls
     check(*make(1, 150, 2, 1, width, 20), final=False, eps=1e-2)
 
 
