@@ -21,8 +21,8 @@ REASON = triton_rebased.triton_unavailable_reason(torch.device(DEVICE), torch.fl
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")
 
 REBASED, BASED = (0.0, 0.0, 1.0), (1.0, 1.0, 0.5)
-# relative to the norm of the float64 result: what rounding of inputs, features and weights to the dtype leaves
-BARS = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 1e-2}
+# allowed errors of results and of gradients, relative to the norm of the float64 result
+BARS = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 1e-3), torch.bfloat16: (5e-3, 1e-2)}
 
 
 def oracle(q, k, v, coefficients, scale, eps, mask=None, cu=None, initial=None):
@@ -82,9 +82,9 @@ def make(batch, length, heads, kv_heads, width, dim, dtype=torch.float32):
     return [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
 
 
-def check(q, k, v, coefficients=REBASED, eps=1e-12, mask=None, cu=None, initial=None, final=True, bar=None):
+def check(q, k, v, coefficients=REBASED, eps=1e-12, mask=None, cu=None, initial=None, final=True):
     """Forward and backward of the kernels against autograd through the oracle."""
-    bar = BARS[q.dtype] if bar is None else bar
+    bar, gradient_bar = BARS[q.dtype]
     scale = q.shape[-1] ** -0.5
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v) + ((initial,) if initial is not None else ())]
     exact = [x.detach().double().requires_grad_() for x in leaves]
@@ -109,7 +109,7 @@ def check(q, k, v, coefficients=REBASED, eps=1e-12, mask=None, cu=None, initial=
     grads_ref = torch.autograd.grad(loss_ref, exact)
     for name, x, reference in zip("qkvs", grads, grads_ref):
         assert x.isfinite().all(), name
-        assert relative(x, reference) < 2 * bar, f"d{name}: {relative(x, reference)}"
+        assert relative(x, reference) < gradient_bar, f"d{name}: {relative(x, reference)}"
 
 
 SHAPES = [
@@ -311,7 +311,7 @@ def test_decode_continues_a_prefill():
 def test_extreme_inputs_stay_finite():
     q, k, v = make(1, 130, 1, 1, 16, 8, torch.float16)
     k = (k / k.float().norm(dim=-1, keepdim=True) * 1e4).half()
-    check(q, k, v, final=False, eps=1e-2, bar=2e-2)
+    check(q, k, v, final=False, eps=1e-2)
     # nothing to attend to: 0, not NaN; and gradients of 0
     q, k, v = (x.requires_grad_() for x in make(1, 70, 1, 1, 8, 8))
     mask = torch.zeros(1, 70, dtype=torch.bool, device=DEVICE)
@@ -414,6 +414,46 @@ def test_copies_of_the_module_live_together(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(run(module), expected))
     del copies, sys.modules["copy_a"], sys.modules["copy_b"]
     assert all(torch.equal(a, b) for a, b in zip(run(triton_rebased), expected))
+
+
+def test_calls_of_one_kind_share_a_pass():
+    """Whatever Triton compiles for tells passes apart; a kind of call that comes back finds its own again."""
+    q, k, v = make(2, 40, 2, 2, 16, 32)
+    aligned, wide = torch.empty(2, 40, 2, 16 + 4, device=DEVICE), torch.empty(2, 40, 2, 32, device=DEVICE)
+    calls = {
+        "as it is": ((q, k, v), REBASED, 0.25, False),
+        "another batch": ((q[:1], k[:1], v[:1]), REBASED, 0.25, False),
+        "another length": ((q[:, :39], k[:, :39], v[:, :39]), REBASED, 0.25, False),
+        "strides": ((wide[..., :16], k, v), REBASED, 0.25, False),
+        "alignment": ((aligned[..., 1:17], k, v), REBASED, 0.25, False),
+        "aligned": ((aligned[..., :16], k, v), REBASED, 0.25, False),
+        "dtype": (tuple(x.bfloat16() for x in (q, k, v)), REBASED, 0.25, False),
+        "coefficients": ((q, k, v), BASED, 0.25, False),
+        "scale": ((q, k, v), REBASED, 0.5, False),
+        "final state": ((q, k, v), REBASED, 0.25, True),
+        "one more input": ((q, k, v, None), REBASED, 0.25, False),
+        "mask": ((q, k, v, torch.ones(2, 40, dtype=torch.uint8, device=DEVICE)), REBASED, 0.25, False),
+    }
+
+    def find():
+        return {
+            name: triton_rebased._pass("forward", x, (*coefficients, scale), last)
+            for name, (x, coefficients, scale, last) in calls.items()
+        }
+
+    found, again = find(), find()
+    assert len({id(known) for known in found.values()}) == len(calls)
+    assert all(found[name] is again[name] for name in calls)
+    assert triton_rebased._pass("backward", *calls["as it is"][:1], (*REBASED, 0.25), False) is not found["as it is"]
+
+
+def test_passes_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(triton_rebased, "_PASSES", {})
+    monkeypatch.setattr(triton_rebased, "_MOST_PASSES", 3)
+    for length in range(1, 20):
+        q, k, v = (torch.empty(1, length, 1, 16, device=DEVICE) for _ in range(3))
+        triton_rebased._pass("forward", (q, k, v), (*REBASED, 0.25))
+        assert len(triton_rebased._PASSES) <= 3
 
 
 def test_reasons():
