@@ -178,7 +178,7 @@ def _chunked(
     # Chunks that are worked on at once: enough to keep the device busy, few enough to keep memory small.
     block = length
     if with_state:
-        block = chunk * max(1, min(64, 2**26 // (batch * q_heads * chunk * features)))
+        block = chunk * max(1, min(64, 2**26 // max(1, batch * q_heads * chunk * features)))
 
     # s**2 of large but finite inputs can exceed the dtype's range although o does not. Multiplying w and eps by the
     # same r**2 > 0 leaves o as it is, so r, a power of two for exactness, brings |r s| to at most 1. It is the

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 try:
@@ -62,6 +63,7 @@ except ImportError:  # the module must import where Triton is missing: the decor
 
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
+_MOST_SEGMENT = 4096  # tokens of a segment, at most: how far a kernel walks from a 64-bit pointer
 _WIDE_BYTES = 136 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # whether kernels may hold instructions of NVIDIA's PTX
@@ -1505,7 +1507,7 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.dev
     elif feature_dim <= 64:
         segment = 2048
     else:
-        segment = 4096
+        segment = _MOST_SEGMENT
     if dtype != torch.bfloat16:
         rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
         return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows)
@@ -1544,6 +1546,8 @@ class _Layout(NamedTuple):
 
 def _layout(feature_dim: int, head_dim: int, c0: float, c1: float, c2: float, scale: float) -> _Layout:
     quad, lin, const = c2 != 0, c1 != 0, c0 != 0
+    if scale == 0:
+        raise ValueError("scale: 0 makes every weight c0; the Triton kernels take any other number.")
     if quad:
         factor, alpha, beta = c2 * scale * scale, c1 / (c2 * scale), c0 / (c2 * scale * scale)
     elif lin:
@@ -1651,7 +1655,7 @@ def _cut(batch: int, length: int, segment: int, initial: bool, last: bool, cu: T
         computed = (length - 1) // segment + last
         return _Segments(batch, slots, batch * slots, computed, None, None, None, None)
     sequences = cu.shape[0] - 1
-    cu = cu.to(torch.int32)
+    cu = cu.to(torch.int32).contiguous()
     count = (cu.diff() + segment - 1) // segment
     zero = torch.zeros(1, dtype=torch.int32, device=cu.device)
     first_segment = torch.cat([zero, count.cumsum(0, dtype=torch.int32)])
@@ -1686,7 +1690,11 @@ def _compute_type(dtype: torch.dtype):
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
+    """x [B, T, H, dim], copied if its last stride is not 1, or if a kernel's 32-bit products of strides overflow."""
+    _, token, head, unit = x.stride()
+    if unit == 1 and token * _MOST_SEGMENT < 2**31 and head * x.shape[2] < 2**31:
+        return x
+    return x.contiguous()
 
 
 def _even_rows(v: Tensor, known: _Pass) -> Tensor:
@@ -1865,7 +1873,7 @@ def _make_states(
             (x, y, delta, *tables, *shape, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0),
             lambda: {**flags(), "FIRST": tiles * 64, "LIN": layout.lin, "CONST": layout.const, "num_stages": 1},
         )
-    if cut.total == 0 or (cut.slots == 1 and not varlen and not last):
+    if not last and (cut.total == 0 or (cut.slots == 1 and not varlen)):
         return None  # nothing to add up
     totals = None, None
     if last:
@@ -1923,7 +1931,7 @@ def _forward(
         rz = q.new_empty(batch, heads, length, dtype=torch.float32)
         states, norms = _new_states(q, cut.total, kv_heads, layout, output_final_state)
         totals = None
-        if cut.total > 0:
+        if cut.total > 0 or output_final_state:
             totals = _make_states(
                 k, v, states, norms, cut, known, mask, kv_heads, None, initial_state, output_final_state, head_dim
             )
@@ -2180,7 +2188,7 @@ def _backward(
         has_state = varlen or final or length > plan.segment
         later, later_norms = _new_states(q, cut.total, kv_heads, layout, grad_initial)
         totals = None
-        if cut.total > 0:
+        if cut.total > 0 or grad_initial:
             totals = _make_states(
                 q, dn, later, later_norms, cut, known, None, kv_heads, (delta, aux), grad_final, grad_initial, head_dim
             )
@@ -2368,7 +2376,8 @@ class _Attention(torch.autograd.Function):
         _setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_make_autograd(_backward))
+    # second derivatives are an error, not silently 0
+    backward = staticmethod(once_differentiable(_make_autograd(_backward)))
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:

@@ -479,3 +479,47 @@ def test_reasons_of_a_gpu(monkeypatch):
     assert reason(device, torch.bfloat16, 16, 256) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "7.5" in reason(device, torch.float32, 16, 64)
+
+
+def test_bounds_of_packed_sequences_with_a_stride():
+    """A column of a table: the kernels read the bounds one after another."""
+    table = torch.tensor([[0, 7], [3, 7], [70, 7], [100, 7]], dtype=torch.int32, device=DEVICE)
+    check(*make(1, 100, 2, 1, 5, 6), eps=1e-2, cu=table[:, 0])
+
+
+def test_strides_beyond_32_bits():
+    """Kernels multiply heads and the tokens of a segment by strides in 32 bits: where that overflows, it is a copy."""
+    for strides in ((1, 4, 2**30, 1), (1, 2**19, 4, 1)):
+        x = torch.empty_strided((1, 5, 3, 4), strides, device="meta")
+        assert triton_rebased._unit_stride(x).is_contiguous()
+    x = torch.empty_strided((1, 5, 3, 4), (2**40, 12, 2**29, 1), device="meta")
+    assert triton_rebased._unit_stride(x) is x
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_batch_of_none(with_state, final):
+    leaves = [x.requires_grad_() for x in make(0, 70, 2, 1, 4, 3)]
+    leaves += [torch.zeros(0, 1, 10, 4, device=DEVICE, requires_grad=True)] * with_state
+    o, state = triton_rebased.triton_rebased_attention(
+        *leaves[:3], coefficients=REBASED, scale=0.5, eps=1e-6, output_final_state=final,
+        initial_state=leaves[3] if with_state else None,
+    )  # fmt: skip
+    assert o.shape == (0, 70, 2, 3)
+    assert not final or state.shape == (0, 1, 10, 4)
+    grads = torch.autograd.grad(o.sum() + (state.sum() if final else 0.0), leaves)
+    assert all(x.shape == leaf.shape for x, leaf in zip(grads, leaves))
+
+
+def test_second_derivatives_are_an_error():
+    """A penalty on a gradient must not count as 0."""
+    q, k, v = (x.requires_grad_() for x in make(1, 5, 1, 1, 4, 4))
+    o, _ = triton_rebased.triton_rebased_attention(q, k, v, coefficients=REBASED, scale=0.5, eps=1e-6)
+    (grad,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        (o.sum() + grad.square().sum()).backward()
+
+
+def test_scale_of_zero():
+    with pytest.raises(ValueError, match="scale"):
+        triton_rebased.triton_rebased_attention(*make(1, 5, 1, 1, 4, 4), coefficients=REBASED, scale=0.0, eps=1e-6)
