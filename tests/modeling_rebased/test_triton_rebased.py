@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 
 triton_rebased = pytest.importorskip("modeling_rebased.triton_rebased")
@@ -120,6 +121,7 @@ SHAPES = [
     (1, 130, 1, 1, 8, 42),
     (1, 129, 1, 1, 20, 5),
     (1, 70, 1, 1, 33, 70),
+    (1, 66, 1, 1, 5, 256),
 ]
 
 
@@ -523,3 +525,35 @@ def test_second_derivatives_are_an_error():
 def test_scale_of_zero():
     with pytest.raises(ValueError, match="scale"):
         triton_rebased.triton_rebased_attention(*make(1, 5, 1, 1, 4, 4), coefficients=REBASED, scale=0.0, eps=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_once_for_any_length(packed):
+    """dynamic=True: the same graph, whatever the batch, the lengths and their number, with states in and out."""
+
+    def run(q, k, v, tokens, initial):
+        names = {"cu_seqlens" if packed else "attention_mask": tokens}
+        return triton_rebased.triton_rebased_attention(
+            q, k, v, coefficients=REBASED, scale=0.5, eps=1e-3, initial_state=initial, output_final_state=True, **names
+        )
+
+    graphs = []
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    for batch, bounds in ((6, (0, 8, 8, 11, 12, 13, 17)), (5, (0, 60, 64, 64, 65, 70))):
+        q, k, v = (x.requires_grad_() for x in make(1 if packed else batch, bounds[-1], 1, 1, 4, 3))
+        initial = torch.rand(batch, 1, 10, 4, device=DEVICE)
+        initial[:, :, :4] += 4
+        if packed:
+            tokens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        else:
+            tokens = torch.rand(batch, bounds[-1], device=DEVICE) > 0.3
+        arguments = q, k, v, tokens, initial.requires_grad_()
+        plain, traced = run(*arguments), compiled(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(plain, traced))
+        weights = [torch.randn_like(x) for x in plain]
+        leaves = q, k, v, initial
+        plain, traced = (torch.autograd.grad(x, leaves, weights) for x in (plain, traced))
+        assert all(torch.equal(a, b) for a, b in zip(plain, traced))
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1]  # the second batch found the graph of the first
