@@ -25,8 +25,9 @@ import itertools
 import json
 import math
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -66,6 +67,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+# Parts of a name that only other values than the defaults have.
+_NAMED_IF_OTHER = {
+    "t": "test_examples",
+    "data": "data_seed",
+    "v": "vocab_size",
+    "wd": "weight_decay",
+    "stop": "stop_at",
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that decides a run's numbers, but for the device and the loop."""
@@ -89,6 +100,10 @@ class Run:
     @property
     def name(self) -> str:
         extra = [f"e{self.epochs}", f"b{self.batch_size}", f"n{self.train_examples}", f"d{self.dropout:g}"]
+        # The rest is named where it is not the recipe's, so that such a run is not taken for the recipe's own.
+        for short, field in _NAMED_IF_OTHER.items():
+            if (value := getattr(self, field)) != getattr(type(self), field):
+                extra.append(f"{short}{value}")
         return "-".join(
             [
                 self.model,
@@ -257,12 +272,16 @@ class PlainCallback(TrainerCallback):
 
     def __init__(self, run: Run, sampler: OrderSampler, options: Options):
         self.run, self.sampler, self.options = run, sampler, options
+        self.stopped: str | None = None
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.sampler.epoch = round(state.epoch)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
-        control.should_training_stop |= metrics["eval_accuracy"] >= self.run.stop_at or self.options.late
+        done = metrics["eval_accuracy"] >= self.run.stop_at or round(state.epoch) >= self.run.epochs
+        if self.options.late and not done:
+            self.stopped = "deadline"
+        control.should_training_stop |= done or self.stopped is not None
 
 
 def train_plain(run: Run, options: Options) -> tuple[dict[str, Any], ReBasedForCausalLM]:
@@ -302,7 +321,8 @@ def train_plain(run: Run, options: Options) -> tuple[dict[str, Any], ReBasedForC
         eval_dataset=PlainDataset(test),
         optimizers=(optimizer, schedule),
     )
-    trainer.add_callback(PlainCallback(run, trainer.sampler, options))
+    callback = PlainCallback(run, trainer.sampler, options)
+    trainer.add_callback(callback)
     begin = time.perf_counter()
     saved = options.work_dir and folder.exists() and any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(saved) or None)
@@ -312,7 +332,10 @@ def train_plain(run: Run, options: Options) -> tuple[dict[str, Any], ReBasedForC
         for entry in trainer.state.log_history
         if "eval_accuracy" in entry
     ]
-    return _result(run, options, history, time.perf_counter() - begin, _parameters(model)), model
+    result = _result(run, options, history, time.perf_counter() - begin, _parameters(model))
+    if callback.stopped:
+        result["stopped"] = callback.stopped
+    return result, model
 
 
 # ---------------------------------------------------------------- the fast loop
@@ -740,12 +763,12 @@ def run_group(
                 result["setup_seconds"] = round(trainer.setup_seconds, 2)
             else:
                 result, model = train_plain(run, options)
-            append_result(output, result)
-            results.append(result)
-            if save:
+            if save:  # before the line in `output`, which says that nothing of this run is left to do
                 copy = build_model(run, options.kernel_backend)
                 copy.load_state_dict(model.state_dict())
                 save_model(copy, run, Path(save) / run.name, result)
+            append_result(output, result)
+            results.append(result)
             shown = {
                 key: result[key] for key in ("name", "accuracy", "epochs_trained", "seconds", "tokens_per_second")
             }
@@ -782,12 +805,50 @@ def sweep(runs: list[Run], options: Options, output: str, jobs: int = 1, save: s
     return results
 
 
-def _floats(text: str) -> list[float]:
-    return [float(item) for item in text.split(",")]
+def _number(text: str, kind: type, allowed: str, holds: Callable[[Any], bool]) -> Any:
+    """Read a number of the command line; argparse puts the argument's name before the error."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
+    return value
 
 
-def _integers(text: str) -> list[int]:
-    return [int(item) for item in text.split(",")]
+def _integer(text: str) -> int:
+    return _number(text, int, "an integer", lambda value: True)
+
+
+def _count(text: str) -> int:
+    return _number(text, int, "an integer of at least 1", lambda value: value >= 1)
+
+
+def _positive(text: str) -> float:
+    return _number(text, float, "a positive number", lambda value: 0 < value < math.inf)
+
+
+def _fraction(text: str) -> float:
+    return _number(text, float, "at least 0 and less than 1", lambda value: 0 <= value < 1)
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], list]:
+    return lambda text: [kind(item) for item in text.split(",")]
+
+
+def _check_writable(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error, before anything is trained, where results could not be written afterwards."""
+    for name, folder in (("--output", Path(args.output).parent), ("--save", args.save), ("--work-dir", args.work_dir)):
+        if folder is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            parser.error(f"{name}: cannot write into {folder}: {error.strerror}")
+    if Path(args.output).is_dir():
+        parser.error(f"--output {args.output} is a folder, it must be a file of JSON lines")
 
 
 def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.Namespace]:
@@ -795,26 +856,26 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", default="rebased", help=f"comma-separated, of {', '.join(MODELS)}")
-    add("--hidden", type=_integers, default=[64], help="hidden sizes")
-    add("--lengths", type=_integers, default=[128], help="of 128, 256, 512, 1024, 2048, or any with --pairs")
-    add("--pairs", type=int, help="key-value pairs a sequence; default: Figure 1's for the length")
-    add("--lrs", type=_floats, default=[5e-4, 1e-3, 3e-3, 1e-2])
-    add("--seeds", type=_integers, default=[0])
-    add("--epochs", type=int, default=64)
-    add("--batch-size", type=int, default=512)
-    add("--train-examples", type=int, default=100_000)
-    add("--test-examples", type=int, default=3_000)
+    add("--hidden", type=_list(_count), default=[64], help="hidden sizes")
+    add("--lengths", type=_list(_count), default=[128], help="of 128, 256, 512, 1024, 2048, or any with --pairs")
+    add("--pairs", type=_count, help="key-value pairs a sequence; default: Figure 1's for the length")
+    add("--lrs", type=_list(_positive), default=[5e-4, 1e-3, 3e-3, 1e-2])
+    add("--seeds", type=_list(_integer), default=[0])
+    add("--epochs", type=_count, default=64)
+    add("--batch-size", type=_count, default=512)
+    add("--train-examples", type=_count, default=100_000)
+    add("--test-examples", type=_count, default=3_000)
     add("--data-seed", type=int, default=0)
-    add("--dropout", type=float, default=0.1, help="of the embeddings")
+    add("--dropout", type=_fraction, default=0.1, help="of the embeddings")
     add("--stop-at", type=float, default=0.99, help="test accuracy that ends a run; 2 never does")
     add("--output", default="output/mqar.jsonl")
     add("--save", metavar="DIR", help="write every trained model to DIR/NAME")
     add("--work-dir", metavar="DIR", help="where unfinished runs are kept; default: beside OUTPUT")
-    add("--jobs", type=int, default=1, help="kinds of model trained at once on the GPU")
+    add("--jobs", type=_count, default=1, help="kinds of model trained at once on the GPU")
     add("--take-turns", action="store_true", help="with --jobs: compile at once, but train one kind at a time")
     add(
         "--race",
-        type=int,
+        type=_count,
         metavar="EPOCH",
         help="fast loop: train the first seed to this epoch at every rate, then go on with the one of lowest loss; "
         "MQAR first stays on a plateau for some epochs, and a race that ends there is a lottery",
@@ -827,7 +888,11 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--no-cuda-graph", action="store_true")
     add("--time-steps", action="store_true", help="train nothing: time a step of each kind of model, fast loop, GPU")
     add("--no-progress", action="store_true")
-    add("--max-seconds", type=float, help="stop runs at the end of their epoch after so long; they stay unfinished")
+    add(
+        "--max-seconds",
+        type=_positive,
+        help="stop runs at the end of their epoch after so long; they stay unfinished",
+    )
     args = parser.parse_args(argv)
     models = args.models.split(",")
     if unknown := [name for name in models if name not in MODELS]:
@@ -857,9 +922,18 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
             _ = run.spec
     except ValueError as error:
         parser.error(str(error))
+    if (too_small := min(args.hidden)) < 12 and models != ["softmax"]:
+        parser.error(f"--hidden must be at least 12, since the models have 12 heads, got {too_small}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: PyTorch finds no GPU here, --device cpu is possible")
+    if args.time_steps and not args.device.startswith("cuda"):
+        parser.error(f"--time-steps needs a GPU, --device is {args.device}")
+    if args.race and args.loop != "fast":
+        parser.error(f"--race goes with --loop fast, not {args.loop}")
     if args.batch_size > args.train_examples:
         parser.error(f"--batch-size {args.batch_size} is larger than --train-examples {args.train_examples}")
     on_gpu = args.device.startswith("cuda")
+    _check_writable(parser, args)
     options = Options(
         loop=args.loop,
         device=args.device,
@@ -870,7 +944,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         progress=not args.no_progress,
         work_dir=args.work_dir or str(Path(args.output).with_suffix("")) + "-unfinished",
         race_epoch=args.race,
-        deadline=time.time() + args.max_seconds if args.max_seconds else None,
+        deadline=time.time() + args.max_seconds if args.max_seconds is not None else None,
         take_turns=args.take_turns,
     )
     return runs, options, args

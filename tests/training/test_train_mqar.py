@@ -87,9 +87,10 @@ def test_a_stopped_plain_run_goes_on(tmp_path):
     options = dataclasses.replace(CPU, loop="plain", work_dir=str(tmp_path / "a"))
     whole, _ = train_mqar.train_plain(TINY, dataclasses.replace(options, work_dir=str(tmp_path / "b")))
     stopped, _ = train_mqar.train_plain(TINY, dataclasses.replace(options, deadline=time.time() - 1))
-    assert stopped["epochs_trained"] == 1
+    assert (stopped["stopped"], stopped["epochs_trained"]) == ("deadline", 1)  # so that a sweep takes it up again
     resumed, _ = train_mqar.train_plain(TINY, options)
     assert [e["loss"] for e in resumed["history"]] == pytest.approx([e["loss"] for e in whole["history"]], rel=1e-6)
+    assert "stopped" not in resumed and "stopped" not in whole
 
 
 def test_a_sweep_skips_what_is_done_and_takes_up_what_is_not(tmp_path):
@@ -254,11 +255,54 @@ def test_wrong_arguments_are_named(capsys):
     for argv, words in (
         (["--models", "rebased,mamba"], "mamba"),
         (["--lengths", "300"], "300"),
+        (["--lengths", "33", "--pairs", "2"], "length must be even and positive and num_pairs positive, got 33"),
+        (["--lengths", "32", "--pairs", "9"], "at most 8 pairs"),
+        (["--pairs", "0"], "--pairs: must be an integer of at least 1, got '0'"),
+        (["--epochs", "0"], "--epochs: must be an integer of at least 1, got '0'"),
+        (["--test-examples", "0"], "--test-examples: must be an integer of at least 1, got '0'"),
+        (["--batch-size", "no"], "--batch-size: must be an integer of at least 1, got 'no'"),
+        (["--lrs", "1e-3,nan"], "--lrs: must be a positive number, got 'nan'"),
+        (["--max-seconds", "-5"], "--max-seconds: must be a positive number, got '-5'"),
+        (["--dropout", "2"], "--dropout: must be at least 0 and less than 1, got '2'"),
+        (["--hidden", "64,8"], "--hidden must be at least 12, since the models have 12 heads, got 8"),
+        (["--race", "1", "--loop", "plain"], "--race goes with --loop fast, not plain"),
+        (["--time-steps", "--device", "cpu"], "--time-steps needs a GPU, --device is cpu"),
         (["--batch-size", "9", "--train-examples", "5"], "--batch-size 9"),
     ):
         with pytest.raises(SystemExit):
             train_mqar.parse(argv)
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--output", "--save", "--work-dir"])
+def test_what_cannot_be_written_is_told_before_training(tmp_path, capsys, argument):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        train_mqar.parse(["--output", str(tmp_path / "r.jsonl"), argument, str(tmp_path / "file" / "x")])
+    assert f"{argument}: cannot write into {tmp_path / 'file'}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_mqar.parse(["--output", str(tmp_path)])
+    assert "--output" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_of_other_data_is_another_run(tmp_path):
+    """Else a sweep with another --data-seed, --test-examples or --stop-at would be skipped as done."""
+    recipe = Run(model="rebased", hidden=64, length=512, pairs=128, lr=3e-3, seed=0)
+    assert recipe.name == "rebased-h64-l512-p128-lr0.003-s0-e64-b512-n100000-d0.1"  # as in published results
+    changes = {"data_seed": 1, "test_examples": 100, "stop_at": 0.999, "vocab_size": 64, "weight_decay": 0.0}
+    names = {dataclasses.replace(recipe, **{field: value}).name for field, value in changes.items()}
+    assert len(names | {recipe.name}) == 6
+
+
+def test_a_model_is_written_before_its_run_counts_as_done(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(train_mqar, "save_model", fails)
+    with pytest.raises(OSError, match="no space"):
+        sweep([dataclasses.replace(TINY, epochs=1)], CPU, str(tmp_path / "r.jsonl"), save=str(tmp_path / "models"))
+    assert read_results(tmp_path / "r.jsonl") == []
 
 
 def test_results_are_json_lines(tmp_path):
