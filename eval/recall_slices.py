@@ -267,12 +267,22 @@ def plot(results: dict[str, Slices], path: str | Path) -> None:
 def read_documents(paths: list[str]) -> Iterator[str]:
     """Yield the documents of text files, and of JSON-lines files the field "text" of each line."""
     for path in paths:
-        text = Path(path).read_text(encoding="utf-8")
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} must be text in UTF-8, at byte {error.start} it is not") from None
         if path.endswith(".jsonl"):
-            for number, line in enumerate(text.splitlines(), 1):
-                entry = json.loads(line)
-                if "text" not in entry:
-                    raise ValueError(f'{path}, line {number}: no field "text", there is {", ".join(entry)}')
+            # not splitlines, which also splits at U+2028 and others that JSON text may hold
+            for number, line in enumerate(text.split("\n"), 1):
+                if not line.strip():
+                    continue
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: no JSON: {error}") from None
+                if not isinstance(entry, dict) or "text" not in entry:
+                    found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+                    raise ValueError(f'{path}, line {number}: no field "text", there is {found}')
                 yield entry["text"]
         else:
             yield text
@@ -311,12 +321,36 @@ def main(argv: list[str] | None = None) -> None:
     if args.known_text and args.order != 2:
         parser.error(f"--known-text counts bigrams, so it goes with --order 2, not {args.order}")
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    results: dict[str, Slices] = {}
+    # All that can be wrong is looked for before the first model is scored, which may take hours.
+    for name, value, least in (
+        ("--order", args.order, 2),
+        ("--context", args.context, 2),
+        ("--chunk", args.chunk, 1),
+        ("--batch-size", args.batch_size, 1),
+        ("--max-tokens", args.max_tokens, 2),
+    ):
+        if value is not None and value < least:
+            parser.error(f"{name} must be at least {least}, got {value}")
+    models: dict[str, str] = {}
     for item in args.models:
         label, _, folder = item.rpartition("=")
         label = label or Path(folder).name
+        if label in models:
+            parser.error(f"--models: two are called {label}, NAME=DIR gives one another name")
+        models[label] = folder
+    try:
+        documents, known_documents = list(read_documents(args.text)), list(read_documents(args.known_text))
+        if args.output:
+            Path(args.output).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if not any(map(str.strip, documents)):
+        parser.error(f"--text: no text in {', '.join(args.text)}")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    results: dict[str, Slices] = {}
+    for label, folder in models.items():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=args.trust_remote_code, dtype=args.dtype
@@ -326,12 +360,12 @@ def main(argv: list[str] | None = None) -> None:
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
         known: dict[int, int] = {}
-        for text in read_documents(args.known_text):
+        for text in known_documents:
             for bigram, count in count_bigrams(np.array(encode(text)), model.config.vocab_size).items():
                 known[bigram] = known.get(bigram, 0) + count
         results[label] = evaluate(
             model,
-            [encode(text)[: args.max_tokens] for text in read_documents(args.text)],
+            [encode(text)[: args.max_tokens] for text in documents],
             context=args.context,
             chunk=args.chunk,
             batch_size=args.batch_size,
@@ -345,7 +379,6 @@ def main(argv: list[str] | None = None) -> None:
     print(table)
     if args.output:
         folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "slices.md").write_text(table + "\n", encoding="utf-8")
         report = {
             label: {"slices": slices.table(), "by_distance": {2**b: v for b, v in sorted(slices.by_distance.items())}}

@@ -26,16 +26,29 @@ def load_text(text_file: str | None = None, **_: Any) -> dict[str, Dataset]:
     by <|endoftext|> where there are several.
 
     Raises:
-        ValueError: no file is named, or it is empty.
+        ValueError: no file is named, it cannot be read as UTF-8 or as JSON lines with a "text", or it is empty.
     """
     name = text_file or os.environ.get("REBASED_PPL_TEXT")
     if not name:
         raise ValueError(
             'the task rebased_ppl needs a text file: --metadata \'{"text_file": "my.txt"}\' or REBASED_PPL_TEXT=my.txt'
         )
-    text = Path(name).read_text(encoding="utf-8")
+    if not isinstance(name, str):
+        raise ValueError(f"text_file of the task rebased_ppl must be a path, got {name!r}")
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text_file {name} of the task rebased_ppl must be a text file in UTF-8: {error}") from error
     if name.endswith(".jsonl"):
-        texts = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
+        texts = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    texts.append(json.loads(line)["text"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f'text_file {name} of the task rebased_ppl, line {number}: must be JSON with a field "text"'
+                    ) from error
     else:
         texts = text.split("<|endoftext|>")
     documents = [{"title": f"{Path(name).stem}-{i}", "text": part} for i, part in enumerate(texts) if part.strip()]

@@ -57,6 +57,27 @@ def test_a_text_of_ones_own(tmp_path, monkeypatch):
         load_text(text_file=str(plain))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.txt", None, "must be a text file in UTF-8.*No such file"),
+        ("latin.txt", b"caf\xe9", "must be a text file in UTF-8.*0xe9"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', 'line 2: must be JSON with a field "text"'),
+        ("other.jsonl", b'{"body": "a"}\n', 'line 1: must be JSON with a field "text"'),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"text_file .*{name} of the task rebased_ppl.*{words}"):
+        load_text(text_file=str(tmp_path / name))
+
+
+def test_a_text_file_must_be_a_path():
+    with pytest.raises(ValueError, match=r"text_file .* must be a path, got 5"):
+        load_text(text_file=5)
+
+
 def test_metrics_count_words_and_bytes():
     metrics = process_results({"text": " naïve  words\nhere \n"}, (-7.0,))
     assert metrics == {

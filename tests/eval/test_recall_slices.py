@@ -162,3 +162,28 @@ def test_documents_of_json_lines(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"body": "x"}')
     with pytest.raises(ValueError, match="line 1: no field"):
         list(recall_slices.read_documents([str(tmp_path / "c.jsonl")]))
+    (tmp_path / "d.jsonl").write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
+    assert list(recall_slices.read_documents([str(tmp_path / "d.jsonl")])) == ["a\u2028b", "c"]
+
+
+def test_wrong_arguments_are_named_before_a_model_is_loaded(tmp_path, capsys):
+    for name, content in (("good.txt", b"some text"), ("empty.txt", b"\n"), ("latin.txt", b"caf\xe9")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "broken.jsonl").write_text('{"text": ')
+    good = ["--models", "no/such/model", "--text", str(tmp_path / "good.txt")]
+    for argv, words in (
+        ([*good, "--order", "1"], "--order must be at least 2, got 1"),
+        ([*good, "--context", "1"], "--context must be at least 2, got 1"),
+        ([*good, "--chunk", "0"], "--chunk must be at least 1, got 0"),
+        ([*good, "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        ([*good, "--max-tokens", "1"], "--max-tokens must be at least 2, got 1"),
+        ([*good, "--output", str(tmp_path / "good.txt" / "x")], "good.txt"),
+        (["--models", "a/x", "b/x", "--text", good[-1]], "two are called x"),
+        ([*good[:3], str(tmp_path / "missing.txt")], "missing.txt"),
+        ([*good[:3], str(tmp_path / "empty.txt")], "--text: no text in"),
+        ([*good[:3], str(tmp_path / "latin.txt")], "latin.txt must be text in UTF-8, at byte 3 it is not"),
+        ([*good[:3], str(tmp_path / "broken.jsonl")], "broken.jsonl, line 1: no JSON"),
+    ):
+        with pytest.raises(SystemExit):
+            recall_slices.main(argv)
+        assert words in capsys.readouterr().err
