@@ -424,7 +424,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N sequences and labels")
     args = parser.parse_args(argv)
 
-    spec = MQARSpec(args.length, args.pairs) if args.pairs else figure_1_spec(args.length)
+    try:
+        spec = figure_1_spec(args.length) if args.pairs is None else MQARSpec(args.length, args.pairs)
+    except ValueError as error:
+        parser.error(str(error))
     begin = time.perf_counter()
     train = make_examples(spec, args.examples, seed=args.seed, device=args.device)
     input_ids = train.input_ids(torch.int16)

@@ -215,6 +215,20 @@ def test_unknown_split_and_length_are_named():
         figure_1_spec(300)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (["--length", "127", "--pairs", "3"], "got 127 and 3"),
+        (["--pairs", "0"], "got 2048 and 0"),
+        (["--length", "300"], "length 300 is not in Figure 1"),
+    ],
+)
+def test_the_command_line_names_impossible_sizes(sizes, words, capsys):
+    with pytest.raises(SystemExit):
+        mqar.main(["--examples", "1", *sizes])
+    assert words in capsys.readouterr().err
+
+
 def test_queries_are_a_stable_subset():
     spec = figure_1_spec(256)
     chosen = query_subset(spec, 50, 8)
