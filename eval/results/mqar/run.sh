@@ -1,26 +1,55 @@
 #!/bin/bash
-# MQAR on one GPU in the order of importance: where ReBased and Based differ most in the paper's Figure 1 comes first.
-#     bash eval/results/mqar/run.sh OUTPUT_DIR SECONDS
-# Every stage takes the paper's recipe (64 epochs). What does not fit into SECONDS stays unfinished in OUTPUT_DIR/work,
-# and the same command goes on from there.
+# MQAR on every GPU of the machine, in the order of importance: the cells where the paper's ReBased and Based differ.
+#     bash eval/results/mqar/run.sh OUTPUT_DIR SECONDS [RUNS]
+# RUNS is a file of lines like those below, taken instead of them. Every run takes the paper's recipe (64 epochs). What
+# does not fit into SECONDS stays unfinished in OUTPUT_DIR/work, and the same command goes on from there.
 out=$1
 end=$(($(date +%s) + $2))
-mkdir -p "$out"
+rm -rf "$out/taken"
+mkdir -p "$out/taken"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
-# stage MODELS HIDDEN LENGTH RATES SEEDS: kinds of model compile at once and train one after another
-stage() {
-    left=$((end - $(date +%s)))
-    [ $left -gt 60 ] || return
-    python3 -m training.train_mqar --no-progress --models "$1" --hidden "$2" --lengths "$3" --lrs "$4" --seeds "$5" \
-        --jobs 4 --take-turns --max-seconds $((left - 20)) --work-dir "$out/work" --output "$out/results.jsonl" \
-        --save "$out/models"
+# models, hidden size, length, rates, seeds: one process, so runs of a line share a GPU and what is compiled
+runs=$(cat "${3:-/dev/stdin}" <<'LINES'
+rebased 128 2048 3e-3 0
+based 128 2048 3e-3 0
+rebased 128 2048 1e-3 0
+based 128 2048 1e-3 0
+rebased 128 2048 3e-3 1
+based 128 2048 3e-3 1
+rebased 128 2048 1e-3 1
+based 128 2048 1e-3 1
+gamma 64 512 3e-3 0,1
+gamma_beta 64 512 3e-3 0,1
+rebased 64 512 3e-3,1e-2 0,1
+based 64 512 3e-3,1e-2 0,1
+x2 64 512 3e-3 0,1
+normalized 64 512 3e-3 0,1
+rebased_3_heads 64 2048 3e-3 0
+based_3_heads 64 2048 3e-3 0
+rebased 64 1024 3e-3,1e-2 0,1
+based 64 1024 3e-3,1e-2 0,1
+rebased_3_heads 64 1024 3e-3 0,1
+based_3_heads 64 1024 3e-3 0,1
+LINES
+)
+
+# worker GPU: takes the first line that no other worker has, until none is left or the time is over
+worker() {
+    number=0
+    while read -r models hidden length rates seeds; do
+        number=$((number + 1))
+        left=$((end - $(date +%s)))
+        [ $left -gt 60 ] || return
+        mkdir "$out/taken/$number" 2>/dev/null || continue
+        CUDA_VISIBLE_DEVICES=$1 python3 -m training.train_mqar --no-progress --models "$models" --hidden "$hidden" \
+            --lengths "$length" --lrs "$rates" --seeds "$seeds" --kernel-backend triton --max-seconds $((left - 20)) \
+            --work-dir "$out/work" --output "$out/results.jsonl" </dev/null
+    done <<<"$runs"
 }
 
-stage rebased,based 64 1024 3e-3,1e-2 0,1
-stage rebased_3_heads,based_3_heads 64 1024 3e-3 0,1
-stage rebased,based 128 2048 3e-3,1e-2 0,1
-stage rebased,based 64 512 3e-3,1e-3 0,1
-stage x2,normalized,gamma,gamma_beta 64 512 3e-3 0,1
-stage rebased_3_heads 64 2048 3e-3 0,1
+for gpu in $(nvidia-smi --query-gpu=index --format=csv,noheader); do
+    worker "$gpu" &
+done
+wait
 python3 -m eval.plot_mqar "$out/results.jsonl" --output "$out"
