@@ -56,7 +56,10 @@ COLORS = {
     "gamma": "tab:pink",
     "gamma_beta": "tab:cyan",
 }
-WIDE_HEADS = {"rebased_3_heads": 0.93, "based_3_heads": 1.07}  # not the paper's; where to draw them beside one another
+WIDE_HEADS = ("rebased_3_heads", "based_3_heads")  # not the paper's
+# Where ours of one hidden size are drawn, so that they do not hide one another: factors of it.
+BESIDE = {"rebased": 0.96, "based": 1.04, "rebased_3_heads": 0.93, "based_3_heads": 1.07}
+STYLES = {5e-4: "-.", 1e-3: ":", 3e-3: "-", 1e-2: "--"}  # of the curves, by learning rate
 PAPER_EPOCHS = 64
 PAPER_GOAL = 0.99  # the accuracy at which the authors stop a run
 
@@ -189,7 +192,7 @@ def plot(found: list[Cell], path: str | Path) -> None:
             for shape, complete in (("o", True), ("^", False)):
                 part = [cell for cell in ours if cell.complete == complete]
                 axis.errorbar(
-                    [cell.hidden * WIDE_HEADS.get(model, 1) for cell in part],
+                    [cell.hidden * BESIDE.get(model, 1) for cell in part],
                     [cell.mean for cell in part],
                     yerr=[
                         [cell.mean - min(cell.accuracies) for cell in part],
@@ -204,28 +207,29 @@ def plot(found: list[Cell], path: str | Path) -> None:
         axis.set_xlim(HIDDEN[0] / 1.3, HIDDEN[-1] * 1.3)
     axes[0].set_ylabel("accuracy")
     handles = [pyplot.Line2D([], [], color=color, marker="o", ls="", label=model) for model, color in colors.items()]
-    handles += [
-        pyplot.Line2D([], [], color="black", marker="o", ls="", label="ours"),
-        pyplot.Line2D([], [], color="black", marker="^", ls="", label=f"ours, fewer than {PAPER_EPOCHS} epochs"),
-        pyplot.Line2D([], [], color="black", marker="o", mfc="white", ls="--", label="paper, read off its figure"),
-    ]
+    handles.append(pyplot.Line2D([], [], color="black", marker="o", ls="", label="ours"))
+    if not all(cell.complete for cell in found if cell.model in shown):
+        label = f"ours, fewer than {PAPER_EPOCHS} epochs"
+        handles.append(pyplot.Line2D([], [], color="black", marker="^", ls="", label=label))
+    label = "paper, read off its figure"
+    handles.append(pyplot.Line2D([], [], color="black", marker="o", mfc="white", ls="--", label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
 def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw accuracy over epochs, a panel a length and hidden size, a line a run, pale where it was cut off."""
+    """Draw accuracy over epochs, a panel a length and hidden size; dashes show the rate, pale runs were cut off."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = sorted({(run["length"], run["hidden"]) for run in runs})
-    columns = min(3, len(panels))
+    columns = min(2 if len(panels) == 4 else 3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.5 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(4.8 * columns, 3.4 * rows), squeeze=False, layout="constrained"
     )
     for axis, (length, hidden) in zip(axes.flat, panels):
         here = [run for run in runs if (run["length"], run["hidden"]) == (length, hidden)]
@@ -233,19 +237,23 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
             axis.plot(
                 [entry["epoch"] for entry in run["history"]],
                 [entry["accuracy"] for entry in run["history"]],
+                STYLES.get(run["lr"], "-"),
                 color=COLORS.get(run["model"], "black"),
                 alpha=0.4 if run.get("stopped") else 1,
             )
         axis.set(title=f"length {length}, hidden size {hidden}", xlabel="epoch", ylabel="accuracy", ylim=(-0.03, 1.03))
-        axis.legend(
-            handles=[
-                pyplot.Line2D([], [], color=COLORS.get(model, "black"), label=model)
-                for model in sorted({run["model"] for run in here})
-            ],
-            fontsize=8,
-        )
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    drawn = {run["model"] for run in runs}
+    handles = [
+        pyplot.Line2D([], [], color=COLORS.get(model, "black"), label=model)
+        for model in [*(model for model in COLORS if model in drawn), *sorted(drawn - COLORS.keys())]
+    ]
+    handles += [
+        pyplot.Line2D([], [], color="black", ls=STYLES.get(lr, "-"), label=f"rate {lr:g}")
+        for lr in sorted({run["lr"] for run in runs})
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3 * columns, len(handles)), fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

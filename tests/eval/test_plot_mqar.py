@@ -79,16 +79,19 @@ def test_the_rate_is_chosen_by_seeds_not_by_runs():
     assert cells([*runs, run(lr=1e-3, accuracy=0.55)])[0].lr == 1e-3
 
 
-def test_the_legend_of_the_curves_is_not_pale(tmp_path, monkeypatch):
+def test_the_curves_show_the_rate_and_what_was_cut_off(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     kept = []
     monkeypatch.setattr(pyplot, "close", kept.append)
-    plot_mqar.plot_curves([run(seed=0, stopped="deadline"), run(seed=1)], tmp_path / "curves.png")
+    runs = [run(seed=0, stopped="deadline"), run(seed=1), run("based", lr=1e-2)]
+    plot_mqar.plot_curves(runs, tmp_path / "curves.png")
     monkeypatch.undo()
     (axis,) = kept[0].axes
-    (line,) = axis.get_legend().get_lines()
-    assert [drawn.get_alpha() for drawn in axis.get_lines()] == [0.4, 1] and line.get_alpha() in (None, 1)
-    assert line.get_color() == plot_mqar.COLORS["rebased"]
+    assert [line.get_alpha() for line in axis.get_lines()] == [0.4, 1, 1]
+    assert [line.get_linestyle() for line in axis.get_lines()] == [":", ":", "--"]
+    legend = {line.get_label(): line for line in kept[0].legends[0].get_lines()}
+    assert list(legend) == ["rebased", "based", "rate 0.001", "rate 0.01"]
+    assert legend["rebased"].get_color() == plot_mqar.COLORS["rebased"] and legend["rebased"].get_alpha() is None
     pyplot.close(kept[0])
 
 
