@@ -182,6 +182,7 @@ class Options:
     race_epoch: int | None = None
     deadline: float | None = None  # a time.time() after which runs stop at the end of their epoch
     take_turns: bool = False
+    deterministic: bool = False
 
     @property
     def late(self) -> bool:
@@ -190,6 +191,22 @@ class Options:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
+
+
+def use_deterministic_algorithms() -> None:
+    """Make this process's training the same to the bit from run to run; before its first work on the GPU.
+
+    The one sum here whose order is open is the gradient of the token embedding: torch.compile adds to its rows with
+    atomics, and a quarter of all tokens add to the filler's. Where the learned positions and the asked positions are
+    gathered, no element is added to twice.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch demands it of products on a GPU
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    import torch._inductor.config as inductor
+
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True  # takes no kernel because it was the fastest when tried: others round otherwise
 
 
 def build_model(run: Run, kernel_backend: str = "auto") -> ReBasedForCausalLM:
@@ -599,6 +616,7 @@ def _result(
         "tokens_per_second": round(tokens / seconds) if seconds else None,
         "loop": options.loop,
         "bf16": options.bf16,
+        "deterministic": options.deterministic,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -746,6 +764,8 @@ def run_group(
     runs: list[Run], options: Options, output: str, save: str | None, worker: int = 0
 ) -> list[dict[str, Any]]:
     """Train runs of one kind one after another; every one is in `output` as soon as it ends."""
+    if options.deterministic:
+        use_deterministic_algorithms()
     results = []
     trainer = FastTrainer(runs[0], options) if options.loop == "fast" else None
     if options.take_turns and trainer is not None and trainer.on_gpu and not options.late:
@@ -886,6 +906,11 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--fp32", action="store_true", help="no bf16 autocast")
     add("--no-compile", action="store_true")
     add("--no-cuda-graph", action="store_true")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers to the bit from run to run on one kind of GPU; slower, and not yet tried on one",
+    )
     add("--time-steps", action="store_true", help="train nothing: time a step of each kind of model, fast loop, GPU")
     add("--no-progress", action="store_true")
     add(
@@ -946,6 +971,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         race_epoch=args.race,
         deadline=time.time() + args.max_seconds if args.max_seconds is not None else None,
         take_turns=args.take_turns,
+        deterministic=args.deterministic,
     )
     return runs, options, args
 
@@ -954,6 +980,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train the runs that are asked for."""
     runs, options, args = parse(argv)
     if args.time_steps:
+        if options.deterministic:
+            use_deterministic_algorithms()
         for run in {kind_of(run): run for run in runs}.values():
             report = FastTrainer(run, options).time_steps(run)
             append_result(args.output, report)

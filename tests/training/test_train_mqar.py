@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import time
 
 import pytest
@@ -312,6 +313,52 @@ def test_results_are_json_lines(tmp_path):
         {"name": "x"},
         {"name": "y"},
     ]
+
+
+@pytest.fixture
+def undo_deterministic(monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    with inductor.patch({"deterministic": False} if hasattr(inductor, "deterministic") else {}):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_training_repeats_to_the_bit(tmp_path, undo_deterministic):
+    run = dataclasses.replace(TINY, dropout=0.1)
+    options = dataclasses.replace(CPU, deterministic=True)
+    losses = []
+    for name in ("a", "b"):
+        (result,) = sweep([run], options, str(tmp_path / name))
+        assert result["deterministic"] and torch.are_deterministic_algorithms_enabled()
+        losses.append([entry["loss"] for entry in result["history"]])
+    assert losses[0] == losses[1]
+    argv = ["--device", "cpu", "--output", str(tmp_path / "c")]
+    assert (
+        train_mqar.parse([*argv, "--deterministic"])[1].deterministic and not train_mqar.parse(argv)[1].deterministic
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_deterministic_code_of_the_embedding_has_no_atomics(undo_deterministic):
+    """What torch.compile writes for the gradient of an embedding, the one sum of a step whose order is open."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.set_num_threads(2)  # one thread needs no atomics
+    ids = torch.randint(0, 64, (8, 1024))
+
+    def code() -> str:
+        torch._dynamo.reset()
+        embedding = torch.nn.Embedding(64, 24)
+        compiled = torch.compile(lambda ids: embedding(ids).square())
+        _, parts = run_and_get_code(lambda: compiled(ids).sum().backward())
+        return "\n".join(parts)
+
+    assert "atomic_add" in code()
+    train_mqar.use_deterministic_algorithms()
+    assert "atomic_add" not in code()
 
 
 @pytest.mark.gpu
