@@ -58,6 +58,10 @@ except ImportError:  # the module must import where Triton is missing: the decor
         def jit(function=None, **_kwargs):
             return function if function is not None else (lambda inner: inner)
 
+        @staticmethod
+        def constexpr_function(function):
+            return function
+
     triton = tl = _Missing()
 
 
@@ -196,6 +200,18 @@ def _tile_of(t, NB: tl.constexpr):
     return i, j
 
 
+@triton.constexpr_function
+def _state_tiles(blocks):
+    """Tiles of a state's quadratic rows: of 64 rows, but for the third one of F <= 16, which has 16."""
+    return blocks + 1 if blocks <= 2 else blocks * (blocks + 1) // 2
+
+
+@triton.constexpr_function
+def _quadratic_rows(blocks):
+    """Quadratic rows of an internal state."""
+    return 112 + 16 * blocks if blocks <= 2 else blocks * (blocks + 1) * 32
+
+
 @triton.jit
 def _split(value, CT: tl.constexpr):
     """fp32 as a sum of two numbers of the compute type: 16 bits of mantissa with bfloat16, exact with fp32.
@@ -212,15 +228,21 @@ def _split(value, CT: tl.constexpr):
 @triton.jit
 def _norm_matrix(norm, a, b, some, NB: tl.constexpr, CT: tl.constexpr):
     """The quadratic norms as a symmetric matrix M, rows a and columns b: phi(x) . norms = x^T M x; split in two."""
-    i = (a // 8)[:, None]
-    j = (b // 8)[None, :]
-    low = tl.minimum(i, j)
-    high = tl.maximum(i, j)
-    tile = low * NB - (low * (low - 1)) // 2 + high - low
-    a8 = (a % 8)[:, None]
-    b8 = (b % 8)[None, :]
-    place = tl.where(i <= j, a8 * 8 + b8, b8 * 8 + a8)
-    value = tl.load(norm + tile * 64 + place, mask=(high < NB) & some, other=0.0)
+    if NB <= 2:
+        shift = (b[None, :] - a[:, None] + 16) % 16
+        place = tl.where(shift <= 8, shift * 16 + a[:, None], (16 - shift) * 16 + b[None, :])
+        exists = (place < 112 + 16 * NB) & some
+    else:
+        i = (a // 8)[:, None]
+        j = (b // 8)[None, :]
+        low = tl.minimum(i, j)
+        high = tl.maximum(i, j)
+        tile = low * NB - (low * (low - 1)) // 2 + high - low
+        a8 = (a % 8)[:, None]
+        b8 = (b % 8)[None, :]
+        place = tile * 64 + tl.where(i <= j, a8 * 8 + b8, b8 * 8 + a8)
+        exists = (high < NB) & some
+    value = tl.load(norm + place, mask=exists, other=0.0)
     top, rest = _split(value, CT)
     return top.to(CT), rest.to(CT)
 
@@ -273,45 +295,63 @@ def _once(x, CT: tl.constexpr):
 
 @triton.jit
 def _state_tile(state, d_cols, some, ROWS: tl.constexpr, DP: tl.constexpr, CT: tl.constexpr):
-    """A tile of a state, [64, BD]: 8 outer by 8 inner dims; with ROWS = 32 half of it, 4 outer dims."""
+    """ROWS rows of a state, [ROWS, BD]; F <= 16: ROWS / 16 shifts."""
     n = tl.arange(0, ROWS)
     return tl.load(state + n[:, None] * DP + d_cols[None, :], mask=some & (d_cols < DP)[None, :], other=0.0).to(CT)
 
 
 @triton.jit
-def _half_selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, DTYPE: tl.constexpr):
-    """`_selector` for half a tile, [16, 32]."""
-    n = tl.arange(0, 32)
+def _shifts(
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, SQUARES: tl.constexpr, OTHERS: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """F <= 16: matrix [16, WIDTH] that takes x to x_(a + s mod 16), column 16 (s - FIRST) + a.
+
+    Its entries are 0 but for SQUARES where s = 0 (there features are squares) and OTHERS where it is not.
+    """
+    n = tl.arange(0, WIDTH)
     d = tl.arange(0, 16)
-    if OUTER:
-        source = n // 8 + OFFSET
-    else:
-        source = n % 8 + OFFSET
-    return (d[:, None] == source[None, :]).to(DTYPE)
+    source = (n + n // 16 + FIRST) % 16
+    weight = tl.where(n < 16 - 16 * FIRST, SQUARES, OTHERS)
+    return tl.where(d[:, None] == source[None, :], weight[None, :], 0.0).to(DTYPE)
 
 
 @triton.jit
-def _inner(x, PREC: tl.constexpr):
-    """x [C, 16] as two halves [C, 8], fp32, where the matrix units leave a result.
+def _in_place(x, PREC: tl.constexpr):
+    """x [C, 16] in fp32, where the matrix units leave a result.
 
-    There a thread holds the same dims of every 8 columns of a tile, so that one copy of 8 columns serves all of them.
+    There a thread holds the same dims of every 16 columns of a tile, so that one copy of x serves all of them.
     """
-    C: tl.constexpr = x.shape[0]
     if x.dtype == tl.bfloat16:
         y = x.to(tl.float32)  # is there already, see `_product`
     else:
         d = tl.arange(0, 16)
         y = tl.dot(x, (d[:, None] == d[None, :]).to(x.dtype), input_precision=PREC)
-    return tl.split(tl.permute(tl.reshape(y, [C, 2, 8]), (0, 2, 1)))
+    return y
 
 
 @triton.jit
-def _times_inner(outer, inner, WIDTH: tl.constexpr):
-    """outer [C, 8 WIDTH] * inner [C, 8] repeated WIDTH times along the columns, without moving a number."""
-    C: tl.constexpr = outer.shape[0]
-    left = tl.reshape(outer, [C, WIDTH, 8])
-    if _PTX and outer.dtype == tl.bfloat16:
-        right = tl.broadcast_to(inner[:, None, :], [C, WIDTH, 8])
+def _halves(x):
+    """The left and the right half of the columns of x, without moving a number."""
+    C: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, [C, 2, N // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _side_by_side(left, right):
+    """What `_halves` takes apart."""
+    C: tl.constexpr = left.shape[0]
+    N: tl.constexpr = left.shape[1]
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), [C, 2 * N])
+
+
+@triton.jit
+def _times_repeated(tile, x, WIDTH: tl.constexpr):
+    """tile [C, 16 WIDTH] * x [C, 16] repeated WIDTH times along the columns, without moving a number."""
+    C: tl.constexpr = tile.shape[0]
+    left = tl.reshape(tile, [C, WIDTH, 16])
+    if _PTX and tile.dtype == tl.bfloat16:
+        right = tl.broadcast_to(x[:, None, :], [C, WIDTH, 16])
         # a product plus -0: compute capability 8 has no other product of pairs, and 9 makes a plain product of it
         both = tl.inline_asm_elementwise(
             "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
@@ -322,85 +362,76 @@ def _times_inner(outer, inner, WIDTH: tl.constexpr):
             pack=2,
         )
     else:
-        both = left * inner[:, None, :]
-    return tl.reshape(both, [C, 8 * WIDTH])
+        both = left * x[:, None, :]
+    return tl.reshape(both, [C, 16 * WIDTH])
+
+
+@triton.jit
+def _opposites(x, CT: tl.constexpr):
+    """The features x_a x_(a + 8) of x [C, 16] fp32, see `_in_place`: each pair stands in two of the 16 columns."""
+    left, right = _halves(x)
+    both = (left * right).to(CT)
+    return _side_by_side(both, both)
 
 
 @triton.jit
 def _query_tiles(acc, x, s0, s1, s2, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
     """F <= 16: acc [C, BD] += phi(x) @ state, the quadratic part.
 
-    x: [C, 16]; s0, s1, s2: tiles (0, 0), (0, 1), (1, 1).
+    x: [C, 16]; s0, s1 [64, BD]: shifts 0 to 3 and 4 to 7; s2 [16, BD]: shift 8, where F > 8.
 
-    Factors are exact in the compute type: their products are rounded once, like products of fp32 numbers. Tile (0, 1)
-    counts twice.
+    Factors are exact in the compute type: their products are rounded once, like products of fp32 numbers. Shifts 1 to
+    7 count twice; shift 8 has its pairs twice.
     """
-    inner0, inner1 = _inner(x, PREC)
-    outer = tl.dot(x, _selector(0, True, False, x.dtype), input_precision=PREC).to(CT)  # [C, 64]
-    acc = tl.dot(_times_inner(outer, inner0.to(CT), 8), s0, acc, input_precision=PREC)
+    exact = _in_place(x, PREC)
+    y = exact.to(CT)
+    shifted = tl.dot(x, _shifts(0, 64, 1.0, 2.0, x.dtype), input_precision=PREC).to(CT)  # [C, 64]
+    acc = tl.dot(_times_repeated(shifted, y, 4), s0, acc, input_precision=PREC)
+    shifted = tl.dot(x, _shifts(4, 64, 1.0, 2.0, x.dtype), input_precision=PREC).to(CT)
+    acc = tl.dot(_times_repeated(shifted, y, 4), s1, acc, input_precision=PREC)
     if NB == 2:
-        acc = tl.dot(_times_inner(outer, (inner1 * 2.0).to(CT), 8), s1, acc, input_precision=PREC)
-        outer = tl.dot(x, _selector(8, True, False, x.dtype), input_precision=PREC).to(CT)
-        acc = tl.dot(_times_inner(outer, inner1.to(CT), 8), s2, acc, input_precision=PREC)
+        acc = tl.dot(_opposites(exact, CT), s2, acc, input_precision=PREC)
     return acc
 
 
 @triton.jit
-def _query_halves(acc, x, s0, s1, s2, s3, s4, s5, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
-    """`_query_tiles` for a state in half tiles, as `_gradient_tiles` takes it."""
-    inner0, inner1 = _inner(x, PREC)
-    once0, once1, twice1 = inner0.to(CT), inner1.to(CT), (inner1 * 2.0).to(CT)
-    outer = tl.dot(x, _half_selector(0, True, x.dtype), input_precision=PREC).to(CT)  # [C, 32]
-    acc = tl.dot(_times_inner(outer, once0, 4), s0, acc, input_precision=PREC)
+def _query_halves(acc, x, s0, s1, s2, s3, s4, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """`_query_tiles` for a state in pairs of shifts, as `_gradient_tiles` takes it."""
+    exact = _in_place(x, PREC)
+    y = (exact * 2.0).to(CT)
+    shifted = tl.dot(x, _shifts(0, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)  # [C, 32]
+    acc = tl.dot(_times_repeated(shifted, y, 2), s0, acc, input_precision=PREC)
+    shifted = tl.dot(x, _shifts(2, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)
+    acc = tl.dot(_times_repeated(shifted, y, 2), s1, acc, input_precision=PREC)
+    shifted = tl.dot(x, _shifts(4, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)
+    acc = tl.dot(_times_repeated(shifted, y, 2), s2, acc, input_precision=PREC)
+    shifted = tl.dot(x, _shifts(6, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)
+    acc = tl.dot(_times_repeated(shifted, y, 2), s3, acc, input_precision=PREC)
     if NB == 2:
-        acc = tl.dot(_times_inner(outer, twice1, 4), s2, acc, input_precision=PREC)
-    outer = tl.dot(x, _half_selector(4, True, x.dtype), input_precision=PREC).to(CT)
-    acc = tl.dot(_times_inner(outer, once0, 4), s1, acc, input_precision=PREC)
-    if NB == 2:
-        acc = tl.dot(_times_inner(outer, twice1, 4), s3, acc, input_precision=PREC)
-        outer = tl.dot(x, _half_selector(8, True, x.dtype), input_precision=PREC).to(CT)
-        acc = tl.dot(_times_inner(outer, once1, 4), s4, acc, input_precision=PREC)
-        outer = tl.dot(x, _half_selector(12, True, x.dtype), input_precision=PREC).to(CT)
-        acc = tl.dot(_times_inner(outer, once1, 4), s5, acc, input_precision=PREC)
+        acc = tl.dot(_opposites(exact, CT), s4, acc, input_precision=PREC)
     return acc
 
 
 @triton.jit
-def _gradient_row(
-    grad, x, y, selector, last, inner0, s0, inner1, s1, TWO: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
-):
-    """Half a tile on the diagonal and, if TWO, the half beside it, which counts twice; see `_gradient_tiles`."""
-    g = tl.dot(y, tl.trans(s0), input_precision=PREC)  # [C, 32]
-    mixed = _times_inner(g, inner0, 4)
-    if TWO:
-        g = tl.dot(y, tl.trans(s1), input_precision=PREC)
-        mixed += _times_inner(g, inner1, 4)
-        # not summed over the halves first: a sum would wait in registers
-        g *= tl.dot(x, selector, input_precision=PREC)
-        grad = tl.dot(g.to(CT), tl.trans(last), grad, input_precision=PREC)
-    # selectors are turned with tl.trans: built as [64, 16], Triton 3.6 stored them past their buffer (8 warps)
-    return tl.dot(mixed.to(CT), tl.trans(selector), grad, input_precision=PREC)
+def _gradient_pair(grad, x, exact, y, shifts, s, CT: tl.constexpr, PREC: tl.constexpr):
+    """Two shifts' part of `_gradient_tiles`."""
+    g = tl.dot(y, tl.trans(s), input_precision=PREC)  # [C, 32]
+    grad = tl.dot(_times_repeated(g, exact, 2).to(CT), tl.trans(shifts), grad, input_precision=PREC)
+    left, right = _halves(g * tl.dot(x, shifts, input_precision=PREC))
+    return tl.dot((left + right).to(CT), _shifts(0, 16, 1.0, 1.0, x.dtype), grad, input_precision=PREC)
 
 
 @triton.jit
-def _gradient_tiles(grad, x, y, s0, s1, s2, s3, s4, s5, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
-    """F <= 16: grad [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state) by x, the quadratic part.
-
-    phi's gradient is twice a contraction (x_a x_b is symmetric): the caller multiplies by 2, once, at the end.
-    x: [C, 16]; y: [C, DP]; s0, s1: halves of tile (0, 0); s2, s3: of (0, 1); s4, s5: of (1, 1).
-    """
-    inner0, inner1 = _inner(x, PREC)
-    TWO: tl.constexpr = NB == 2
-    last = _half_selector(8, False, x.dtype)
-    first = _half_selector(0, True, x.dtype)
-    grad = _gradient_row(grad, x, y, first, last, inner0, s0, inner1, s2, TWO, CT, PREC)
-    second = _half_selector(4, True, x.dtype)
-    grad = _gradient_row(grad, x, y, second, last, inner0, s1, inner1, s3, TWO, CT, PREC)
+def _gradient_tiles(grad, x, y, s0, s1, s2, s3, s4, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    exact = _in_place(x, PREC)
+    grad = _gradient_pair(grad, x, exact, y, _shifts(0, 32, 0.5, 1.0, x.dtype), s0, CT, PREC)
+    grad = _gradient_pair(grad, x, exact, y, _shifts(2, 32, 0.5, 1.0, x.dtype), s1, CT, PREC)
+    grad = _gradient_pair(grad, x, exact, y, _shifts(4, 32, 0.5, 1.0, x.dtype), s2, CT, PREC)
+    grad = _gradient_pair(grad, x, exact, y, _shifts(6, 32, 0.5, 1.0, x.dtype), s3, CT, PREC)
     if NB == 2:
-        third = _half_selector(8, True, x.dtype)
-        grad = _gradient_row(grad, x, y, third, last, inner1, s4, inner1, s4, False, CT, PREC)
-        fourth = _half_selector(12, True, x.dtype)
-        grad = _gradient_row(grad, x, y, fourth, last, inner1, s5, inner1, s5, False, CT, PREC)
+        # the state's rows a and a + 8 are the same here, so both parts of the gradient are
+        g = tl.dot(y, tl.trans(s4), input_precision=PREC)
+        grad = tl.dot((g * exact).to(CT), _shifts(8, 16, 1.0, 1.0, x.dtype), grad, input_precision=PREC)
     return grad
 
 
@@ -502,7 +533,7 @@ def _state_kernel(
     group are summed.
     Grid: (groups of TG tiles * HKV * segments, blocks of BD value dims). All products are [64, C] x [C, BD].
     """
-    NT: tl.constexpr = NB * (NB + 1) // 2
+    NT: tl.constexpr = _state_tiles(NB)
     GROUPS: tl.constexpr = (NT + TG - 1) // TG
     t0 = (tl.program_id(0) % GROUPS) * TG
     pid = tl.program_id(0) // GROUPS
@@ -539,12 +570,13 @@ def _state_kernel(
     d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
     n = tl.arange(0, 64)
     f = tl.arange(0, 16)
+    LAST_ROWS: tl.constexpr = 16 if NB <= 2 else 64
     acc0 = tl.zeros([64, BD], tl.float32)
     acc1 = tl.zeros([64, BD], tl.float32)
-    acc2 = tl.zeros([64, BD], tl.float32)
+    acc2 = tl.zeros([BD, 16] if NB <= 2 else [64, BD], tl.float32)
     z0 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
     z1 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
-    z2 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    z2 = tl.zeros([64, 16] if REVERSE and NB > 2 else [LAST_ROWS], tl.float32)
     if NB > 2:
         i0, j0 = _tile_of(t0, NB)
         i1, j1 = _tile_of(tl.minimum(t0 + 1, NT - 1), NB)
@@ -561,17 +593,21 @@ def _state_kernel(
             dz = _load_rows(aux + g * 16, rows, ok, HKV * G * 16, f, 16, True, True)  # [C, 16]
         if NB <= 2:
             xt = _load_columns(xg, rows, ok, sxt, f, F, F == 16, True)  # [16, C]
-            outer = tl.dot(_selector(0, True, True, xt.dtype), xt, input_precision=PREC)  # [64, C]
-            inner = tl.dot(_selector(0, False, True, xt.dtype), xt, input_precision=PREC)
-            phi = outer * inner
+            repeated = tl.dot((n[:, None] % 16 == f[None, :]).to(xt.dtype), xt, input_precision=PREC)  # [64, C]
+            phi = repeated * tl.dot(tl.trans(_shifts(0, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
             acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
+            phi = repeated * tl.dot(tl.trans(_shifts(4, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
+            acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
             if NB == 2:
-                inner = tl.dot(_selector(8, False, True, xt.dtype), xt, input_precision=PREC)
-                phi = outer * inner
-                acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
-                outer = tl.dot(_selector(8, True, True, xt.dtype), xt, input_precision=PREC)
-                phi = outer * inner
-                acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
+                opposite = _load_columns(xg, rows, ok, sxt, (f + 8) % 16, F, F == 16, True)
+                phi = xt.to(tl.float32) * opposite.to(tl.float32)  # [16, C]
+                acc2 = tl.dot(tl.trans(values), tl.trans(phi.to(CT)), acc2, input_precision=PREC)
+                if REVERSE:
+                    parts = aux + g * 16 + rows * (HKV * G * 16)
+                    w = tl.load(parts, mask=ok, other=0.0).to(tl.float32)
+                    w += tl.load(parts + 1, mask=ok, other=0.0).to(tl.float32)
+                    phi *= w[None, :]
+                z2 += tl.sum(phi, 1)
         else:
             outer_selector = _selector(0, True, True, x.dtype.element_ty)
             inner_selector = _selector(0, False, True, x.dtype.element_ty)
@@ -596,7 +632,8 @@ def _state_kernel(
     if REVERSE:
         z0 = tl.sum(z0, 1)
         z1 = tl.sum(z1, 1)
-        z2 = tl.sum(z2, 1)
+        if NB > 2:
+            z2 = tl.sum(z2, 1)
     s64 = slot.to(tl.int64) * HKV + hkv
     states += s64 * (NR * DP)
     norms += s64 * NR
@@ -611,12 +648,15 @@ def _state_kernel(
         )  # fmt: skip
         tl.store(norms + (t0 + 1) * 64 + n, z1, mask=more & first)
     if TG > 2:
-        more = (n < 64) & (t0 + 2 < NT)
+        last = tl.arange(0, LAST_ROWS)
+        more = (last < 64) & (t0 + 2 < NT)
+        if NB <= 2:
+            acc2 = tl.trans(acc2)
         tl.store(
-            states + ((t0 + 2) * 64 + n)[:, None] * DP + d_cols[None, :], acc2.to(states.dtype.element_ty),
+            states + ((t0 + 2) * 64 + last)[:, None] * DP + d_cols[None, :], acc2.to(states.dtype.element_ty),
             mask=more[:, None],
         )  # fmt: skip
-        tl.store(norms + (t0 + 2) * 64 + n, z2, mask=more & first)
+        tl.store(norms + (t0 + 2) * 64 + last, z2, mask=more & first)
 
 
 @triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N"])
@@ -817,8 +857,8 @@ def _forward_kernel(
         if QUAD and NB <= 2:
             some = before >= 0
             s0 = _state_tile(state, d_cols, some, 64, DP, CT)
-            s1 = _state_tile(state + 64 * DP, d_cols, some & (NB == 2), 64, DP, CT)
-            s2 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), 64, DP, CT)
+            s1 = _state_tile(state + 64 * DP, d_cols, some, 64, DP, CT)
+            s2 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), 16, DP, CT)
             top, rest = _norm_matrix(norm, f, f, some, NB, CT)
     if FP == 16:
         xq = _product(xq, xq, CT, PREC)
@@ -840,7 +880,7 @@ def _forward_kernel(
                     quad = tl.maximum(quad, 0.0)  # a sum of squares, which rounding may leave below 0
                 z += quad
             if LIN or CONST:
-                FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
+                FIRST: tl.constexpr = _quadratic_rows(NB) if QUAD else 0
                 acc, z = _query_low(
                     acc, z, xq, state, norm, d_cols, alpha, beta, FP, DP, FIRST, LIN, CONST, True, CT, PREC
                 )
@@ -992,10 +1032,9 @@ def _dq_kernel(
             some = before >= 0
             s0 = _state_tile(state, d, some, 32, DP, CT)
             s1 = _state_tile(state + 32 * DP, d, some, 32, DP, CT)
-            s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), 32, DP, CT)
-            s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), 32, DP, CT)
-            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 32, DP, CT)
-            s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), 32, DP, CT)
+            s2 = _state_tile(state + 64 * DP, d, some, 32, DP, CT)
+            s3 = _state_tile(state + 96 * DP, d, some, 32, DP, CT)
+            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 16, DP, CT)
             top, rest = _norm_matrix(norm, f, f, some, NB, CT)
     acc = tl.zeros([BM, FP], tl.float32)
     HELD: tl.constexpr = FP == 16 and DP <= 64 and CT == tl.bfloat16  # do / z stays in registers
@@ -1019,9 +1058,9 @@ def _dq_kernel(
         if before >= 0:
             if QUAD:
                 if NB <= 2:
-                    acc = _gradient_tiles(acc, xq, grad, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
+                    acc = _gradient_tiles(acc, xq, grad, s0, s1, s2, s3, s4, NB, CT, PREC)
             if LIN:
-                FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
+                FIRST: tl.constexpr = _quadratic_rows(NB) if QUAD else 0
                 acc = _gradient_low(
                     acc, grad, -dl, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC
                 )  # fmt: skip
@@ -1148,15 +1187,14 @@ def _dkdv_kernel(
                     # loaded here and, first, used for dk: fewer of them wait in registers
                     s0 = _state_tile(state, d, some, 32, DP, CT)
                     s1 = _state_tile(state + 32 * DP, d, some, 32, DP, CT)
-                    s2 = _state_tile(state + 64 * DP, d, some & (NB == 2), 32, DP, CT)
-                    s3 = _state_tile(state + 96 * DP, d, some & (NB == 2), 32, DP, CT)
-                    s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 32, DP, CT)
-                    s5 = _state_tile(state + 160 * DP, d, some & (NB == 2), 32, DP, CT)
+                    s2 = _state_tile(state + 64 * DP, d, some, 32, DP, CT)
+                    s3 = _state_tile(state + 96 * DP, d, some, 32, DP, CT)
+                    s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 16, DP, CT)
                     held = _product(xk, xk, CT, PREC)  # not as long as the loops: there are no registers for it
-                    acc_k = _gradient_tiles(acc_k, held, xv, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
+                    acc_k = _gradient_tiles(acc_k, held, xv, s0, s1, s2, s3, s4, NB, CT, PREC)
                     # phi(-x) = phi(x): with x, the compiler would keep the factors of one use for the other
                     minus_held = (held.to(tl.float32) * -1.0).to(held.dtype)
-                    acc_v = _query_halves(acc_v, minus_held, s0, s1, s2, s3, s4, s5, NB, CT, PREC)
+                    acc_v = _query_halves(acc_v, minus_held, s0, s1, s2, s3, s4, NB, CT, PREC)
                     acc_k += _times_norm(held, top, rest, PREC)
                 else:
                     acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, CT, PREC)
@@ -1166,7 +1204,7 @@ def _dkdv_kernel(
                 base = part + ((b64 * T + t64) * HKV + hkv) * FP
                 acc_k += tl.load(base + rows[:, None] * (HKV * FP) + f[None, :], mask=inside[:, None], other=0.0)
             if LIN or CONST:
-                FIRST: tl.constexpr = NB * (NB + 1) * 32 if QUAD else 0
+                FIRST: tl.constexpr = _quadratic_rows(NB) if QUAD else 0
                 acc_v, ones = _query_low(
                     acc_v, ones, xk, state, norm, d, 1.0, 1.0, FP, DP, FIRST, LIN, CONST, False, CT, PREC
                 )
@@ -1512,8 +1550,8 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.dev
         rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
         return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows)
     if feature_dim <= 16 and head_dim <= 64:
-        registers = (("forward", 128), ("dq", 128), ("dkdv", 128), ("state", 168))
-        plan = Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 3), (32, 4, 4), (64, 4, 3), (64, 4, 3), registers, 32)
+        registers = (("forward", 128), ("dq", 128), ("dkdv", 128), ("state", 168), ("later", 168))
+        plan = Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 3), (32, 4, 4), (32, 4, 4), (64, 4, 3), registers, 32)
     elif feature_dim <= 64 and head_dim <= 64:
         registers = (("forward", 168), ("dkdv", 168))
         plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
@@ -1558,7 +1596,7 @@ def _layout(feature_dim: int, head_dim: int, c0: float, c1: float, c2: float, sc
         raise ValueError("coefficients: (0, 0, 0) weighs every key with 0; at least one has to differ from 0.")
     blocks = -(-feature_dim // 8) if quad else 1
     f = _power_of_2(feature_dim)
-    rows = (blocks * (blocks + 1) * 32 if quad else 0) + (f if lin else 0) + (1 if const else 0)
+    rows = (_quadratic_rows(blocks) if quad else 0) + (f if lin else 0) + (1 if const else 0)
     features = n_features(feature_dim, (c0, c1, c2))
     return _Layout(f, _power_of_2(head_dim), blocks, rows, features, quad, lin, const, alpha, beta, factor)
 
@@ -1582,19 +1620,24 @@ def _index_tables(feature_dim: int, layout: _Layout, device: torch.device) -> tu
         a, b = torch.triu_indices(n, n, 1, device=device).unbind(0)
         square = torch.arange(n, device=device)
         a, b = torch.cat([square, a]), torch.cat([square, b])
-        i, j = a // 8, b // 8
-        row_parts.append((i * nb - i * (i - 1) // 2 + j - i) * 64 + a % 8 * 8 + b % 8)
         factor_parts.append(torch.where(a == b, 1.0, math.sqrt(2.0)))
-        tile_i, tile_j = torch.triu_indices(nb, nb, 0, device=device).unbind(0)
-        inside = torch.arange(64, device=device)
-        a = (tile_i[:, None] * 8 + inside // 8).flatten()
-        b = (tile_j[:, None] * 8 + inside % 8).flatten()
+        if nb <= 2:
+            row_parts.append(torch.where(b - a <= 8, (b - a) * 16 + a, (16 + a - b) * 16 + b))
+            row = torch.arange(_quadratic_rows(nb), device=device)
+            a, b = row % 16, (row % 16 + row // 16) % 16
+        else:
+            i, j = a // 8, b // 8
+            row_parts.append((i * nb - i * (i - 1) // 2 + j - i) * 64 + a % 8 * 8 + b % 8)
+            tile_i, tile_j = torch.triu_indices(nb, nb, 0, device=device).unbind(0)
+            inside = torch.arange(64, device=device)
+            a = (tile_i[:, None] * 8 + inside // 8).flatten()
+            b = (tile_j[:, None] * 8 + inside % 8).flatten()
         low, high = torch.minimum(a, b), torch.maximum(a, b)
         feature = torch.where(low == high, low, n + low * (n - 1) - low * (low - 1) // 2 + high - low - 1)
         real = high < n
         back_parts.append(torch.where(real, feature, 0))
         inverse_parts.append(torch.where(low == high, 1.0, math.sqrt(0.5)) * real)
-        first_row, first_feature = nb * (nb + 1) * 32, n * (n + 1) // 2
+        first_row, first_feature = _quadratic_rows(nb), n * (n + 1) // 2
     if layout.lin:
         f = torch.arange(layout.f, device=device)
         row_parts.append(first_row + f[:n])
@@ -1847,7 +1890,7 @@ def _make_states(
         }  # fmt: skip
 
     programs = (cut.computed if varlen else batch * cut.computed) * kv_heads
-    tiles = layout.blocks * (layout.blocks + 1) // 2 if layout.quad else 0
+    tiles = _state_tiles(layout.blocks) if layout.quad else 0
     if programs > 0 and layout.quad:
         group = min(tiles, 3)
         _launch(
@@ -1871,7 +1914,7 @@ def _make_states(
             _low_state_kernel,
             (programs, layout.d // block_d),
             (x, y, delta, *tables, *shape, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0),
-            lambda: {**flags(), "FIRST": tiles * 64, "LIN": layout.lin, "CONST": layout.const, "num_stages": 1},
+            lambda: {**flags(), "FIRST": _quadratic_rows(layout.blocks) if layout.quad else 0, "LIN": layout.lin, "CONST": layout.const, "num_stages": 1},
         )
     if not last and (cut.total == 0 or (cut.slots == 1 and not varlen)):
         return None  # nothing to add up
