@@ -1604,7 +1604,8 @@ def _layout(feature_dim: int, head_dim: int, c0: float, c1: float, c2: float, sc
 def n_features(feature_dim: int, coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> int:
     """Rows of the public state: F (F + 1) / 2 if c2 != 0, F more if c1 != 0, one more if c0 != 0."""
     c0, c1, c2 = coefficients
-    return feature_dim * (feature_dim + 1) // 2 * (c2 != 0) + feature_dim * (c1 != 0) + (c0 != 0)
+    # int(): torch 2.11 cannot multiply a symbolic size by a bool
+    return feature_dim * (feature_dim + 1) // 2 * int(c2 != 0) + feature_dim * int(c1 != 0) + int(c0 != 0)
 
 
 def _index_tables(feature_dim: int, layout: _Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
