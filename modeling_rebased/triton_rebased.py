@@ -15,12 +15,14 @@ How it works (docs/kernels.md has the costs):
 
 * The sequence is cut into segments of L tokens. Inside a segment the kernels build w tile by tile, as FlashAttention
   does, without a softmax. Across segments they use the state S = sum_j phi(k_j) [v_j, 1], phi(x) the products x_a x_b.
-* States are summed per segment (`_state_kernel`, all segments at once), then turned into running sums
-  (`_scan_kernel`), and each block of queries reads the one state in front of its segment (`_forward_kernel`). Nothing
-  walks along T but the elementwise scan.
-* phi is never stored. Inside the kernels the F dims are cut into blocks of 8, and a *tile* of 64 features is the outer
-  product of two blocks I <= J. It is made with tensor cores: x @ R and x @ C with 0/1 matrices that repeat the dims
-  (exact), multiplied elementwise. The product then is already in the registers where the next matrix product wants it.
+* States are summed per segment, a few of them one after another (a run; `_state_kernel`, all runs at once). Those at
+  the ends of runs are turned into running sums (`_scan_kernel`), and a block of queries adds up the two states that
+  make up what is in front of its segment (`_forward_kernel`). Nothing walks along T but the elementwise scan.
+* phi is never stored. For F <= 16 a feature is x_a x_(a + s mod 16), row 16 s + a of a state: shifts s of 0 to 8 have
+  every pair, 144 rows for 136 pairs. For F > 16 the dims are cut into blocks of 8, and a *tile* of 64 features is the
+  outer product of two blocks I <= J. Factors are made with tensor cores, x times a 0/1 matrix that takes each dim to
+  its columns (exact), and multiplied elementwise. The product then is already in the registers where the next matrix
+  product wants it.
 * With u = w / g monic in s (g = c2 scale**2), o = sum u v / (sum u + eps / g): constants leave the inner loops.
 * The backward pass is the same machinery, with a state of later queries, R = sum_i phi(q_i) [do_i / z_i, dz_i],
   summed from the right. No atomics: two runs give the same bits.
@@ -68,7 +70,7 @@ except ImportError:  # the module must import where Triton is missing: the decor
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
 _MOST_SEGMENT = 4096  # tokens of a segment, at most: how far a kernel walks from a 64-bit pointer
-_WIDE_BYTES = 136 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
+_WIDE_BYTES = 112 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # whether kernels may hold instructions of NVIDIA's PTX
 _PTX = tl.constexpr(torch.version.hip is None)
@@ -80,8 +82,14 @@ _PTX = tl.constexpr(torch.version.hip is None)
 
 
 @triton.jit
-def _segment(r, BLOCK: tl.constexpr, L: tl.constexpr, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN: tl.constexpr):
-    """Which segment block number `r` belongs to.
+def _batch_row():
+    """The batch row of a program: axes 1 and 2 of the grid (see `_grid`), so that nothing has to be divided."""
+    return tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+
+
+@triton.jit
+def _segment(r, BLOCK: tl.constexpr, L: tl.constexpr, T, N, cu, seg_seq, seg_off, VARLEN: tl.constexpr):
+    """Which segment block number `r` of a batch row (or of all packed sequences) belongs to.
 
     Returns (batch row, sequence, index of the segment in its sequence, segments in the sequence, first token of the
     segment, tokens in the segment, first row of the block within the segment); no row is valid if that is >= tokens.
@@ -99,29 +107,28 @@ def _segment(r, BLOCK: tl.constexpr, L: tl.constexpr, T, BLOCKS, N, cu, seg_seq,
         tokens = tl.where(seg < used, tokens, 0)
         batch = 0
     else:
-        batch = r // BLOCKS
+        batch = _batch_row()
         seq = batch
-        t = (r % BLOCKS) * BLOCK
+        t = r * BLOCK
         index = t // L
         row = t % L
         count = (T + L - 1) // L
         start = index * L
-        tokens = tl.minimum(T - start, L)
+        tokens = tl.where(batch < N, tl.minimum(T - start, L), 0)
     return batch, seq, index, count, start, tokens, row
 
 
 @triton.jit
-def _selector(OFFSET: tl.constexpr, OUTER: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr):
-    """0/1 matrix [16, 64] that takes 16 dims to the 64 features of a tile: feature n is dim n // 8 (OUTER) or n % 8.
-
-    TRANSPOSED gives [64, 16]. Dims are counted from OFFSET on.
+def _selector(OUTER: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr):
+    """F > 16: 0/1 matrix [16, 64] that takes 8 of 16 dims to a tile's 64 features: feature n is dim n // 8 (OUTER)
+    or n % 8. TRANSPOSED gives [64, 16].
     """
     n = tl.arange(0, 64)
     d = tl.arange(0, 16)
     if OUTER:
-        source = n // 8 + OFFSET
+        source = n // 8
     else:
-        source = n % 8 + OFFSET
+        source = n % 8
     # one return for all branches: Triton goes on compiling behind a `return` in a branch that is always taken
     if TRANSPOSED:
         chosen = source[:, None] == d[None, :]
@@ -226,12 +233,15 @@ def _split(value, CT: tl.constexpr):
 
 
 @triton.jit
-def _norm_matrix(norm, a, b, some, NB: tl.constexpr, CT: tl.constexpr):
-    """The quadratic norms as a symmetric matrix M, rows a and columns b: phi(x) . norms = x^T M x; split in two."""
+def _norm_matrix(norm, gap, a, b, some, more, NB: tl.constexpr, RUNS: tl.constexpr, CT: tl.constexpr):
+    """The quadratic norms as a symmetric matrix M, rows a and columns b: phi(x) . norms = x^T M x; split in two.
+
+    gap, some, more: where the sum is in two parts, see `_earlier`.
+    """
     if NB <= 2:
         shift = (b[None, :] - a[:, None] + 16) % 16
         place = tl.where(shift <= 8, shift * 16 + a[:, None], (16 - shift) * 16 + b[None, :])
-        exists = (place < 112 + 16 * NB) & some
+        exists = place < _quadratic_rows(NB)
     else:
         i = (a // 8)[:, None]
         j = (b // 8)[None, :]
@@ -241,8 +251,10 @@ def _norm_matrix(norm, a, b, some, NB: tl.constexpr, CT: tl.constexpr):
         a8 = (a % 8)[:, None]
         b8 = (b % 8)[None, :]
         place = tile * 64 + tl.where(i <= j, a8 * 8 + b8, b8 * 8 + a8)
-        exists = (high < NB) & some
-    value = tl.load(norm + place, mask=exists, other=0.0)
+        exists = high < NB
+    value = tl.load(norm + place, mask=exists & some, other=0.0)
+    if RUNS:
+        value += tl.load(norm + gap + place, mask=exists & more, other=0.0)
     top, rest = _split(value, CT)
     return top.to(CT), rest.to(CT)
 
@@ -294,10 +306,40 @@ def _once(x, CT: tl.constexpr):
 
 
 @triton.jit
-def _state_tile(state, d_cols, some, ROWS: tl.constexpr, DP: tl.constexpr, CT: tl.constexpr):
-    """ROWS rows of a state, [ROWS, BD]; F <= 16: ROWS / 16 shifts."""
+def _earlier(e, RUN, HAS_INIT: tl.constexpr, RUNS: tl.constexpr):
+    """Which slots hold the sum of the first `e` segments of a sequence, which the scan may have left in two parts.
+
+    Returns (slot of the running sum, whether there is one; slots from it to the sum within the run, whether there is
+    one). Slots are counted from the sequence's first.
+    """
+    whole = e
+    if RUNS:
+        whole = e & -RUN  # a power of 2
+    return whole - 1 + HAS_INIT, whole + HAS_INIT > 0, e - whole, e > whole
+
+
+@triton.jit
+def _state_tile(
+    state, gap, d_cols, some, more, ROWS: tl.constexpr, DP: tl.constexpr, RUNS: tl.constexpr, CT: tl.constexpr
+):  # fmt: skip
+    """F <= 16: the sum of both parts (see `_earlier`) of ROWS rows of a state, [ROWS, BD]; ROWS / 16 shifts."""
     n = tl.arange(0, ROWS)
-    return tl.load(state + n[:, None] * DP + d_cols[None, :], mask=some & (d_cols < DP)[None, :], other=0.0).to(CT)
+    rows = state + n[:, None] * DP + d_cols[None, :]
+    tile = tl.load(rows, mask=some & (d_cols < DP)[None, :], other=0.0)
+    if RUNS:
+        rest = tl.load(rows + gap, mask=more & (d_cols < DP)[None, :], other=0.0)
+        if _PTX and tile.dtype == tl.bfloat16:
+            tile = tl.inline_asm_elementwise(  # 1 x + y: capability 8 adds pairs no other way
+                "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }",
+                "=r,r,r",
+                [tile, rest],
+                dtype=tl.bfloat16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            tile += rest
+    return tile.to(CT)
 
 
 @triton.jit
@@ -396,7 +438,7 @@ def _query_tiles(acc, x, s0, s1, s2, NB: tl.constexpr, CT: tl.constexpr, PREC: t
 
 @triton.jit
 def _query_halves(acc, x, s0, s1, s2, s3, s4, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
-    """`_query_tiles` for a state in pairs of shifts, as `_gradient_tiles` takes it."""
+    """`_query_tiles` for a state in pairs of shifts, and with the selectors that `_gradient_tiles` has made."""
     exact = _in_place(x, PREC)
     y = (exact * 2.0).to(CT)
     shifted = tl.dot(x, _shifts(0, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)  # [C, 32]
@@ -414,8 +456,9 @@ def _query_halves(acc, x, s0, s1, s2, s3, s4, NB: tl.constexpr, CT: tl.constexpr
 
 @triton.jit
 def _gradient_pair(grad, x, exact, y, shifts, s, CT: tl.constexpr, PREC: tl.constexpr):
-    """Two shifts' part of `_gradient_tiles`."""
+    """The part of `_gradient_tiles` of two shifts, whose rows of the state are s [32, DP]."""
     g = tl.dot(y, tl.trans(s), input_precision=PREC)  # [C, 32]
+    # selectors are turned with tl.trans: built as [64, 16], Triton 3.6 stored them past their buffer (8 warps)
     grad = tl.dot(_times_repeated(g, exact, 2).to(CT), tl.trans(shifts), grad, input_precision=PREC)
     left, right = _halves(g * tl.dot(x, shifts, input_precision=PREC))
     return tl.dot((left + right).to(CT), _shifts(0, 16, 1.0, 1.0, x.dtype), grad, input_precision=PREC)
@@ -423,13 +466,19 @@ def _gradient_pair(grad, x, exact, y, shifts, s, CT: tl.constexpr, PREC: tl.cons
 
 @triton.jit
 def _gradient_tiles(grad, x, y, s0, s1, s2, s3, s4, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """F <= 16: grad [C, 16] += half the gradient of sum_c y_c . (phi(x_c) @ state) by x, the quadratic part.
+
+    The caller multiplies by 2, once, at the end. x: [C, 16]; y: [C, DP]; s0 to s3 [32, DP]: shifts 0 and 1, 2 and 3,
+    and so on; s4 [16, DP]: shift 8, where F > 8. A feature has two factors, and each takes its part of the gradient,
+    which half of x_a x_a's is (0.5); the others count twice.
+    """
     exact = _in_place(x, PREC)
     grad = _gradient_pair(grad, x, exact, y, _shifts(0, 32, 0.5, 1.0, x.dtype), s0, CT, PREC)
     grad = _gradient_pair(grad, x, exact, y, _shifts(2, 32, 0.5, 1.0, x.dtype), s1, CT, PREC)
     grad = _gradient_pair(grad, x, exact, y, _shifts(4, 32, 0.5, 1.0, x.dtype), s2, CT, PREC)
     grad = _gradient_pair(grad, x, exact, y, _shifts(6, 32, 0.5, 1.0, x.dtype), s3, CT, PREC)
     if NB == 2:
-        # the state's rows a and a + 8 are the same here, so both parts of the gradient are
+        # the state's rows a and a + 8 are the same here, so both factors' parts are
         g = tl.dot(y, tl.trans(s4), input_precision=PREC)
         grad = tl.dot((g * exact).to(CT), _shifts(8, 16, 1.0, 1.0, x.dtype), grad, input_precision=PREC)
     return grad
@@ -443,8 +492,8 @@ def _query_loop(
     """F > 16: acc [C, BD] += phi(x) @ state in a loop over the tiles; 16 dims of x at a time, of which 8 are used."""
     d = tl.arange(0, 16)
     n = tl.arange(0, 64)
-    outer_selector = _selector(0, True, False, x_base.dtype.element_ty)
-    inner_selector = _selector(0, False, False, x_base.dtype.element_ty)
+    outer_selector = _selector(True, False, x_base.dtype.element_ty)
+    inner_selector = _selector(False, False, x_base.dtype.element_ty)
     tile = 0
     for i in range(NB):
         x_i = _load_rows(x_base, rows, ok, x_stride, i * 8 + d, F, False, True)
@@ -517,127 +566,21 @@ def _add_tile(acc, z, phi, values, dz, REVERSE: tl.constexpr, CT: tl.constexpr, 
     return acc, z
 
 
-@triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N"])
-def _state_kernel(
-    x, y, aux, states, norms, keep, cu, seg_seq, seg_off, slot_off,
-    sxb, sxt, sxh, syb, syt, syh, smb,
-    T, SEGMENTS, SLOTS, N,
-    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
-    NR: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, C: tl.constexpr, TG: tl.constexpr,
-    REVERSE: tl.constexpr, LAST: tl.constexpr, HAS_INIT: tl.constexpr,
-    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+@triton.jit
+def _store_state(
+    states, norms, slot, hkv, t0, d_cols, first, acc0, acc1, acc2, z0, z1, z2, NB: tl.constexpr, NR: tl.constexpr,
+    DP: tl.constexpr, HKV: tl.constexpr, TG: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """One segment's quadratic state: states [64 TG, BD] = sum_c phi(x_c) y_c, norms [64 TG] = sum_c phi(x_c).
-
-    REVERSE: x, y are q, do / z; the norms weigh dz_c, which comes as aux [B, T, H, 16] (see `_columns`); heads of a
-    group are summed.
-    Grid: (groups of TG tiles * HKV * segments, blocks of BD value dims). All products are [64, C] x [C, BD].
-    """
+    """Writes tiles t0 to t0 + TG - 1 of one slot; sums of norms as `_add_tile` has them."""
     NT: tl.constexpr = _state_tiles(NB)
-    GROUPS: tl.constexpr = (NT + TG - 1) // TG
-    t0 = (tl.program_id(0) % GROUPS) * TG
-    pid = tl.program_id(0) // GROUPS
-    hkv = pid % HKV
-    r = pid // HKV
-    if VARLEN:
-        batch, seq, index, count, start, tokens, _row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
-        if tokens <= 0:
-            return
-        order = index
-        if REVERSE:
-            order = count - 1 - index
-        if order >= count - 1 + LAST:
-            return
-        slot = tl.load(slot_off + seq) + order + HAS_INIT
-    else:
-        batch = r // SEGMENTS
-        order = r % SEGMENTS
-        count = (T + L - 1) // L
-        index = order
-        if REVERSE:
-            index = count - 1 - order
-        start = index * L
-        tokens = tl.minimum(T - start, L)
-        slot = batch * SLOTS + order + HAS_INIT
-    b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
-    x += b64 * sxb + start.to(tl.int64) * sxt + hkv * G * sxh
-    y += b64 * syb + start.to(tl.int64) * syt + hkv * G * syh
-    if HAS_MASK:
-        keep += b64 * smb + start
-    if REVERSE:
-        aux += ((b64 * T + start) * (HKV * G) + hkv * G) * 16
-
-    d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
     n = tl.arange(0, 64)
-    f = tl.arange(0, 16)
-    LAST_ROWS: tl.constexpr = 16 if NB <= 2 else 64
-    acc0 = tl.zeros([64, BD], tl.float32)
-    acc1 = tl.zeros([64, BD], tl.float32)
-    acc2 = tl.zeros([BD, 16] if NB <= 2 else [64, BD], tl.float32)
-    z0 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
-    z1 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
-    z2 = tl.zeros([64, 16] if REVERSE and NB > 2 else [LAST_ROWS], tl.float32)
-    if NB > 2:
-        i0, j0 = _tile_of(t0, NB)
-        i1, j1 = _tile_of(tl.minimum(t0 + 1, NT - 1), NB)
-        i2, j2 = _tile_of(tl.minimum(t0 + 2, NT - 1), NB)
-    steps = (tokens + C - 1) // C
-    for step in range(steps * G):
-        g = step // steps
-        rows = (step % steps) * C + tl.arange(0, C)
-        ok = _kept(keep, rows, tokens, HAS_MASK)
-        xg = x + g * sxh
-        dz = 0.0
-        values = _load_rows(y + g * syh, rows, ok, syt, d_cols, D, D == DP, True)  # [C, BD]
-        if REVERSE:
-            dz = _load_rows(aux + g * 16, rows, ok, HKV * G * 16, f, 16, True, True)  # [C, 16]
-        if NB <= 2:
-            xt = _load_columns(xg, rows, ok, sxt, f, F, F == 16, True)  # [16, C]
-            repeated = tl.dot((n[:, None] % 16 == f[None, :]).to(xt.dtype), xt, input_precision=PREC)  # [64, C]
-            phi = repeated * tl.dot(tl.trans(_shifts(0, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
-            acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
-            phi = repeated * tl.dot(tl.trans(_shifts(4, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
-            acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
-            if NB == 2:
-                opposite = _load_columns(xg, rows, ok, sxt, (f + 8) % 16, F, F == 16, True)
-                phi = xt.to(tl.float32) * opposite.to(tl.float32)  # [16, C]
-                acc2 = tl.dot(tl.trans(values), tl.trans(phi.to(CT)), acc2, input_precision=PREC)
-                if REVERSE:
-                    parts = aux + g * 16 + rows * (HKV * G * 16)
-                    w = tl.load(parts, mask=ok, other=0.0).to(tl.float32)
-                    w += tl.load(parts + 1, mask=ok, other=0.0).to(tl.float32)
-                    phi *= w[None, :]
-                z2 += tl.sum(phi, 1)
-        else:
-            outer_selector = _selector(0, True, True, x.dtype.element_ty)
-            inner_selector = _selector(0, False, True, x.dtype.element_ty)
-            xi = _load_columns(xg, rows, ok, sxt, i0 * 8 + f, F, False, True)
-            xj = _load_columns(xg, rows, ok, sxt, j0 * 8 + f, F, False, True)
-            phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(inner_selector, xj, input_precision=PREC)
-            acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
-            if TG > 1:
-                xi = _load_columns(xg, rows, ok, sxt, i1 * 8 + f, F, False, True)
-                xj = _load_columns(xg, rows, ok, sxt, j1 * 8 + f, F, False, True)
-                phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
-                    inner_selector, xj, input_precision=PREC
-                )
-                acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
-            if TG > 2:
-                xi = _load_columns(xg, rows, ok, sxt, i2 * 8 + f, F, False, True)
-                xj = _load_columns(xg, rows, ok, sxt, j2 * 8 + f, F, False, True)
-                phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
-                    inner_selector, xj, input_precision=PREC
-                )
-                acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
     if REVERSE:
         z0 = tl.sum(z0, 1)
         z1 = tl.sum(z1, 1)
-        if NB > 2:
-            z2 = tl.sum(z2, 1)
+        z2 = tl.sum(z2, 1)
     s64 = slot.to(tl.int64) * HKV + hkv
     states += s64 * (NR * DP)
     norms += s64 * NR
-    first = tl.program_id(1) == 0
     tl.store(states + (t0 * 64 + n)[:, None] * DP + d_cols[None, :], acc0.to(states.dtype.element_ty))
     tl.store(norms + t0 * 64 + n, z0, mask=(n < 64) & first)
     if TG > 1:
@@ -648,15 +591,144 @@ def _state_kernel(
         )  # fmt: skip
         tl.store(norms + (t0 + 1) * 64 + n, z1, mask=more & first)
     if TG > 2:
-        last = tl.arange(0, LAST_ROWS)
-        more = (last < 64) & (t0 + 2 < NT)
-        if NB <= 2:
-            acc2 = tl.trans(acc2)
+        more = (n < (16 if NB <= 2 else 64)) & (t0 + 2 < NT)
         tl.store(
-            states + ((t0 + 2) * 64 + last)[:, None] * DP + d_cols[None, :], acc2.to(states.dtype.element_ty),
+            states + ((t0 + 2) * 64 + n)[:, None] * DP + d_cols[None, :], acc2.to(states.dtype.element_ty),
             mask=more[:, None],
         )  # fmt: skip
-        tl.store(norms + (t0 + 2) * 64 + last, z2, mask=more & first)
+        tl.store(norms + (t0 + 2) * 64 + n, z2, mask=more & first)
+
+
+@triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N", "RUN"])
+def _state_kernel(
+    x, y, aux, states, norms, keep, cu, seg_seq, seg_off, slot_off,
+    sxb, sxt, sxh, syb, syt, syh, smb,
+    T, SEGMENTS, SLOTS, N, RUN,
+    F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
+    NR: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, C: tl.constexpr, TG: tl.constexpr,
+    REVERSE: tl.constexpr, LAST: tl.constexpr, HAS_INIT: tl.constexpr, RUNS: tl.constexpr,
+    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """The quadratic states of a run of RUN segments, each with those of the run before it: states [64 TG, BD] =
+    sum_c phi(x_c) y_c, norms [64 TG] = sum_c phi(x_c).
+
+    REVERSE: x, y are q, do / z and runs go towards the sequence's start; the norms weigh dz_c, which comes as aux
+    [B, T, H, 16] (see `_columns`); heads of a group are summed. Without RUNS a run is one segment.
+    Grid: groups of TG tiles * blocks of BD value dims * HKV * runs; packed sequences have a program for every
+    segment, of which the first of a run works. All products are [64, C] x [C, BD].
+    """
+    NT: tl.constexpr = _state_tiles(NB)
+    GROUPS: tl.constexpr = (NT + TG - 1) // TG
+    D_BLOCKS: tl.constexpr = DP // BD
+    t0 = (tl.program_id(0) % GROUPS) * TG
+    pid = tl.program_id(0) // GROUPS
+    first = pid % D_BLOCKS == 0
+    d_cols = (pid % D_BLOCKS) * BD + tl.arange(0, BD)
+    pid = pid // D_BLOCKS
+    hkv = pid % HKV
+    r = pid // HKV
+    if VARLEN:
+        batch, seq, index, count, start, tokens, _row = _segment(r, L, L, T, N, cu, seg_seq, seg_off, True)
+        if tokens <= 0:
+            return
+        order = index
+        if REVERSE:
+            order = count - 1 - index
+        parts = tl.minimum(RUN, count - 1 + LAST - order)
+        if parts <= 0:
+            return
+        if order & (RUN - 1) != 0:
+            return
+        slot = tl.load(slot_off + seq) + order + HAS_INIT
+        left = tl.load(cu + seq + 1) - start
+    else:
+        batch = _batch_row()
+        if batch >= N:
+            return
+        order = r * RUN
+        parts = tl.minimum(RUN, SEGMENTS - order)
+        count = (T + L - 1) // L
+        index = order
+        if REVERSE:
+            index = count - 1 - order
+        start = index * L
+        slot = batch * SLOTS + order + HAS_INIT
+        left = T - start
+    b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
+    x += b64 * sxb + start.to(tl.int64) * sxt + hkv * G * sxh
+    y += b64 * syb + start.to(tl.int64) * syt + hkv * G * syh
+    if HAS_MASK:
+        keep += b64 * smb + start
+    if REVERSE:
+        aux += ((b64 * T + start) * (HKV * G) + hkv * G) * 16
+
+    n = tl.arange(0, 64)
+    f = tl.arange(0, 16)
+    acc0 = tl.zeros([64, BD], tl.float32)
+    acc1 = tl.zeros([64, BD], tl.float32)
+    acc2 = tl.zeros([64, BD], tl.float32)
+    z0 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    z1 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    z2 = tl.zeros([64, 16] if REVERSE else [64], tl.float32)
+    if NB > 2:
+        i0, j0 = _tile_of(t0, NB)
+        i1, j1 = _tile_of(tl.minimum(t0 + 1, NT - 1), NB)
+        i2, j2 = _tile_of(tl.minimum(t0 + 2, NT - 1), NB)
+    if RUNS:
+        steps = L // C  # of a segment and head
+    else:
+        steps = (tl.minimum(left, L) + C - 1) // C
+    for part in range(parts):
+        begin = part * L
+        if REVERSE:
+            begin = -begin
+        for step in range(steps * G):
+            g = step // steps
+            rows = begin + (step % steps) * C + tl.arange(0, C)
+            ok = _kept(keep, rows, left, HAS_MASK)
+            xg = x + g * sxh
+            dz = 0.0
+            values = _load_rows(y + g * syh, rows, ok, syt, d_cols, D, D == DP, True)  # [C, BD]
+            if REVERSE:
+                dz = _load_rows(aux + g * 16, rows, ok, HKV * G * 16, f, 16, True, True)  # [C, 16]
+            if NB <= 2:
+                xt = _load_columns(xg, rows, ok, sxt, f, F, F == 16, True)  # [16, C]
+                repeated = tl.dot((n[:, None] % 16 == f[None, :]).to(xt.dtype), xt, input_precision=PREC)  # [64, C]
+                phi = repeated * tl.dot(tl.trans(_shifts(0, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
+                acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
+                phi = repeated * tl.dot(tl.trans(_shifts(4, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
+                acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
+                if NB == 2:
+                    # of 64 rows the first 16 are used: shift 8. Products of 16 rows were slower.
+                    phi = repeated * tl.dot(tl.trans(_shifts(8, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
+                    acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
+            else:
+                outer_selector = _selector(True, True, x.dtype.element_ty)
+                inner_selector = _selector(False, True, x.dtype.element_ty)
+                xi = _load_columns(xg, rows, ok, sxt, i0 * 8 + f, F, False, True)
+                xj = _load_columns(xg, rows, ok, sxt, j0 * 8 + f, F, False, True)
+                phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
+                    inner_selector, xj, input_precision=PREC
+                )
+                acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
+                if TG > 1:
+                    xi = _load_columns(xg, rows, ok, sxt, i1 * 8 + f, F, False, True)
+                    xj = _load_columns(xg, rows, ok, sxt, j1 * 8 + f, F, False, True)
+                    phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
+                        inner_selector, xj, input_precision=PREC
+                    )
+                    acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
+                if TG > 2:
+                    xi = _load_columns(xg, rows, ok, sxt, i2 * 8 + f, F, False, True)
+                    xj = _load_columns(xg, rows, ok, sxt, j2 * 8 + f, F, False, True)
+                    phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
+                        inner_selector, xj, input_precision=PREC
+                    )
+                    acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
+        _store_state(
+            states, norms, slot + part, hkv, t0, d_cols, first, acc0, acc1, acc2, z0, z1, z2, NB, NR, DP, HKV, TG,
+            REVERSE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N"])
@@ -670,11 +742,14 @@ def _low_state_kernel(
     HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """The linear rows (x itself) and the constant row (1) of a segment's state, where c1 and c0 ask for them."""
-    pid = tl.program_id(0)
+    D_BLOCKS: tl.constexpr = DP // BD
+    first = tl.program_id(0) % D_BLOCKS == 0
+    d_cols = (tl.program_id(0) % D_BLOCKS) * BD + tl.arange(0, BD)
+    pid = tl.program_id(0) // D_BLOCKS
     hkv = pid % HKV
     r = pid // HKV
     if VARLEN:
-        batch, seq, index, count, start, tokens, _row = _segment(r, L, L, T, 1, N, cu, seg_seq, seg_off, True)
+        batch, seq, index, count, start, tokens, _row = _segment(r, L, L, T, N, cu, seg_seq, seg_off, True)
         if tokens <= 0:
             return
         order = index
@@ -684,8 +759,10 @@ def _low_state_kernel(
             return
         slot = tl.load(slot_off + seq) + order + HAS_INIT
     else:
-        batch = r // SEGMENTS
-        order = r % SEGMENTS
+        batch = _batch_row()
+        if batch >= N:
+            return
+        order = r
         count = (T + L - 1) // L
         index = order
         if REVERSE:
@@ -700,7 +777,6 @@ def _low_state_kernel(
         keep += b64 * smb + start
     if REVERSE:
         delta += (b64 * HKV * G + hkv * G) * T + start
-    d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
     f = tl.arange(0, FP)
     lin = tl.zeros([FP, BD], tl.float32)
     lin_norm = tl.zeros([FP], tl.float32)
@@ -726,7 +802,6 @@ def _low_state_kernel(
     s64 = slot.to(tl.int64) * HKV + hkv
     states += s64 * (NR * DP)
     norms += s64 * NR
-    first = tl.program_id(1) == 0
     if LIN:
         tl.store(states + (FIRST + f)[:, None] * DP + d_cols[None, :], (lin * weight_lin).to(states.dtype.element_ty))
         tl.store(norms + FIRST + f, lin_norm * weight_lin, mask=(f < FP) & first)
@@ -738,27 +813,37 @@ def _low_state_kernel(
 
 
 @triton.jit
-def _scan(data, last, base, final, e, ok_e, slots, step, U: tl.constexpr, BE: tl.constexpr, KEEP_LAST: tl.constexpr):
+def _scan(
+    data, last, base, final, e, ok_e, slots, step, rest, U: tl.constexpr, BE: tl.constexpr, KEEP_LAST: tl.constexpr
+):  # fmt: skip
     u = tl.arange(0, U)
     carry = tl.zeros([BE], tl.float32)
+    pointers = data + base + u.to(tl.int64)[:, None] * step + e[None, :]
+    ok = (u < slots)[:, None] & ok_e[None, :]
+    part = tl.load(pointers, mask=ok, other=0.0)
     for i in range(0, slots, U):
-        ok = ((i + u) < slots)[:, None] & ok_e[None, :]
-        pointers = data + base + (i + u).to(tl.int64)[:, None] * step + e[None, :]
-        part = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+        later = pointers + U * step
+        ok_later = ((i + U + u) < slots)[:, None] & ok_e[None, :]
+        ahead = tl.load(later, mask=ok_later, other=0.0)  # on its way while these are summed
+        part = part.to(tl.float32)
         total = tl.cumsum(part, 0) + carry[None, :]
         tl.store(pointers, total.to(data.dtype.element_ty), mask=ok)
         carry += tl.sum(part, 0)
+        pointers, ok, part = later, ok_later, ahead
     if KEEP_LAST:
+        pointers = data + base + (slots - 1).to(tl.int64) * step + rest + e
+        carry += tl.load(pointers, mask=ok_e & (rest > 0), other=0.0).to(tl.float32)
         tl.store(last + final + e, carry, mask=ok_e)
 
 
-@triton.jit(do_not_specialize=["SLOTS"])
+@triton.jit(do_not_specialize=["SLOTS", "RUN"])
 def _scan_kernel(
-    states, norms, last_states, last_norms, slot_off, SLOTS,
+    states, norms, last_states, last_norms, slot_off, SLOTS, RUN,
     E: tl.constexpr, NR: tl.constexpr, HKV: tl.constexpr, U: tl.constexpr, BE: tl.constexpr, VARLEN: tl.constexpr,
-    KEEP_LAST: tl.constexpr,
+    HAS_INIT: tl.constexpr, KEEP_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Running sums over a sequence's slots, in place: states [slots, HKV, E], norms [slots, HKV, NR]; totals in fp32.
+    """Running sums over the last slot of each of a sequence's runs, in place, and over the initial state before them:
+    states [slots, HKV, E], norms [slots, HKV, NR]; totals in fp32, with what follows the last whole run.
 
     Grid: (N * HKV, blocks of states, then of norms). U slots are loaded at once, so that their latencies overlap.
     """
@@ -771,15 +856,18 @@ def _scan_kernel(
     else:
         first = seq * SLOTS
         slots = SLOTS
-    row = first.to(tl.int64) * HKV + hkv
+    rest = ((slots - HAS_INIT) % RUN).to(tl.int64) * HKV
+    slots = (slots - HAS_INIT) // RUN + HAS_INIT
+    row = (first + (RUN - 1) * (1 - HAS_INIT)).to(tl.int64) * HKV + hkv
+    step = RUN.to(tl.int64) * HKV
     p64 = pid.to(tl.int64)
     BLOCKS: tl.constexpr = (E + BE - 1) // BE
     if tl.program_id(1) < BLOCKS:
         e = tl.program_id(1) * BE + tl.arange(0, BE)
-        _scan(states, last_states, row * E, p64 * E, e, e < E, slots, HKV * E, U, BE, KEEP_LAST)
+        _scan(states, last_states, row * E, p64 * E, e, e < E, slots, step * E, rest * E, U, BE, KEEP_LAST)
     else:
         e = (tl.program_id(1) - BLOCKS) * BE + tl.arange(0, BE)
-        _scan(norms, last_norms, row * NR, p64 * NR, e, e < NR, slots, HKV * NR, U, BE, KEEP_LAST)
+        _scan(norms, last_norms, row * NR, p64 * NR, e, e < NR, slots, step * NR, rest * NR, U, BE, KEEP_LAST)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -805,28 +893,29 @@ def _forward_tile(
     return acc, z
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
+@triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _forward_kernel(
     q, k, v, o, rz, states, norms, keep, cu, seg_seq, seg_off, slot_off,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, smb,
-    T, BLOCKS, SLOTS, N, alpha, beta, eps,
+    T, SLOTS, N, RUN, alpha, beta, eps,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
     NR: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     DV: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
-    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    RUNS: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """o [BM, BD] of one block of queries and one head, and rz = 1 / (normaliser + eps).
 
-    Grid: (blocks of BM queries * H, blocks of BD value dims). Heads run fastest: they share cache lines. Whatever
+    Grid: blocks of BD value dims * H * blocks of BM queries. Heads run fast: they share cache lines. Whatever
     does not depend on other loads is loaded first, so that one wait covers all.
     """
-    pid = tl.program_id(0)
+    D_BLOCKS: tl.constexpr = DP // BD
+    first = tl.program_id(0) % D_BLOCKS == 0
+    d_cols = (tl.program_id(0) % D_BLOCKS) * BD + tl.arange(0, BD)
+    pid = tl.program_id(0) // D_BLOCKS
     h = pid % H
     hkv = h // G
-    batch, seq, index, _count, start, tokens, row = _segment(
-        pid // H, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
-    )
+    batch, seq, index, _count, start, tokens, row = _segment(pid // H, BM, L, T, N, cu, seg_seq, seg_off, VARLEN)
     if row >= tokens:
         return
     b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
@@ -836,7 +925,6 @@ def _forward_kernel(
     v += b64 * svb + t64 * svt + hkv * svh
     if HAS_MASK:
         keep += b64 * smb + t64
-    d_cols = tl.program_id(1) * BD + tl.arange(0, BD)
     f = tl.arange(0, FP)
     block = tl.arange(0, BM)
     rows = row + block
@@ -846,7 +934,7 @@ def _forward_kernel(
     kt = _load_columns(k, rows, ok, skt, f, F, F == FP, True)  # [FP, BM]
     values = _load_rows(v, rows, ok, svt, d_cols, DV, DV == DP, True)  # [BM, BD]
     if HAS_STATE:
-        before = index - 1 + HAS_INIT
+        before, some, gap, more = _earlier(index, RUN, HAS_INIT, RUNS)
         if VARLEN:
             slot = tl.load(slot_off + seq) + before
         else:
@@ -854,12 +942,14 @@ def _forward_kernel(
         s64 = slot.to(tl.int64) * (H // G) + hkv
         state = states + s64 * (NR * DP)
         norm = norms + s64 * NR
+        gap *= H // G
         if QUAD and NB <= 2:
-            some = before >= 0
-            s0 = _state_tile(state, d_cols, some, 64, DP, CT)
-            s1 = _state_tile(state + 64 * DP, d_cols, some, 64, DP, CT)
-            s2 = _state_tile(state + 128 * DP, d_cols, some & (NB == 2), 16, DP, CT)
-            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
+            s0 = _state_tile(state, gap * (NR * DP), d_cols, some, more, 64, DP, RUNS, CT)
+            s1 = _state_tile(state + 64 * DP, gap * (NR * DP), d_cols, some, more, 64, DP, RUNS, CT)
+            s2 = _state_tile(
+                state + 128 * DP, gap * (NR * DP), d_cols, some & (NB == 2), more & (NB == 2), 16, DP, RUNS, CT
+            )
+            top, rest = _norm_matrix(norm, gap * NR, f, f, some, more, NB, RUNS, CT)
     if FP == 16:
         xq = _product(xq, xq, CT, PREC)
     acc = tl.zeros([BM, BD], tl.float32)
@@ -868,13 +958,13 @@ def _forward_kernel(
         acc, z, xq, kt, values, rows, rows, ok, alpha, beta, QUAD, LIN, CONST, True, HAS_MASK, CT, PREC
     )
     if HAS_STATE:
-        if before >= 0:
+        if some | more:
             if QUAD:
                 if NB <= 2:
                     acc = _query_tiles(acc, xq, s0, s1, s2, NB, CT, PREC)
                 else:
                     acc = _query_loop(acc, q, rows, inside, sqt, state, d_cols, F, DP, NB, CT, PREC)
-                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                    top, rest = _norm_matrix(norm, 0, f, f, True, False, NB, False, CT)
                 quad = tl.sum(_times_norm(xq, top, rest, PREC) * xq.to(tl.float32), 1)
                 if not LIN and not CONST:
                     quad = tl.maximum(quad, 0.0)  # a sum of squares, which rounding may leave below 0
@@ -899,7 +989,7 @@ def _forward_kernel(
         o + rows[:, None] * (H * D) + d_cols[None, :], (acc * inverse[:, None]).to(o.dtype.element_ty),
         mask=inside[:, None] & (d_cols < D)[None, :],
     )  # fmt: skip
-    tl.store(rz + (b64 * H + h) * T + t64 + rows, inverse, mask=inside & (tl.program_id(1) == 0))
+    tl.store(rz + (b64 * H + h) * T + t64 + rows, inverse, mask=inside & first)
 
 
 @triton.jit(do_not_specialize=["T", "ROWS"])
@@ -942,16 +1032,18 @@ def _scaled_gradient(
     return dl, scaled
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS"])
+@triton.jit(do_not_specialize=["T", "N"])
 def _scale_kernel(
-    o, do, rz, dn, delta, aux, sdb, sdt, sdh, T, BLOCKS, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr,
+    o, do, rz, dn, delta, aux, sdb, sdt, sdh, T, N, D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr,
     BM: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """`_scaled_gradient` alone, where the state's part of dq needs it before `_dq_kernel` runs (F > 16)."""
     pid = tl.program_id(0)
     h = pid % H
-    b64 = (pid // H // BLOCKS).to(tl.int64)
-    t64 = (pid // H % BLOCKS).to(tl.int64) * BM
+    if _batch_row() >= N:
+        return
+    b64 = _batch_row().to(tl.int64)
+    t64 = (pid // H).to(tl.int64) * BM
     rows = tl.arange(0, BM)
     first = (b64 * T + t64) * H + h
     vector = (b64 * H + h) * T + t64
@@ -978,16 +1070,16 @@ def _dq_tile(
     return tl.dot(du.to(CT), keys, acc, input_precision=PREC)  # a dropped key is 0 here
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
+@triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _dq_kernel(
     q, k, v, o, do, rz, dn, delta, aux, dq, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh, smb,
-    T, BLOCKS, SLOTS, N, alpha, half_alpha,
+    T, SLOTS, N, RUN, alpha, half_alpha,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     DV: tl.constexpr,
-    QUAD: tl.constexpr, LIN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr, PART: tl.constexpr,
-    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    QUAD: tl.constexpr, LIN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr, RUNS: tl.constexpr,
+    PART: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq [BM, F] of one block of queries: dq_i = sum_j (dn_i . v_j - delta_i) u'(s_ij) k_j.
 
@@ -996,9 +1088,7 @@ def _dq_kernel(
     pid = tl.program_id(0)
     h = pid % H
     hkv = h // G
-    batch, seq, index, _count, start, tokens, row = _segment(
-        pid // H, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
-    )
+    batch, seq, index, _count, start, tokens, row = _segment(pid // H, BM, L, T, N, cu, seg_seq, seg_off, VARLEN)
     if row >= tokens:
         return
     b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
@@ -1020,7 +1110,7 @@ def _dq_kernel(
     keys = _load_rows(k, rows, ok, skt, f, F, F == FP, True)  # [BM, FP]
     vt = _load_columns(v, rows, ok, svt, d, DV, DV == DP, True)  # [DP, BM]
     if HAS_STATE:
-        before = index - 1 + HAS_INIT
+        before, some, gap, more = _earlier(index, RUN, HAS_INIT, RUNS)
         if VARLEN:
             slot = tl.load(slot_off + seq) + before
         else:
@@ -1028,14 +1118,16 @@ def _dq_kernel(
         s64 = slot.to(tl.int64) * (H // G) + hkv
         state = states + s64 * (NR * DP)
         norm = norms + s64 * NR
+        gap *= H // G
         if QUAD and NB <= 2:
-            some = before >= 0
-            s0 = _state_tile(state, d, some, 32, DP, CT)
-            s1 = _state_tile(state + 32 * DP, d, some, 32, DP, CT)
-            s2 = _state_tile(state + 64 * DP, d, some, 32, DP, CT)
-            s3 = _state_tile(state + 96 * DP, d, some, 32, DP, CT)
-            s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 16, DP, CT)
-            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
+            s0 = _state_tile(state, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
+            s1 = _state_tile(state + 32 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
+            s2 = _state_tile(state + 64 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
+            s3 = _state_tile(state + 96 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
+            s4 = _state_tile(
+                state + 128 * DP, gap * (NR * DP), d, some & (NB == 2), more & (NB == 2), 16, DP, RUNS, CT
+            )
+            top, rest = _norm_matrix(norm, gap * NR, f, f, some, more, NB, RUNS, CT)
     acc = tl.zeros([BM, FP], tl.float32)
     HELD: tl.constexpr = FP == 16 and DP <= 64 and CT == tl.bfloat16  # do / z stays in registers
     if PART:
@@ -1055,7 +1147,7 @@ def _dq_kernel(
         xq = _product(xq, xq, CT, PREC)
     acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, rows, -half_alpha, QUAD, LIN, True, CT, PREC)
     if HAS_STATE:
-        if before >= 0:
+        if some | more:
             if QUAD:
                 if NB <= 2:
                     acc = _gradient_tiles(acc, xq, grad, s0, s1, s2, s3, s4, NB, CT, PREC)
@@ -1072,10 +1164,10 @@ def _dq_kernel(
         acc = _dq_tile(acc, xq, grad, dl, keys, vt, rows, cols, -half_alpha, QUAD, LIN, False, CT, PREC)
     extra = tl.zeros([BM, FP], tl.float32)
     if HAS_STATE:
-        if before >= 0:
+        if some | more:
             if QUAD:
                 if NB > 2:
-                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                    top, rest = _norm_matrix(norm, 0, f, f, True, False, NB, False, CT)
                 # not before the loop: changed by hand there, acc would serialise the matrix units, and waiting for the
                 # end of it takes registers
                 extra = dl[:, None] * _times_norm(xq, top, rest, PREC)
@@ -1125,16 +1217,17 @@ def _dkdv_tile(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
+@triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _dkdv_kernel(
     q, k, v, dn, aux, dk, dv, part, states, norms, keep, cu, seg_seq, seg_off, slot_off,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, smb,
-    T, BLOCKS, SLOTS, N, alpha, half_alpha, beta,
+    T, SLOTS, N, RUN, alpha, half_alpha, beta,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DV: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
-    PART: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    RUNS: tl.constexpr, PART: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """dk [BM, F] and dv [BM, D] of one block of keys, summed over the G query heads that share them.
 
@@ -1143,9 +1236,7 @@ def _dkdv_kernel(
     """
     pid = tl.program_id(0)
     hkv = pid % HKV
-    batch, seq, index, count, start, tokens, row = _segment(
-        pid // HKV, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
-    )
+    batch, seq, index, count, start, tokens, row = _segment(pid // HKV, BM, L, T, N, cu, seg_seq, seg_off, VARLEN)
     if row >= tokens:
         return
     b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
@@ -1169,7 +1260,7 @@ def _dkdv_kernel(
     acc_k = tl.zeros([BM, FP], tl.float32)
     acc_v = tl.zeros([BM, DP], tl.float32)
     if HAS_STATE:
-        before = count - 2 - index + HAS_INIT
+        before, some, gap, more = _earlier(count - 1 - index, RUN, HAS_INIT, RUNS)
         if VARLEN:
             slot = tl.load(slot_off + seq) + before
         else:
@@ -1177,19 +1268,21 @@ def _dkdv_kernel(
         s64 = slot.to(tl.int64) * HKV + hkv
         state = states + s64 * (NR * DP)
         norm = norms + s64 * NR
+        gap *= HKV
         if QUAD and NB <= 2:
-            some = before >= 0
-            top, rest = _norm_matrix(norm, f, f, some, NB, CT)
-        if before >= 0:
+            top, rest = _norm_matrix(norm, gap * NR, f, f, some, more, NB, RUNS, CT)
+        if some | more:
             ones = tl.full([BM], 1.0, tl.float32)
             if QUAD:
                 if NB <= 2:
                     # loaded here and, first, used for dk: fewer of them wait in registers
-                    s0 = _state_tile(state, d, some, 32, DP, CT)
-                    s1 = _state_tile(state + 32 * DP, d, some, 32, DP, CT)
-                    s2 = _state_tile(state + 64 * DP, d, some, 32, DP, CT)
-                    s3 = _state_tile(state + 96 * DP, d, some, 32, DP, CT)
-                    s4 = _state_tile(state + 128 * DP, d, some & (NB == 2), 16, DP, CT)
+                    s0 = _state_tile(state, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
+                    s1 = _state_tile(state + 32 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
+                    s2 = _state_tile(state + 64 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
+                    s3 = _state_tile(state + 96 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
+                    s4 = _state_tile(
+                        state + 128 * DP, gap * (NR * DP), d, some & (NB == 2), more & (NB == 2), 16, DP, RUNS, CT
+                    )
                     held = _product(xk, xk, CT, PREC)  # not as long as the loops: there are no registers for it
                     acc_k = _gradient_tiles(acc_k, held, xv, s0, s1, s2, s3, s4, NB, CT, PREC)
                     # phi(-x) = phi(x): with x, the compiler would keep the factors of one use for the other
@@ -1198,7 +1291,7 @@ def _dkdv_kernel(
                     acc_k += _times_norm(held, top, rest, PREC)
                 else:
                     acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, CT, PREC)
-                    top, rest = _norm_matrix(norm, f, f, True, NB, CT)
+                    top, rest = _norm_matrix(norm, 0, f, f, True, False, NB, False, CT)
                     acc_k += _times_norm(xk, top, rest, PREC)
             if PART:
                 base = part + ((b64 * T + t64) * HKV + hkv) * FP
@@ -1294,11 +1387,11 @@ def _dkdv_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "SLOTS", "N"])
+@triton.jit(do_not_specialize=["T", "SLOTS", "N"])
 def _gradient_kernel(
     x, y, part, states, keep, cu, seg_seq, seg_off, slot_off,
     sxb, sxt, sxh, syb, syt, syh, smb,
-    T, BLOCKS, SLOTS, N,
+    T, SLOTS, N,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     KEYS: tl.constexpr, HAS_INIT: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr,
@@ -1307,15 +1400,13 @@ def _gradient_kernel(
     """F > 16: 16 dims of half the gradient by x that comes through the state (see `_gradient_tiles`), fp32.
 
     KEYS: x, y are k, v and the state is R; otherwise q, dn and S. The norms' part is left to the caller.
-    Grid: (slices of 16 dims, blocks of BM rows * H). Walks the ordered pairs of blocks (i in the slice, j).
+    Grid: slices of 16 dims * H * blocks of BM rows. Walks the ordered pairs of blocks (i in the slice, j).
     """
     slice_ = tl.program_id(0) % (FP // 16)
     pid = tl.program_id(0) // (FP // 16)
     h = pid % H
     hkv = h // G
-    batch, seq, index, count, start, tokens, row = _segment(
-        pid // H, BM, L, T, BLOCKS, N, cu, seg_seq, seg_off, VARLEN
-    )
+    batch, seq, index, count, start, tokens, row = _segment(pid // H, BM, L, T, N, cu, seg_seq, seg_off, VARLEN)
     if row >= tokens:
         return
     b64 = batch.to(tl.int64) if not VARLEN else tl.zeros([], tl.int64)
@@ -1344,7 +1435,7 @@ def _gradient_kernel(
         s64 = slot.to(tl.int64) * (H // G) + hkv
         state = states + s64 * (NR * DP)
         values = _load_rows(y, rows, ok, syt, d, D, D == DP, True)  # [BM, DP]
-        inner_selector = _selector(0, False, False, x.dtype.element_ty)
+        inner_selector = _selector(False, False, x.dtype.element_ty)
         for step in range(2 * NB):
             half = step % 2
             i = slice_ * 2 + half
@@ -1478,7 +1569,10 @@ class Plan(NamedTuple):
     state, later: (tokens a step, warps, stages) of the sums over keys and over later queries;
     registers: most registers a thread, by kernel, where fewer than the compiler would take pay (ptxas then may run the
     matrix products one by one; the kernels are written so that it need not);
-    narrow: queries of dkdv's tiles, where they are fewer than its keys.
+    narrow: queries of dkdv's tiles, where they are fewer than its keys;
+    runs: most segments that one program of the sums over keys, and over later queries, walks through, where the kernel
+    has squares only: powers of 2;
+    alone: tokens up to which a sequence is one segment, without states.
     """
 
     segment: int
@@ -1490,6 +1584,8 @@ class Plan(NamedTuple):
     gradient: tuple[int, int, int]
     registers: tuple[tuple[str, int], ...] = ()
     narrow: int = 0
+    runs: tuple[int, int] = (1, 1)
+    alone: int = 0
 
     def options(self, kernel: str) -> dict[str, int]:
         return {"maxnreg": n for name, n in self.registers if name == kernel and not _INTERPRETED}
@@ -1523,6 +1619,12 @@ def _power_of_2(n: int, least: int = 16) -> int:
 
 
 @functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, or 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.lru_cache
 def _is_hopper(device: torch.device) -> bool:
     """Whether the plans that were measured on an H100 are meant for this device (or no GPU is to run anything)."""
     if device.type != "cuda":
@@ -1537,9 +1639,10 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.dev
     (features / L a token) and must not depend on T, so that shapes of saved tensors are plain formulas in T.
     """
     if _INTERPRETED:
-        return Plan(64, *[(32, 4, 1)] * 6, narrow=16 if feature_dim <= 16 else 0)
+        small = feature_dim <= 16
+        return Plan(64, *[(32, 4, 1)] * 6, narrow=16 if small else 0, runs=(4, 2) if small else (1, 1))
     if feature_dim <= 16:
-        segment = 512
+        segment = 256 if dtype == torch.bfloat16 and head_dim <= 64 else 512
     elif feature_dim <= 32:
         segment = 1024
     elif feature_dim <= 64:
@@ -1550,8 +1653,10 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.dev
         rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
         return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows)
     if feature_dim <= 16 and head_dim <= 64:
-        registers = (("forward", 128), ("dq", 128), ("dkdv", 128), ("state", 168), ("later", 168))
-        plan = Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 3), (32, 4, 4), (32, 4, 4), (64, 4, 3), registers, 32)
+        registers = (("forward", 128), ("dq", 128), ("dkdv", 128), ("state", 168))
+        plan = Plan(
+            segment, (64, 4, 3), (64, 4, 3), (64, 4, 3), (32, 4, 4), (64, 4, 3), (64, 4, 3), registers, 32, (8, 4), 512
+        )
     elif feature_dim <= 64 and head_dim <= 64:
         registers = (("forward", 168), ("dkdv", 168))
         plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
@@ -1567,7 +1672,7 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.dev
 
 
 class _Layout(NamedTuple):
-    """What follows from F, D and the coefficients. Rows of an internal state: 64 a tile, then F linear, then 1."""
+    """What follows from F, D and the coefficients. A state's rows here: the quadratic ones, then F linear, then 1."""
 
     f: int  # F padded to a power of 2, at least 16
     d: int  # D likewise
@@ -1680,6 +1785,7 @@ class _Segments(NamedTuple):
     slots: int  # slots of each sequence, or of all together if packed
     total: int  # slots of all sequences
     computed: int  # segments of a sequence whose own state is needed, or of all together if packed
+    run: int  # segments that are summed one after another
     cu: Tensor | None
     seq_of: Tensor | None
     first_segment: Tensor | None
@@ -1693,11 +1799,20 @@ def _slots(batch: int, length: int, segment: int, initial: bool, last: bool, seq
     return length // segment + sequences * (int(initial) + int(last))
 
 
-def _cut(batch: int, length: int, segment: int, initial: bool, last: bool, cu: Tensor | None) -> _Segments:
+def _cut(
+    x: Tensor, kv_heads: int, known: _Pass, initial: bool, last: bool, cu: Tensor | None, reverse: bool = False
+) -> _Segments:
+    """The segments of x [B, T, ...], and what `initial` and `last` (a state before, one after) add to them.
+
+    `reverse`: for the states of later queries, whose first is the last segment.
+    """
+    batch, length = x.shape[:2]
+    segment = known.segment
     if cu is None:
         slots = (length - 1) // segment + initial + last
         computed = (length - 1) // segment + last
-        return _Segments(batch, slots, batch * slots, computed, None, None, None, None)
+        run = _run(known, batch * computed, kv_heads, reverse, x.device)
+        return _Segments(batch, slots, batch * slots, computed, run, None, None, None, None)
     sequences = cu.shape[0] - 1
     cu = cu.to(torch.int32).contiguous()
     count = (cu.diff() + segment - 1) // segment
@@ -1710,7 +1825,19 @@ def _cut(batch: int, length: int, segment: int, initial: bool, last: bool, cu: T
     seq_of = torch.searchsorted(first_segment[1:].contiguous(), numbers, right=True, out_int32=True)
     seq_of = seq_of.clamp(max=sequences - 1)
     total = _slots(batch, length, segment, initial, last, sequences)
-    return _Segments(sequences, total, total, most, cu, seq_of, first_segment, first_slot)
+    run = _run(known, most, kv_heads, reverse, x.device)
+    return _Segments(sequences, total, total, most, run, cu, seq_of, first_segment, first_slot)
+
+
+def _run(known: _Pass, segments: int, kv_heads: int, reverse: bool, device: torch.device) -> int:
+    """Segments of a run, a power of 2: as many as leave two programs a multiprocessor, of `segments` in all.
+
+    The same for both passes over the same shapes, since dq reads what forward has stored.
+    """
+    run = known.plan.runs[reverse] if known.runs else 1
+    while run > 1 and segments * kv_heads < 2 * run * _multiprocessors(device):
+        run //= 2
+    return run
 
 
 def _in_float32(dtype: torch.dtype) -> bool:
@@ -1769,10 +1896,13 @@ def _byte_mask(mask: Tensor | None) -> Tensor | None:
 class _Pass:
     """What calls with inputs of the same kinds share: sizes, tiles and compiled kernels, each looked up once."""
 
-    __slots__ = ("launches", "layout", "plan")
+    __slots__ = ("launches", "layout", "plan", "runs", "segment")
 
-    def __init__(self, layout: _Layout, plan: Plan) -> None:
+    def __init__(self, layout: _Layout, plan: Plan, length: int, packed: bool) -> None:
         self.layout, self.plan = layout, plan
+        self.segment = plan.segment if packed or length > plan.alone else plan.alone
+        # whether states may be sums over runs of segments: not where they have linear or constant rows
+        self.runs = max(plan.runs) > 1 and layout.quad and not layout.lin and not layout.const
         self.launches: dict[str, tuple] = {}
 
 
@@ -1795,8 +1925,19 @@ def _pass(name: str, tensors: tuple[Tensor | None, ...], coefficients: tuple[flo
         if len(_PASSES) >= _MOST_PASSES:
             _PASSES.clear()
         layout = _layout(q.shape[3], v.shape[3], *coefficients)
-        known = _PASSES[key] = _Pass(layout, _plan(q.shape[3], v.shape[3], q.dtype, q.device))
+        packed = name != "decode" and tensors[4:5] not in ((), (None,))
+        known = _PASSES[key] = _Pass(layout, _plan(q.shape[3], v.shape[3], q.dtype, q.device), q.shape[1], packed)
     return known
+
+
+_MOST_PROGRAMS = 65535  # of axes 1 and 2 of a grid
+
+
+def _grid(programs: int, rows: int) -> tuple[int, int, int]:
+    """`programs` for each of `rows` batch rows, which the kernels find with `_batch_row`; there may be a few more."""
+    if rows <= _MOST_PROGRAMS:
+        return programs, rows, 1
+    return programs, _MOST_PROGRAMS, -(-rows // _MOST_PROGRAMS)
 
 
 def _launch(
@@ -1816,6 +1957,13 @@ def _launch(
     else:
         run, constants = launch
         run(*arguments, *constants)
+
+
+def _grid_of(q: Tensor, heads: int, rows: int, cut: _Segments, known: _Pass) -> tuple[int, int, int]:
+    """`heads` programs for each block of `rows` tokens of q."""
+    if cut.cu is not None:
+        return _grid(cut.computed * (known.segment // rows) * heads, 1)
+    return _grid(-(-q.shape[1] // rows) * heads, q.shape[0])
 
 
 class _Guard:
@@ -1862,17 +2010,19 @@ def _make_states(
     varlen = cut.cu is not None
     if initial is not None:
         values, total = _to_internal(initial, feature_dim, head_dim, layout)
+        rows = cut.total * kv_heads * layout.rows
+        slots = (1 if varlen else batch, cut.slots, kv_heads, layout.rows)
+        states_of, norms_of = states[: rows * layout.d].view(*slots, layout.d), norms[:rows].view(slots)
         if varlen:
             first = cut.first_slot[:-1].long()
             padded = states.new_zeros(cut.sequences, kv_heads, layout.rows, layout.d)
             padded[..., :head_dim] = values
-            states[:-16].view(cut.total, kv_heads, layout.rows, layout.d).index_copy_(0, first, padded)
-            norms[:-16].view(cut.total, kv_heads, layout.rows).index_copy_(0, first, total)
+            states_of.flatten(0, 1).index_copy_(0, first, padded)
+            norms_of.flatten(0, 1).index_copy_(0, first, total)
         else:
-            first = states[:-16].view(batch, cut.slots, kv_heads, layout.rows, layout.d)[:, 0]
-            first[..., head_dim:] = 0
-            first[..., :head_dim] = values
-            norms[:-16].view(batch, cut.slots, kv_heads, layout.rows)[:, 0] = total
+            states_of[:, 0, ..., head_dim:] = 0
+            states_of[:, 0, ..., :head_dim] = values
+            norms_of[:, 0] = total
     block_d = min(layout.d, 64)
     tokens, warps, stages = plan.later if reverse else plan.state
     delta, aux = weights if reverse else (None, None)
@@ -1885,12 +2035,13 @@ def _make_states(
     def flags() -> dict[str, Any]:
         return {
             "F": feature_dim, "D": y.shape[-1], "FP": layout.f, "DP": layout.d, "BD": block_d, "NR": layout.rows,
-            "HKV": kv_heads, "G": heads // kv_heads, "L": plan.segment, "C": tokens, "REVERSE": reverse,
+            "HKV": kv_heads, "G": heads // kv_heads, "L": known.segment, "C": tokens, "REVERSE": reverse,
             "LAST": int(last), "HAS_INIT": int(initial is not None), "HAS_MASK": mask is not None, "VARLEN": varlen,
             "CT": _compute_type(x.dtype), "PREC": _precision(x.dtype), "num_warps": warps,
         }  # fmt: skip
 
-    programs = (cut.computed if varlen else batch * cut.computed) * kv_heads
+    batch_rows = 1 if varlen else batch
+    programs = (cut.computed if varlen else -(-cut.computed // cut.run)) * kv_heads * (layout.d // block_d)
     tiles = _state_tiles(layout.blocks) if layout.quad else 0
     if programs > 0 and layout.quad:
         group = min(tiles, 3)
@@ -1898,10 +2049,11 @@ def _make_states(
             known,
             "state",
             _state_kernel,
-            (-(-tiles // group) * programs, layout.d // block_d),
-            (x, y, aux, *tables, *shape),
+            _grid(-(-tiles // group) * programs, batch_rows),
+            (x, y, aux, *tables, *shape, cut.run),
             lambda: {
                 **flags(),
+                "RUNS": known.runs,
                 "NB": layout.blocks,
                 "TG": group,
                 "num_stages": stages,
@@ -1913,11 +2065,19 @@ def _make_states(
             known,
             "low state",
             _low_state_kernel,
-            (programs, layout.d // block_d),
+            _grid(programs, batch_rows),
             (x, y, delta, *tables, *shape, layout.alpha if reverse else 1.0, layout.beta if reverse else 1.0),
-            lambda: {**flags(), "FIRST": _quadratic_rows(layout.blocks) if layout.quad else 0, "LIN": layout.lin, "CONST": layout.const, "num_stages": 1},
+            lambda: {
+                **flags(),
+                "FIRST": _quadratic_rows(layout.blocks) if layout.quad else 0,
+                "LIN": layout.lin,
+                "CONST": layout.const,
+                "num_stages": 1,
+            },
         )
-    if not last and (cut.total == 0 or (cut.slots == 1 and not varlen)):
+    has_first = int(initial is not None)
+    sums = (cut.slots - has_first) // cut.run + has_first
+    if not last and (cut.total == 0 or (sums <= 1 and not varlen)):
         return None  # nothing to add up
     totals = None, None
     if last:
@@ -1929,13 +2089,13 @@ def _make_states(
     # At least an element a thread: a tile held twice would be added twice, the sums being in place. With 1,024
     # elements a thread has its 16 bytes of every slot, and sums them without the other threads.
     block = 1024
-    together = 8 if varlen else min(8, _power_of_2(cut.slots, 2))
+    together = 8 if varlen else min(8, _power_of_2(max(sums, 1), 2))
     _launch(
         known,
         "scan",
         _scan_kernel,
         (cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block)),
-        (states, norms, *totals, cut.first_slot, cut.slots),
+        (states, norms, *totals, cut.first_slot, cut.slots, cut.run),
         lambda: {
             "E": elements,
             "NR": layout.rows,
@@ -1943,6 +2103,7 @@ def _make_states(
             "U": together,
             "BE": block,
             "VARLEN": varlen,
+            "HAS_INIT": has_first,
             "KEEP_LAST": last,
             "num_warps": 4,
         },
@@ -1969,25 +2130,26 @@ def _forward(
     layout, plan = known.layout, known.plan
     with _Guard(q):
         v = _even_rows(v, known)
-        cut = _cut(batch, length, plan.segment, initial, output_final_state, cu_seqlens)
+        cut = _cut(q, kv_heads, known, initial, output_final_state, cu_seqlens)
         varlen = cut.cu is not None
         o = q.new_empty(batch, length, heads, head_dim)
         rz = q.new_empty(batch, heads, length, dtype=torch.float32)
-        states, norms = _new_states(q, cut.total, kv_heads, layout, output_final_state)
+        # as many as the fake implementation says: a sequence that is one segment leaves some unused
+        sequences = cut.sequences if varlen else None
+        slots = _slots(batch, length, plan.segment, initial, output_final_state, sequences)
+        states, norms = _new_states(q, slots, kv_heads, layout, output_final_state)
         totals = None
         if cut.total > 0 or output_final_state:
             totals = _make_states(
                 k, v, states, norms, cut, known, mask, kv_heads, None, initial_state, output_final_state, head_dim
             )
         rows, warps, stages = plan.forward
-        blocks = -(-length // rows)
-        programs = (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * heads
         block_d = min(layout.d, 128)
         _launch(
             known,
             "forward",
             _forward_kernel,
-            (programs, layout.d // block_d),
+            _grid_of(q, heads * (layout.d // block_d), rows, cut, known),
             (
                 q,
                 k,
@@ -2006,9 +2168,9 @@ def _forward(
                 *v.stride()[:3],
                 0 if mask is None else mask.stride(0),
                 length,
-                blocks,
                 cut.slots,
                 cut.sequences,
+                cut.run,
                 layout.alpha,
                 layout.beta,
                 eps / layout.factor,
@@ -2024,13 +2186,14 @@ def _forward(
                 "NR": layout.rows,
                 "H": heads,
                 "G": heads // kv_heads,
-                "L": plan.segment,
+                "L": known.segment,
                 "BM": rows,
                 "QUAD": layout.quad,
                 "LIN": layout.lin,
                 "CONST": layout.const,
-                "HAS_STATE": varlen or initial or length > plan.segment,
+                "HAS_STATE": varlen or initial or length > known.segment,
                 "HAS_INIT": int(initial),
+                "RUNS": known.runs,
                 "HAS_MASK": mask is not None,
                 "VARLEN": varlen,
                 "CT": _compute_type(q.dtype),
@@ -2093,9 +2256,9 @@ def _backward(
     known = _pass("backward", inputs, (c0, c1, c2, scale), has_initial, has_last, grad_initial)
     layout, plan = known.layout, known.plan
     with _Guard(q):
-        cut = _cut(batch, length, plan.segment, has_initial, has_last, cu_seqlens)
+        cut = _cut(q, kv_heads, known, has_initial, has_last, cu_seqlens)
         varlen = cut.cu is not None
-        has_state = varlen or has_initial or length > plan.segment
+        has_state = varlen or has_initial or length > known.segment
         dq = q.new_empty(q.shape)
         dk = k.new_empty(k.shape)
         dv = v.new_empty(v.shape)
@@ -2109,14 +2272,9 @@ def _backward(
         def sizes() -> dict[str, Any]:
             return {
                 "F": feature_dim, "D": head_dim, "FP": layout.f, "DP": layout.d, "NB": layout.blocks,
-                "NR": layout.rows, "L": plan.segment, "HAS_MASK": mask is not None, "VARLEN": varlen,
+                "NR": layout.rows, "L": known.segment, "HAS_MASK": mask is not None, "VARLEN": varlen,
                 "CT": _compute_type(q.dtype), "PREC": _precision(q.dtype),
             }  # fmt: skip
-
-        def grid(cut: _Segments, rows: int, heads: int) -> tuple[int, int]:
-            """Programs and blocks of a sequence."""
-            blocks = -(-length // rows)
-            return (cut.computed * (plan.segment // rows) if varlen else batch * blocks) * heads, blocks
 
         def tables(cut: _Segments):
             return cut.cu, cut.seq_of, cut.first_segment, cut.first_slot
@@ -2124,12 +2282,11 @@ def _backward(
         def through_state(x: Tensor, y: Tensor, keys: bool, states: Tensor, cut: _Segments, init: bool) -> Tensor:
             rows, warps, stages = plan.gradient
             part = q.new_empty(batch, length, x.shape[2], layout.f, dtype=torch.float32)
-            programs, blocks = grid(cut, rows, x.shape[2])
             _launch(
                 known,
                 "gradient of keys" if keys else "gradient of queries",
                 _gradient_kernel,
-                (programs * (layout.f // 16),),
+                _grid_of(q, x.shape[2] * (layout.f // 16), rows, cut, known),
                 (
                     x,
                     y,
@@ -2141,7 +2298,6 @@ def _backward(
                     *y.stride()[:3],
                     mask_stride,
                     length,
-                    blocks,
                     cut.slots,
                     cut.sequences,
                 ),
@@ -2165,24 +2321,22 @@ def _backward(
         parts = layout.quad and layout.blocks > 2 and has_state
         part = None
         if parts:
-            steps = -(-length // 64)
             _launch(
                 known,
                 "scale",
                 _scale_kernel,
-                (batch * steps * heads,),
-                (o, grad, rz, dn, delta, aux, *grad.stride()[:3], length, steps),
+                _grid(-(-length // 64) * heads, batch),
+                (o, grad, rz, dn, delta, aux, *grad.stride()[:3], length, batch),
                 lambda: {"D": head_dim, "DP": layout.d, "H": heads, "BM": 64, "CT": _compute_type(q.dtype)},
             )
             part = through_state(q, dn, False, states, cut, has_initial)
         rows, warps, stages = plan.dq
-        programs, blocks = grid(cut, rows, heads)
         half_alpha = layout.alpha / 2 if layout.quad else 0.0
         _launch(
             known,
             "dq",
             _dq_kernel,
-            (programs,),
+            _grid_of(q, heads, rows, cut, known),
             (
                 q,
                 k,
@@ -2203,9 +2357,9 @@ def _backward(
                 *grad.stride()[:3],
                 mask_stride,
                 length,
-                blocks,
                 cut.slots,
                 cut.sequences,
+                cut.run,
                 layout.alpha,
                 half_alpha,
             ),
@@ -2219,6 +2373,7 @@ def _backward(
                 "LIN": layout.lin,
                 "HAS_STATE": has_state,
                 "HAS_INIT": int(has_initial),
+                "RUNS": known.runs,
                 "PART": parts,
                 "num_warps": warps,
                 "num_stages": stages,
@@ -2228,8 +2383,8 @@ def _backward(
         del part
 
         # from here on, the state of later queries: its first slot is the final state's gradient
-        cut = _cut(batch, length, plan.segment, final, grad_initial, cu_seqlens)
-        has_state = varlen or final or length > plan.segment
+        cut = _cut(q, kv_heads, known, final, grad_initial, cu_seqlens, reverse=True)
+        has_state = varlen or final or length > known.segment
         later, later_norms = _new_states(q, cut.total, kv_heads, layout, grad_initial)
         totals = None
         if cut.total > 0 or grad_initial:
@@ -2239,12 +2394,11 @@ def _backward(
         parts = layout.quad and layout.blocks > 2 and has_state
         part = through_state(k, v, True, later, cut, final) if parts else None
         rows, warps, stages = plan.dkdv
-        programs, blocks = grid(cut, rows, kv_heads)
         _launch(
             known,
             "dkdv",
             _dkdv_kernel,
-            (programs,),
+            _grid_of(q, kv_heads, rows, cut, known),
             (
                 q,
                 k,
@@ -2261,9 +2415,9 @@ def _backward(
                 *strides,
                 mask_stride,
                 length,
-                blocks,
                 cut.slots,
                 cut.sequences,
+                cut.run,
                 layout.alpha,
                 half_alpha,
                 layout.beta,
@@ -2280,6 +2434,7 @@ def _backward(
                 "CONST": layout.const,
                 "HAS_STATE": has_state,
                 "HAS_INIT": int(final),
+                "RUNS": known.runs,
                 "PART": parts,
                 "num_warps": warps,
                 "num_stages": stages,
@@ -2492,6 +2647,8 @@ def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, feature_
             major, minor = torch.cuda.get_device_capability(device)
             if major < 8:
                 return f"it needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
+            if major in (10, 11) and dtype == torch.bfloat16 and feature_dim > 16:
+                return f"Triton 3.6 and 3.7 fail to compile feature_dim {feature_dim} in bfloat16 for {major}.{minor}"
             if dtype == torch.bfloat16 and feature_dim <= 16 and 128 < head_dim <= MAX_HEAD_DIM:
                 shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
                 if shared < _WIDE_BYTES:

@@ -152,6 +152,70 @@ def test_segments_of_many_tiles(width, narrow, monkeypatch):
     check(*make(1, 150, 2, 1, width, 20), final=False, eps=1e-2)
 
 
+@pytest.fixture
+def small_plan(monkeypatch):
+    """Sets tile sizes, which nothing that was called before has used."""
+
+    def set_plan(**changes):
+        plan = triton_rebased.Plan(32, *[(32, 4, 1)] * 6, narrow=16)._replace(**changes)
+        monkeypatch.setattr(triton_rebased, "_plan", lambda *args: plan)
+        monkeypatch.setattr(triton_rebased, "_multiprocessors", lambda device: 1)
+        monkeypatch.setattr(triton_rebased, "_PASSES", {})
+
+    return set_plan
+
+
+@pytest.mark.parametrize("runs", [(2, 4), (8, 2)])
+@pytest.mark.parametrize("length", [257, 520])
+@pytest.mark.parametrize("state", [False, True])
+def test_runs_of_segments(length, runs, state, small_plan):
+    """States summed over several segments by one program: whole runs, one that is cut off, and one that is missing."""
+    small_plan(runs=runs)
+    q, k, v = make(1, length, 2, 1, 9, 6)
+    mask = torch.rand(1, length, device=DEVICE) > 0.2
+    initial = None
+    if state:
+        initial = torch.rand(1, 1, 45, 7, device=DEVICE)
+        initial[:, :, :9] += 4  # squares, which keep normalisers away from 0
+    known = triton_rebased._pass("forward", (q, k, v), (*REBASED, 1 / 3))
+    for reverse in (False, True):
+        cut = triton_rebased._cut(q, 1, known, state, state, None, reverse)
+        # no longer than leaves two programs a multiprocessor
+        assert cut.run == max(run for run in (1, 2, 4, 8) if run <= runs[reverse] and 2 * run <= cut.computed)
+    check(q, k, v, eps=1e-2, mask=mask, initial=initial, final=state)
+
+
+def test_packed_runs(small_plan):
+    small_plan(runs=(4, 2))
+    cu = torch.tensor([0, 3, 3, 170, 300, 332], dtype=torch.int32, device=DEVICE)
+    q, k, v = make(1, 332, 1, 1, 7, 6)
+    initial = torch.rand(5, 1, 28, 7, device=DEVICE)
+    initial[:, :, :7] += 4
+    check(q, k, v, eps=1e-4, cu=cu, initial=initial)
+    check(q, k, v, eps=1e-2, cu=cu, final=False)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("length", [33, 90, 97])
+def test_short_sequences_are_one_segment(length, state, small_plan):
+    small_plan(alone=96)
+    q, k, v = make(2, length, 2, 1, 9, 6)
+    known = triton_rebased._pass("forward", (q, k, v, None, None, None), (*REBASED, 1 / 3))
+    assert known.segment == (96 if length <= 96 else 32)
+    initial = torch.rand(2, 1, 45, 7, device=DEVICE) + 4 if state else None
+    check(q, k, v, eps=1e-2, initial=initial, final=state)
+    operator = triton_rebased._OPS.forward.default  # its fake implementation knows no lengths, see `_slots`
+    arguments = (q, k, v, None, None, initial, *REBASED, 1 / 3, 1e-2, state)
+    torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+
+def test_more_batch_rows_than_an_axis_has(monkeypatch):
+    monkeypatch.setattr(triton_rebased, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(triton_rebased, "_PASSES", {})
+    check(*make(5, 70, 1, 1, 8, 6), eps=1e-2)
+    check(*make(3, 70, 1, 1, 20, 6), BASED, eps=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("final", [False, True])
 def test_half_precision(dtype, final):
@@ -164,8 +228,15 @@ def test_half_precision(dtype, final):
 @pytest.mark.gpu
 @pytest.mark.parametrize("coefficients", [REBASED, BASED])
 @pytest.mark.parametrize("shape", [(1, 2301, 4, 2, 16, 64), (1, 2301, 2, 2, 24, 48), (1, 5000, 2, 1, 64, 64)])
-def test_segments_of_real_length(shape, coefficients):
-    """In bfloat16, with tile sizes and segments as GPUs have them: what the interpreter is too slow for."""
+@pytest.mark.parametrize("multiprocessors", [None, 1])
+def test_segments_of_real_length(shape, coefficients, multiprocessors, monkeypatch):
+    """In bfloat16, with tile sizes and segments as GPUs have them: what the interpreter is too slow for.
+
+    On a GPU of one multiprocessor, runs of segments are as long as they are for large inputs.
+    """
+    if multiprocessors is not None:
+        monkeypatch.setattr(triton_rebased, "_multiprocessors", lambda device: multiprocessors)
+        monkeypatch.setattr(triton_rebased, "_PASSES", {})
     q, k, v = make(*shape, dtype=torch.bfloat16)
     q, k = (torch.nn.functional.layer_norm(x.float(), x.shape[-1:]).bfloat16() for x in (q, k))
     grad = torch.randn(*q.shape[:3], shape[-1], device=DEVICE, dtype=torch.bfloat16)
@@ -479,6 +550,9 @@ def test_reasons_of_a_gpu(monkeypatch):
     assert reason(device, torch.bfloat16, 16, 128) is reason(device, torch.float32, 16, 256) is None
     properties.shared_memory_per_block_optin = 232448
     assert reason(device, torch.bfloat16, 16, 256) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "feature_dim 17" in reason(device, torch.bfloat16, 17, 64)
+    assert reason(device, torch.bfloat16, 16, 64) is reason(device, torch.float32, 64, 64) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "7.5" in reason(device, torch.float32, 16, 64)
 
