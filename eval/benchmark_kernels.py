@@ -7,8 +7,9 @@
 For every length: forward, forward and backward (medians of triton.testing.do_bench) and the memory that the latter
 takes on top of inputs, outputs and gradients, and the time the host takes to issue the latter: where that is longer
 than the GPU's work, it is what do_bench shows. The tokens stay the same in all (--tokens): B = tokens / T, and fewer
-heads where one sequence is longer than that. Each result is compared with float64 before it is timed, and the copy and
-matrix-product ceilings are measured in the same run. Writes kernels.csv, machine.json and kernels.png.
+heads where one sequence is longer than that. Each result is compared with float64 before it is timed, ours at every
+length, and the copy and matrix-product ceilings are measured in the same run. Writes kernels.csv, machine.json and
+kernels.png.
 
 --profile T instead calls forward and backward once at that length, between the profiler's start and stop, for
 `ncu --profile-from-start off`.
@@ -37,7 +38,7 @@ from .timing import write_csv
 
 
 LENGTHS = (512, 2048, 8192, 32768, 131072)
-CHECKED_LENGTH = 2500  # several segments and a ragged end; what is longer is compared with it by its first tokens
+CHECKED_LENGTH = 2500  # several segments and a ragged end, for a reference that is quadratic in T
 BAR = 1.5e-2  # relative error in norm that bfloat16 inputs, features and weights may leave
 PEER_BAR = 5e-2  # the others round sums and normalisers too
 QUADRATIC_LIMIT = 8192  # peers that are quadratic in T are timed up to here
@@ -98,6 +99,13 @@ def train(function: Callable, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> 
     return (output, *torch.autograd.grad(output, leaves, grad))
 
 
+def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ReBased by the PyTorch backend, linear in T."""
+    from modeling_rebased import rebased_attention
+
+    return rebased_attention(q, k, v, eps=1e-12, backend="eager")[0]
+
+
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """ReBased as it is defined, quadratic in T."""
     s = torch.einsum("bihf,bjhf->bhij", q, k) * q.shape[-1] ** -0.5
@@ -105,18 +113,25 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhd->bihd", w, v) / (w.sum(-1).transpose(1, 2)[..., None] + 1e-12)
 
 
-def check(name: str, function: Callable, feature_dim: int, head_dim: int, linear: bool) -> None:
-    """Refuse to time what is wrong: o, dq, dk and dv against float64."""
+def compare(name: str, function: Callable, reference: Callable, inputs: list[Tensor], bar: float) -> None:
+    """Refuse to time what is wrong: o, dq, dk and dv against `reference` in float64."""
+    q, k, v, grad = inputs
+    # the first rows have few keys; where all their weights are near 0, o rounded to bfloat16 spoils the gradient
+    grad = grad.clone()
+    grad[:, :64] = 0
+    expected = train(reference, *(x.double() for x in (q, k, v, grad)))
+    for part, x, y in zip(("o", "dq", "dk", "dv"), train(function, q, k, v, grad), expected):
+        error = ((x.double() - y).norm() / y.norm()).item()
+        if not error < bar:
+            where = f"{name}: {part} of {q.shape[1]} tokens"
+            raise RuntimeError(f"{where} is off by {error:.1e} from float64, allowed is {bar}; not timed.")
+
+
+def check(name: str, function: Callable, feature_dim: int, head_dim: int, quadratic_kernel: bool) -> None:
+    """`compare` with the definition: of ReBased where the method has its kernel, else of softmax attention."""
     length = CHECKED_LENGTH if name == "rebased" else 2048  # peers may take whole chunks only
     inputs = make_inputs(length, length, 2, feature_dim, head_dim)
-    # the first rows have few keys; where all their weights are near 0, o rounded to bfloat16 spoils the gradient
-    inputs[3][:, :64] = 0
-    reference = exact if linear else softmax
-    expected = train(reference, *(x.double() for x in inputs))
-    for part, x, y in zip(("o", "dq", "dk", "dv"), train(function, *inputs), expected):
-        error, bar = ((x.double() - y).norm() / y.norm()).item(), BAR if name == "rebased" else PEER_BAR
-        if not error < bar:
-            raise RuntimeError(f"{name}: {part} is off by {error:.1e} from float64, allowed is {bar}; not timed.")
+    compare(name, function, exact if quadratic_kernel else softmax, inputs, BAR if name == "rebased" else PEER_BAR)
 
 
 @contextmanager
@@ -184,10 +199,10 @@ def time_one(function: Callable, inputs: list[Tensor], rates: dict[str, float]) 
 def run(arguments: argparse.Namespace, rates: dict[str, float], rows: list[dict]) -> None:
     """Add one row a method and length to `rows`."""
     tokens, heads, head_dim = arguments.tokens, arguments.heads, arguments.head_dim
-    for name, function, feature_dim, linear, quadratic in methods(arguments.feature_dim, head_dim):
-        if linear or name == "softmax":
+    for name, function, feature_dim, same_kernel, quadratic in methods(arguments.feature_dim, head_dim):
+        if same_kernel or name == "softmax":
             try:
-                check(name, function, feature_dim, head_dim, linear)
+                check(name, function, feature_dim, head_dim, same_kernel)
             except Exception as error:
                 if name == "rebased":
                     raise
@@ -197,7 +212,11 @@ def run(arguments: argparse.Namespace, rates: dict[str, float], rows: list[dict]
             if quadratic and length > QUADRATIC_LIMIT:
                 continue
             row = {"method": name, "T": length, "F": feature_dim}
-            row |= time_one(function, make_inputs(length, tokens, heads, feature_dim, head_dim), rates)
+            inputs = make_inputs(length, tokens, heads, feature_dim, head_dim)
+            if name == "rebased":
+                compare(name, function, linear, inputs, BAR)
+                torch.cuda.empty_cache()
+            row |= time_one(function, inputs, rates)
             rows.append(row)
             print(
                 f"{name:26s} T {length:7d}  B {row['B']:4d}  H {row['H']:3d}  F {feature_dim:3d}  "

@@ -1,0 +1,108 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Time versions of triton_rebased.py against one another, in one run on this machine's GPU.
+
+    git show main:modeling_rebased/triton_rebased.py > /tmp/before.py
+    python -m eval.compare_kernels /tmp/before.py modeling_rebased/triton_rebased.py --output comparison
+
+Each version is compared with float64 at every length, then timed as `benchmark_kernels` times (same inputs, medians of
+do_bench), and its kernels one by one, by torch.profiler (medians of ten calls, in microseconds: their sum leaves out
+the gaps between them, and whatever the host needs). Writes comparison.csv and kernels.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .benchmark_kernels import BAR, LENGTHS, compare, linear, make_inputs, time_ms, train
+from .timing import write_csv
+
+
+CALLS = 10  # calls that are profiled
+
+
+def load(path: Path) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """ReBased by the kernels of the file at `path`; any number of such files can be loaded."""
+    spec = importlib.util.spec_from_file_location(f"version_{abs(hash(path.resolve()))}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+
+    def rebased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = {"coefficients": (0.0, 0.0, 1.0), "scale": q.shape[-1] ** -0.5, "eps": 1e-12}
+        return module.triton_rebased_attention(q, k, v, **options)[0]
+
+    return rebased
+
+
+def kernel_times(function: Callable, inputs: list[Tensor]) -> dict[str, float]:
+    """Median microseconds of each kernel of forward and backward; a name that runs twice a call is told by number."""
+    for _ in range(3):
+        train(function, *inputs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(CALLS):
+            train(function, *inputs)
+        torch.cuda.synchronize()
+    times = defaultdict(list)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name[:40]].append(event.device_time)
+    medians = {}
+    for name, all_times in times.items():
+        each = len(all_times) // CALLS
+        for number in range(each):
+            label = name if each == 1 else f"{name} {number + 1}"
+            medians[label] = statistics.median(all_times[number::each])
+    return medians
+
+
+def main() -> None:
+    """Check and time every version at every length, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", type=Path, nargs="+", help="files like modeling_rebased/triton_rebased.py")
+    parser.add_argument("--output", type=Path, help="folder for comparison.csv and kernels.csv")
+    parser.add_argument("--feature-dim", type=int, default=16)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens of all sequences together")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    arguments = parser.parse_args()
+    if missing := [str(path) for path in arguments.versions if not path.is_file()]:
+        parser.error(f"versions: no such file: {', '.join(missing)}")
+    if not torch.cuda.is_available():
+        sys.exit("The kernels are for GPUs, and torch sees none here.")
+    functions = {str(path): load(path) for path in arguments.versions}
+    rows, kernels = [], []
+    for length in arguments.lengths:
+        for name, function in functions.items():
+            torch.manual_seed(0)
+            sizes = (arguments.tokens, arguments.heads, arguments.feature_dim, arguments.head_dim)
+            inputs = make_inputs(length, *sizes)
+            compare(name, function, linear, inputs, BAR)
+            torch.cuda.empty_cache()
+            with torch.no_grad():
+                forward = time_ms(lambda: function(*inputs[:3]))  # noqa: B023
+            training = time_ms(lambda: train(function, *inputs))  # noqa: B023
+            times = kernel_times(function, inputs)
+            rows.append({"version": name, "T": length, "forward_ms": forward, "training_ms": training})
+            kernels += [{"version": name, "T": length, "kernel": kernel, "us": us} for kernel, us in times.items()]
+            listed = ", ".join(f"{kernel} {us:.1f}" for kernel, us in times.items())
+            print(f"{name}  T {length}  forward {forward:.3f} ms  forward+backward {training:.3f} ms")
+            print(f"    kernels {sum(times.values()):.0f} us: {listed}", flush=True)
+    if arguments.output is not None:
+        write_csv(rows, arguments.output / "comparison.csv")
+        write_csv(kernels, arguments.output / "kernels.csv")
+
+
+if __name__ == "__main__":
+    main()
