@@ -674,17 +674,18 @@ def _state_kernel(
         i0, j0 = _tile_of(t0, NB)
         i1, j1 = _tile_of(tl.minimum(t0 + 1, NT - 1), NB)
         i2, j2 = _tile_of(tl.minimum(t0 + 2, NT - 1), NB)
-    if RUNS:
-        steps = L // C  # of a segment and head
-    else:
-        steps = (tl.minimum(left, L) + C - 1) // C
+    if not RUNS:
+        parts = 1  # a loop of one step is no loop for the compiler, and takes no registers
     for part in range(parts):
         begin = part * L
         if REVERSE:
             begin = -begin
+        steps = (tl.minimum(left - begin, L) + C - 1) // C
         for step in range(steps * G):
-            g = step // steps
-            rows = begin + (step % steps) * C + tl.arange(0, C)
+            g = 0
+            if G > 1:
+                g = step // steps
+            rows = begin + (step - g * steps) * C + tl.arange(0, C)
             ok = _kept(keep, rows, left, HAS_MASK)
             xg = x + g * sxh
             dz = 0.0
