@@ -1571,8 +1571,8 @@ class Plan(NamedTuple):
     registers: most registers a thread, by kernel, where fewer than the compiler would take pay (ptxas then may run the
     matrix products one by one; the kernels are written so that it need not);
     narrow: queries of dkdv's tiles, where they are fewer than its keys;
-    runs: most segments that one program of the sums over keys, and over later queries, walks through, where the kernel
-    has squares only: powers of 2;
+    runs: most segments that one program of the sums over keys, and over later queries, walks through: powers of 2, 1
+    where states have linear or constant rows, whose sums are not made that way;
     alone: tokens up to which a sequence is one segment, without states.
     """
 
@@ -1633,17 +1633,19 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """Tile sizes, by size of the features, values, dtype and kind of GPU: the same on every call, nothing is timed.
+def _plan(feature_dim: int, head_dim: int, squares: bool, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Tile sizes, by size of the features, values, whether w has squares only, dtype and kind of GPU.
+
+    The same on every call: nothing is timed.
 
     The segment trades the quadratic part (160 L / 2 operations a token at F = 16) against the states' traffic
     (features / L a token) and must not depend on T, so that shapes of saved tensors are plain formulas in T.
     """
     if _INTERPRETED:
         small = feature_dim <= 16
-        return Plan(64, *[(32, 4, 1)] * 6, narrow=16 if small else 0, runs=(4, 2) if small else (1, 1))
+        return Plan(64, *[(32, 4, 1)] * 6, narrow=16 if small else 0, runs=(4, 2) if small and squares else (1, 1))
     if feature_dim <= 16:
-        segment = 256 if dtype == torch.bfloat16 and head_dim <= 64 else 512
+        segment = 512
     elif feature_dim <= 32:
         segment = 1024
     elif feature_dim <= 64:
@@ -1655,9 +1657,9 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.dev
         return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows)
     if feature_dim <= 16 and head_dim <= 64:
         registers = (("forward", 128), ("dq", 128), ("dkdv", 128), ("state", 168))
-        plan = Plan(
-            segment, (64, 4, 3), (64, 4, 3), (64, 4, 3), (32, 4, 4), (64, 4, 3), (64, 4, 3), registers, 32, (8, 4), 512
-        )
+        plan = Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 3), (32, 4, 4), (64, 4, 3), (64, 4, 3), registers, 32)
+        if squares:
+            plan = plan._replace(segment=256, runs=(8, 4), alone=512)
     elif feature_dim <= 64 and head_dim <= 64:
         registers = (("forward", 168), ("dkdv", 168))
         plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
@@ -1673,7 +1675,7 @@ def _plan(feature_dim: int, head_dim: int, dtype: torch.dtype, device: torch.dev
 
 
 class _Layout(NamedTuple):
-    """What follows from F, D and the coefficients. A state's rows here: the quadratic ones, then F linear, then 1."""
+    """What follows from F, D and the coefficients. A state has quadratic rows, then F linear ones, then 1 of 16."""
 
     f: int  # F padded to a power of 2, at least 16
     d: int  # D likewise
@@ -1686,6 +1688,10 @@ class _Layout(NamedTuple):
     alpha: float
     beta: float
     factor: float  # w = factor * u
+
+    @property
+    def squares(self) -> bool:
+        return self.quad and not self.lin and not self.const
 
 
 def _layout(feature_dim: int, head_dim: int, c0: float, c1: float, c2: float, scale: float) -> _Layout:
@@ -1702,7 +1708,7 @@ def _layout(feature_dim: int, head_dim: int, c0: float, c1: float, c2: float, sc
         raise ValueError("coefficients: (0, 0, 0) weighs every key with 0; at least one has to differ from 0.")
     blocks = -(-feature_dim // 8) if quad else 1
     f = _power_of_2(feature_dim)
-    rows = (_quadratic_rows(blocks) if quad else 0) + (f if lin else 0) + (1 if const else 0)
+    rows = (_quadratic_rows(blocks) if quad else 0) + (f if lin else 0) + (16 if const else 0)
     features = n_features(feature_dim, (c0, c1, c2))
     return _Layout(f, _power_of_2(head_dim), blocks, rows, features, quad, lin, const, alpha, beta, factor)
 
@@ -1755,8 +1761,8 @@ def _index_tables(feature_dim: int, layout: _Layout, device: torch.device) -> tu
     if layout.const:
         row_parts.append(torch.full((1,), first_row, device=device))
         factor_parts.append(torch.ones(1, device=device))
-        back_parts.append(torch.full((1,), first_feature, device=device))
-        inverse_parts.append(torch.ones(1, device=device))
+        back_parts.append(torch.full((16,), first_feature, device=device))
+        inverse_parts.append((torch.arange(16, device=device) == 0).float())  # padding keeps rows aligned
     return torch.cat(row_parts), torch.cat(factor_parts), torch.cat(back_parts), torch.cat(inverse_parts)
 
 
@@ -1835,7 +1841,7 @@ def _run(known: _Pass, segments: int, kv_heads: int, reverse: bool, device: torc
 
     The same for both passes over the same shapes, since dq reads what forward has stored.
     """
-    run = known.plan.runs[reverse] if known.runs else 1
+    run = known.plan.runs[reverse]
     while run > 1 and segments * kv_heads < 2 * run * _multiprocessors(device):
         run //= 2
     return run
@@ -1897,13 +1903,11 @@ def _byte_mask(mask: Tensor | None) -> Tensor | None:
 class _Pass:
     """What calls with inputs of the same kinds share: sizes, tiles and compiled kernels, each looked up once."""
 
-    __slots__ = ("launches", "layout", "plan", "runs", "segment")
+    __slots__ = ("launches", "layout", "plan", "segment")
 
     def __init__(self, layout: _Layout, plan: Plan, length: int, packed: bool) -> None:
         self.layout, self.plan = layout, plan
         self.segment = plan.segment if packed or length > plan.alone else plan.alone
-        # whether states may be sums over runs of segments: not where they have linear or constant rows
-        self.runs = max(plan.runs) > 1 and layout.quad and not layout.lin and not layout.const
         self.launches: dict[str, tuple] = {}
 
 
@@ -1927,7 +1931,8 @@ def _pass(name: str, tensors: tuple[Tensor | None, ...], coefficients: tuple[flo
             _PASSES.clear()
         layout = _layout(q.shape[3], v.shape[3], *coefficients)
         packed = name != "decode" and tensors[4:5] not in ((), (None,))
-        known = _PASSES[key] = _Pass(layout, _plan(q.shape[3], v.shape[3], q.dtype, q.device), q.shape[1], packed)
+        plan = _plan(q.shape[3], v.shape[3], layout.squares, q.dtype, q.device)
+        known = _PASSES[key] = _Pass(layout, plan, q.shape[1], packed)
     return known
 
 
@@ -2054,7 +2059,7 @@ def _make_states(
             (x, y, aux, *tables, *shape, cut.run),
             lambda: {
                 **flags(),
-                "RUNS": known.runs,
+                "RUNS": max(plan.runs) > 1,
                 "NB": layout.blocks,
                 "TG": group,
                 "num_stages": stages,
@@ -2194,7 +2199,7 @@ def _forward(
                 "CONST": layout.const,
                 "HAS_STATE": varlen or initial or length > known.segment,
                 "HAS_INIT": int(initial),
-                "RUNS": known.runs,
+                "RUNS": max(plan.runs) > 1,
                 "HAS_MASK": mask is not None,
                 "VARLEN": varlen,
                 "CT": _compute_type(q.dtype),
@@ -2218,7 +2223,7 @@ def _forward_fake(
     batch, length, heads, feature_dim = q.shape
     kv_heads, head_dim = v.shape[2:]
     layout = _layout(feature_dim, head_dim, c0, c1, c2, scale)
-    plan = _plan(feature_dim, head_dim, q.dtype, q.device)
+    plan = _plan(feature_dim, head_dim, layout.squares, q.dtype, q.device)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = _slots(batch, length, plan.segment, initial_state is not None, output_final_state, sequences)
     if output_final_state:
@@ -2374,7 +2379,7 @@ def _backward(
                 "LIN": layout.lin,
                 "HAS_STATE": has_state,
                 "HAS_INIT": int(has_initial),
-                "RUNS": known.runs,
+                "RUNS": max(plan.runs) > 1,
                 "PART": parts,
                 "num_warps": warps,
                 "num_stages": stages,
@@ -2435,7 +2440,7 @@ def _backward(
                 "CONST": layout.const,
                 "HAS_STATE": has_state,
                 "HAS_INIT": int(final),
-                "RUNS": known.runs,
+                "RUNS": max(plan.runs) > 1,
                 "PART": parts,
                 "num_warps": warps,
                 "num_stages": stages,
