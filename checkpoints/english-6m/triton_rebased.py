@@ -487,24 +487,38 @@ def _gradient_tiles(grad, x, y, s0, s1, s2, s3, s4, NB: tl.constexpr, CT: tl.con
 @triton.jit
 def _query_loop(
     acc, x_base, rows, ok, x_stride, state, d_cols,
-    F: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    F: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, FLAT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """F > 16: acc [C, BD] += phi(x) @ state in a loop over the tiles; 16 dims of x at a time, of which 8 are used."""
+    """F > 16: acc [C, BD] += phi(x) @ state in a loop over the tiles; 16 dims of x at a time, of which 8 are used.
+
+    Two loops, or one if FLAT, which makes a block's outer factor again for each of its tiles.
+    """
     d = tl.arange(0, 16)
     n = tl.arange(0, 64)
     outer_selector = _selector(True, False, x_base.dtype.element_ty)
     inner_selector = _selector(False, False, x_base.dtype.element_ty)
-    tile = 0
-    for i in range(NB):
-        x_i = _load_rows(x_base, rows, ok, x_stride, i * 8 + d, F, False, True)
-        outer = tl.dot(x_i, outer_selector, input_precision=PREC)
-        for j in range(i, NB):
+    if FLAT:
+        for tile in range(NB * (NB + 1) // 2):
+            i, j = _tile_of(tile + tl.zeros([], tl.int32), NB)
+            x_i = _load_rows(x_base, rows, ok, x_stride, i * 8 + d, F, False, True)
+            outer = tl.dot(x_i, outer_selector, input_precision=PREC)
             x_j = _load_rows(x_base, rows, ok, x_stride, j * 8 + d, F, False, True)
             inner = tl.dot(x_j, inner_selector, input_precision=PREC)
             phi = (outer * inner * tl.where(i == j, 1.0, 2.0)).to(CT)
             s = tl.load(state + (tile * 64 + n)[:, None] * DP + d_cols[None, :])  # [64, BD]
             acc = tl.dot(phi, s.to(CT), acc, input_precision=PREC)
-            tile += 1
+    else:
+        tile = 0
+        for i in range(NB):
+            x_i = _load_rows(x_base, rows, ok, x_stride, i * 8 + d, F, False, True)
+            outer = tl.dot(x_i, outer_selector, input_precision=PREC)
+            for j in range(i, NB):
+                x_j = _load_rows(x_base, rows, ok, x_stride, j * 8 + d, F, False, True)
+                inner = tl.dot(x_j, inner_selector, input_precision=PREC)
+                phi = (outer * inner * tl.where(i == j, 1.0, 2.0)).to(CT)
+                s = tl.load(state + (tile * 64 + n)[:, None] * DP + d_cols[None, :])  # [64, BD]
+                acc = tl.dot(phi, s.to(CT), acc, input_precision=PREC)
+                tile += 1
     return acc
 
 
@@ -901,7 +915,7 @@ def _forward_kernel(
     T, SLOTS, N, RUN, alpha, beta, eps,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
     NR: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
-    DV: tl.constexpr,
+    DV: tl.constexpr, FLAT: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
     RUNS: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -964,7 +978,7 @@ def _forward_kernel(
                 if NB <= 2:
                     acc = _query_tiles(acc, xq, s0, s1, s2, NB, CT, PREC)
                 else:
-                    acc = _query_loop(acc, q, rows, inside, sqt, state, d_cols, F, DP, NB, CT, PREC)
+                    acc = _query_loop(acc, q, rows, inside, sqt, state, d_cols, F, DP, NB, FLAT, CT, PREC)
                     top, rest = _norm_matrix(norm, 0, f, f, True, False, NB, False, CT)
                 quad = tl.sum(_times_norm(xq, top, rest, PREC) * xq.to(tl.float32), 1)
                 if not LIN and not CONST:
@@ -1225,7 +1239,7 @@ def _dkdv_kernel(
     T, SLOTS, N, RUN, alpha, half_alpha, beta,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DV: tl.constexpr,
+    DV: tl.constexpr, FLAT: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
     RUNS: tl.constexpr, PART: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr,
     PREC: tl.constexpr,
@@ -1291,7 +1305,7 @@ def _dkdv_kernel(
                     acc_v = _query_halves(acc_v, minus_held, s0, s1, s2, s3, s4, NB, CT, PREC)
                     acc_k += _times_norm(held, top, rest, PREC)
                 else:
-                    acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, CT, PREC)
+                    acc_v = _query_loop(acc_v, k, rows, ok, skt, state, d, F, DP, NB, FLAT, CT, PREC)
                     top, rest = _norm_matrix(norm, 0, f, f, True, False, NB, False, CT)
                     acc_k += _times_norm(xk, top, rest, PREC)
             if PART:
@@ -1573,7 +1587,8 @@ class Plan(NamedTuple):
     narrow: queries of dkdv's tiles, where they are fewer than its keys;
     runs: most segments that one program of the sums over keys, and over later queries, walks through: powers of 2, 1
     where states have linear or constant rows, whose sums are not made that way;
-    alone: tokens up to which a sequence is one segment, without states.
+    alone: tokens up to which a sequence is one segment, without states;
+    flat: whether a loop over tiles is one, for the compiler of a GPU that fails on two.
     """
 
     segment: int
@@ -1587,6 +1602,7 @@ class Plan(NamedTuple):
     narrow: int = 0
     runs: tuple[int, int] = (1, 1)
     alone: int = 0
+    flat: bool = False
 
     def options(self, kernel: str) -> dict[str, int]:
         return {"maxnreg": n for name, n in self.registers if name == kernel and not _INTERPRETED}
@@ -1633,6 +1649,14 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
+@functools.lru_cache
+def _is_blackwell(device: torch.device) -> bool:
+    """Whether Triton compiles for the tensor memory of compute capability 10 and 11."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (10, 11)
+
+
 def _plan(feature_dim: int, head_dim: int, squares: bool, dtype: torch.dtype, device: torch.device) -> Plan:
     """Tile sizes, by size of the features, values, whether w has squares only, dtype and kind of GPU.
 
@@ -1670,7 +1694,7 @@ def _plan(feature_dim: int, head_dim: int, squares: bool, dtype: torch.dtype, de
     else:
         plan = Plan(segment, (64, 4, 1), (32, 4, 1), (32, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1))
     if not _is_hopper(device):  # operands of its products lie in shared memory, elsewhere in registers: no limits
-        plan = plan._replace(registers=())
+        plan = plan._replace(registers=(), flat=_is_blackwell(device))
     return plan
 
 
@@ -2194,6 +2218,7 @@ def _forward(
                 "G": heads // kv_heads,
                 "L": known.segment,
                 "BM": rows,
+                "FLAT": plan.flat,
                 "QUAD": layout.quad,
                 "LIN": layout.lin,
                 "CONST": layout.const,
@@ -2434,6 +2459,7 @@ def _backward(
                 "HKV": kv_heads,
                 "G": group,
                 "BM": rows,
+                "FLAT": plan.flat,
                 "BN": plan.narrow or rows,
                 "QUAD": layout.quad,
                 "LIN": layout.lin,
@@ -2653,8 +2679,6 @@ def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, feature_
             major, minor = torch.cuda.get_device_capability(device)
             if major < 8:
                 return f"it needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
-            if major in (10, 11) and dtype == torch.bfloat16 and feature_dim > 16:
-                return f"Triton 3.6 and 3.7 fail to compile feature_dim {feature_dim} in bfloat16 for {major}.{minor}"
             if dtype == torch.bfloat16 and feature_dim <= 16 and 128 < head_dim <= MAX_HEAD_DIM:
                 shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
                 if shared < _WIDE_BYTES:

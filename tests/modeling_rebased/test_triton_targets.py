@@ -29,6 +29,7 @@ capability, feature_dim, head_dim, length = map(int, sys.argv[1:])
 launches = []
 triton_rebased._launch = lambda _known, _name, *launch: launches.append((launch[0], launch[2], launch[3]()))
 triton_rebased._is_hopper = lambda device: capability == 90
+triton_rebased._is_blackwell = lambda device: capability == 100
 q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
 triton_rebased._Attention.apply(q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.25, 1e-12, False)[0].sum().backward()
@@ -56,17 +57,18 @@ for kernel, arguments, flags in launches:
 
 
 @pytest.mark.skipif(not triton_rebased.HAS_TRITON, reason="needs the package triton")
-@pytest.mark.parametrize(("capability", "shared"), [(80, 99), (90, 227)])
-def test_kernels_compile(capability, shared, tmp_path):
-    """F = 16, D = 64 in bfloat16, with states: within the shared memory of a block, in KiB (8.6 has less than 8.0)."""
+@pytest.mark.parametrize(("capability", "shared", "width"), [(80, 99, 16), (90, 227, 16), (100, 227, 32)])
+def test_kernels_compile(capability, shared, width, tmp_path):
+    """D = 64 in bfloat16, with states: within the shared memory of a block, in KiB (8.6 has less than 8.0)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = os.pathsep.join(path for path in sys.path if path)
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
-    command = [sys.executable, "-c", SCRIPT, str(capability), "16", "64", "2300"]
+    command = [sys.executable, "-c", SCRIPT, str(capability), str(width), "64", "2300"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("compiled")]
     names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel"}
+    names |= {"_scale_kernel", "_gradient_kernel"} if width > 16 else set()
     assert {name for _, name, _ in lines} == names
     assert max(int(size) for *_, size in lines) <= shared * 1024
 
