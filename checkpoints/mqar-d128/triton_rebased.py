@@ -1704,6 +1704,7 @@ class _Layout(NamedTuple):
     f: int  # F padded to a power of 2, at least 16
     d: int  # D likewise
     blocks: int  # blocks of 8 dims
+    tiles: int  # of the quadratic rows, see `_state_tiles`
     rows: int
     features: int  # rows of the public state
     quad: bool
@@ -1734,7 +1735,8 @@ def _layout(feature_dim: int, head_dim: int, c0: float, c1: float, c2: float, sc
     f = _power_of_2(feature_dim)
     rows = (_quadratic_rows(blocks) if quad else 0) + (f if lin else 0) + (16 if const else 0)
     features = n_features(feature_dim, (c0, c1, c2))
-    return _Layout(f, _power_of_2(head_dim), blocks, rows, features, quad, lin, const, alpha, beta, factor)
+    tiles = _state_tiles(blocks) if quad else 0
+    return _Layout(f, _power_of_2(head_dim), blocks, tiles, rows, features, quad, lin, const, alpha, beta, factor)
 
 
 def n_features(feature_dim: int, coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> int:
@@ -2072,14 +2074,13 @@ def _make_states(
 
     batch_rows = 1 if varlen else batch
     programs = (cut.computed if varlen else -(-cut.computed // cut.run)) * kv_heads * (layout.d // block_d)
-    tiles = _state_tiles(layout.blocks) if layout.quad else 0
     if programs > 0 and layout.quad:
-        group = min(tiles, 3)
+        group = min(layout.tiles, 3)
         _launch(
             known,
             "state",
             _state_kernel,
-            _grid(-(-tiles // group) * programs, batch_rows),
+            _grid(-(-layout.tiles // group) * programs, batch_rows),
             (x, y, aux, *tables, *shape, cut.run),
             lambda: {
                 **flags(),
