@@ -570,6 +570,15 @@ def _columns(value, CT: tl.constexpr):
 
 
 @triton.jit
+def _block_product(outer, inner, x, rows, ok, stride, i, j, F: tl.constexpr, PREC: tl.constexpr):
+    """F > 16: the features of tile (i, j) of some rows of x [T, F], a pointer, fp32 [64, C]; by selectors [64, 16]."""
+    f = tl.arange(0, 16)
+    xi = _load_columns(x, rows, ok, stride, i * 8 + f, F, False, True)  # [16, C], of which 8 are used
+    xj = _load_columns(x, rows, ok, stride, j * 8 + f, F, False, True)
+    return tl.dot(outer, xi, input_precision=PREC) * tl.dot(inner, xj, input_precision=PREC)
+
+
+@triton.jit
 def _add_tile(acc, z, phi, values, dz, REVERSE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
     """One tile's sums: acc [64, BD] += phi [64, C] @ values, z [64] += sum phi, or z [64, 16] += phi @ dz."""
     acc = tl.dot(phi.to(CT), values, acc, input_precision=PREC)
@@ -720,25 +729,13 @@ def _state_kernel(
             else:
                 outer_selector = _selector(True, True, x.dtype.element_ty)
                 inner_selector = _selector(False, True, x.dtype.element_ty)
-                xi = _load_columns(xg, rows, ok, sxt, i0 * 8 + f, F, False, True)
-                xj = _load_columns(xg, rows, ok, sxt, j0 * 8 + f, F, False, True)
-                phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
-                    inner_selector, xj, input_precision=PREC
-                )
+                phi = _block_product(outer_selector, inner_selector, xg, rows, ok, sxt, i0, j0, F, PREC)
                 acc0, z0 = _add_tile(acc0, z0, phi, values, dz, REVERSE, CT, PREC)
                 if TG > 1:
-                    xi = _load_columns(xg, rows, ok, sxt, i1 * 8 + f, F, False, True)
-                    xj = _load_columns(xg, rows, ok, sxt, j1 * 8 + f, F, False, True)
-                    phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
-                        inner_selector, xj, input_precision=PREC
-                    )
+                    phi = _block_product(outer_selector, inner_selector, xg, rows, ok, sxt, i1, j1, F, PREC)
                     acc1, z1 = _add_tile(acc1, z1, phi, values, dz, REVERSE, CT, PREC)
                 if TG > 2:
-                    xi = _load_columns(xg, rows, ok, sxt, i2 * 8 + f, F, False, True)
-                    xj = _load_columns(xg, rows, ok, sxt, j2 * 8 + f, F, False, True)
-                    phi = tl.dot(outer_selector, xi, input_precision=PREC) * tl.dot(
-                        inner_selector, xj, input_precision=PREC
-                    )
+                    phi = _block_product(outer_selector, inner_selector, xg, rows, ok, sxt, i2, j2, F, PREC)
                     acc2, z2 = _add_tile(acc2, z2, phi, values, dz, REVERSE, CT, PREC)
         _store_state(
             states, norms, slot + part, hkv, t0, d_cols, first, acc0, acc1, acc2, z0, z1, z2, NB, NR, DP, HKV, TG,
