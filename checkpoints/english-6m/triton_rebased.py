@@ -1661,6 +1661,7 @@ def _plan(feature_dim: int, head_dim: int, squares: bool, dtype: torch.dtype, de
 
     The segment trades the quadratic part (160 L / 2 operations a token at F = 16) against the states' traffic
     (features / L a token) and must not depend on T, so that shapes of saved tensors are plain formulas in T.
+    A sequence that is one segment alone has states by that formula too, and no use for them.
     """
     if _INTERPRETED:
         small = feature_dim <= 16
