@@ -306,6 +306,19 @@ def _once(x, CT: tl.constexpr):
 
 
 @triton.jit
+def _of_pairs(x, y, ADD: tl.constexpr):
+    """x + y, or x * y, in bfloat16, two numbers an instruction: 1 x + y and x y - 0.
+
+    Compute capability 8 has no other sum or product of pairs, and 9 makes a plain one of it.
+    """
+    if ADD:
+        CODE: tl.constexpr = "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }"
+    else:
+        CODE: tl.constexpr = "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }"
+    return tl.inline_asm_elementwise(CODE, "=r,r,r", [x, y], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
 def _earlier(e, RUN, HAS_INIT: tl.constexpr, RUNS: tl.constexpr):
     """Which slots hold the sum of the first `e` segments of a sequence, which the scan may have left in two parts.
 
@@ -329,14 +342,7 @@ def _state_tile(
     if RUNS:
         rest = tl.load(rows + gap, mask=more & (d_cols < DP)[None, :], other=0.0)
         if _PTX and tile.dtype == tl.bfloat16:
-            tile = tl.inline_asm_elementwise(  # 1 x + y: capability 8 adds pairs no other way
-                "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }",
-                "=r,r,r",
-                [tile, rest],
-                dtype=tl.bfloat16,
-                is_pure=True,
-                pack=2,
-            )
+            tile = _of_pairs(tile, rest, True)
         else:
             tile += rest
     return tile.to(CT)
@@ -393,16 +399,7 @@ def _times_repeated(tile, x, WIDTH: tl.constexpr):
     C: tl.constexpr = tile.shape[0]
     left = tl.reshape(tile, [C, WIDTH, 16])
     if _PTX and tile.dtype == tl.bfloat16:
-        right = tl.broadcast_to(x[:, None, :], [C, WIDTH, 16])
-        # a product plus -0: compute capability 8 has no other product of pairs, and 9 makes a plain product of it
-        both = tl.inline_asm_elementwise(
-            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
-            "=r,r,r",
-            [left, right],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
+        both = _of_pairs(left, tl.broadcast_to(x[:, None, :], [C, WIDTH, 16]), False)
     else:
         both = left * x[:, None, :]
     return tl.reshape(both, [C, 16 * WIDTH])
