@@ -349,6 +349,17 @@ def _state_tile(
 
 
 @triton.jit
+def _state_pairs(state, gap, d, some, more, NB: tl.constexpr, DP: tl.constexpr, RUNS: tl.constexpr, CT: tl.constexpr):
+    """The quadratic rows of a state as `_gradient_tiles` takes them: four times two shifts, and shift 8."""
+    s0 = _state_tile(state, gap, d, some, more, 32, DP, RUNS, CT)
+    s1 = _state_tile(state + 32 * DP, gap, d, some, more, 32, DP, RUNS, CT)
+    s2 = _state_tile(state + 64 * DP, gap, d, some, more, 32, DP, RUNS, CT)
+    s3 = _state_tile(state + 96 * DP, gap, d, some, more, 32, DP, RUNS, CT)
+    s4 = _state_tile(state + 128 * DP, gap, d, some & (NB == 2), more & (NB == 2), 16, DP, RUNS, CT)
+    return s0, s1, s2, s3, s4
+
+
+@triton.jit
 def _shifts(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, SQUARES: tl.constexpr, OTHERS: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
@@ -482,6 +493,18 @@ def _gradient_tiles(grad, x, y, s0, s1, s2, s3, s4, NB: tl.constexpr, CT: tl.con
 
 
 @triton.jit
+def _query_tile(
+    acc, outer, selector, x_j, diagonal, state, tile, d_cols, DP: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """F > 16: acc [C, BD] += a tile's features, outer [C, 64] * (x_j [C, 16] @ selector), @ its rows of a state."""
+    n = tl.arange(0, 64)
+    inner = tl.dot(x_j, selector, input_precision=PREC)
+    phi = (outer * inner * tl.where(diagonal, 1.0, 2.0)).to(CT)
+    s = tl.load(state + (tile * 64 + n)[:, None] * DP + d_cols[None, :])  # [64, BD]
+    return tl.dot(phi, s.to(CT), acc, input_precision=PREC)
+
+
+@triton.jit
 def _query_loop(
     acc, x_base, rows, ok, x_stride, state, d_cols,
     F: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, FLAT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
@@ -491,7 +514,6 @@ def _query_loop(
     Two loops, or one if FLAT, which makes a block's outer factor again for each of its tiles.
     """
     d = tl.arange(0, 16)
-    n = tl.arange(0, 64)
     outer_selector = _selector(True, False, x_base.dtype.element_ty)
     inner_selector = _selector(False, False, x_base.dtype.element_ty)
     if FLAT:
@@ -500,10 +522,7 @@ def _query_loop(
             x_i = _load_rows(x_base, rows, ok, x_stride, i * 8 + d, F, False, True)
             outer = tl.dot(x_i, outer_selector, input_precision=PREC)
             x_j = _load_rows(x_base, rows, ok, x_stride, j * 8 + d, F, False, True)
-            inner = tl.dot(x_j, inner_selector, input_precision=PREC)
-            phi = (outer * inner * tl.where(i == j, 1.0, 2.0)).to(CT)
-            s = tl.load(state + (tile * 64 + n)[:, None] * DP + d_cols[None, :])  # [64, BD]
-            acc = tl.dot(phi, s.to(CT), acc, input_precision=PREC)
+            acc = _query_tile(acc, outer, inner_selector, x_j, i == j, state, tile, d_cols, DP, CT, PREC)
     else:
         tile = 0
         for i in range(NB):
@@ -511,10 +530,7 @@ def _query_loop(
             outer = tl.dot(x_i, outer_selector, input_precision=PREC)
             for j in range(i, NB):
                 x_j = _load_rows(x_base, rows, ok, x_stride, j * 8 + d, F, False, True)
-                inner = tl.dot(x_j, inner_selector, input_precision=PREC)
-                phi = (outer * inner * tl.where(i == j, 1.0, 2.0)).to(CT)
-                s = tl.load(state + (tile * 64 + n)[:, None] * DP + d_cols[None, :])  # [64, BD]
-                acc = tl.dot(phi, s.to(CT), acc, input_precision=PREC)
+                acc = _query_tile(acc, outer, inner_selector, x_j, i == j, state, tile, d_cols, DP, CT, PREC)
                 tile += 1
     return acc
 
@@ -629,8 +645,9 @@ def _state_kernel(
     REVERSE: tl.constexpr, LAST: tl.constexpr, HAS_INIT: tl.constexpr, RUNS: tl.constexpr,
     HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """The quadratic states of a run of RUN segments, each with those of the run before it: states [64 TG, BD] =
-    sum_c phi(x_c) y_c, norms [64 TG] = sum_c phi(x_c).
+    """The quadratic states of the RUN segments of a run, each of them the sum since the run's start.
+
+    states [64 TG, BD] = sum_c phi(x_c) y_c, norms [64 TG] = sum_c phi(x_c).
 
     REVERSE: x, y are q, do / z and runs go towards the sequence's start; the norms weigh dz_c, which comes as aux
     [B, T, H, 16] (see `_columns`); heads of a group are summed. Without RUNS a run is one segment.
@@ -1129,13 +1146,7 @@ def _dq_kernel(
         norm = norms + s64 * NR
         gap *= H // G
         if QUAD and NB <= 2:
-            s0 = _state_tile(state, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
-            s1 = _state_tile(state + 32 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
-            s2 = _state_tile(state + 64 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
-            s3 = _state_tile(state + 96 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
-            s4 = _state_tile(
-                state + 128 * DP, gap * (NR * DP), d, some & (NB == 2), more & (NB == 2), 16, DP, RUNS, CT
-            )
+            s0, s1, s2, s3, s4 = _state_pairs(state, gap * (NR * DP), d, some, more, NB, DP, RUNS, CT)
             top, rest = _norm_matrix(norm, gap * NR, f, f, some, more, NB, RUNS, CT)
     acc = tl.zeros([BM, FP], tl.float32)
     HELD: tl.constexpr = FP == 16 and DP <= 64 and CT == tl.bfloat16  # do / z stays in registers
@@ -1285,13 +1296,7 @@ def _dkdv_kernel(
             if QUAD:
                 if NB <= 2:
                     # loaded here and, first, used for dk: fewer of them wait in registers
-                    s0 = _state_tile(state, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
-                    s1 = _state_tile(state + 32 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
-                    s2 = _state_tile(state + 64 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
-                    s3 = _state_tile(state + 96 * DP, gap * (NR * DP), d, some, more, 32, DP, RUNS, CT)
-                    s4 = _state_tile(
-                        state + 128 * DP, gap * (NR * DP), d, some & (NB == 2), more & (NB == 2), 16, DP, RUNS, CT
-                    )
+                    s0, s1, s2, s3, s4 = _state_pairs(state, gap * (NR * DP), d, some, more, NB, DP, RUNS, CT)
                     held = _product(xk, xk, CT, PREC)  # not as long as the loops: there are no registers for it
                     acc_k = _gradient_tiles(acc_k, held, xv, s0, s1, s2, s3, s4, NB, CT, PREC)
                     # phi(-x) = phi(x): with x, the compiler would keep the factors of one use for the other
@@ -1951,7 +1956,7 @@ def _pass(name: str, tensors: tuple[Tensor | None, ...], coefficients: tuple[flo
         if len(_PASSES) >= _MOST_PASSES:
             _PASSES.clear()
         layout = _layout(q.shape[3], v.shape[3], *coefficients)
-        packed = name != "decode" and tensors[4:5] not in ((), (None,))
+        packed = name != "decode" and len(tensors) > 4 and tensors[4] is not None
         plan = _plan(q.shape[3], v.shape[3], layout.squares, q.dtype, q.device)
         known = _PASSES[key] = _Pass(layout, plan, q.shape[1], packed)
     return known
