@@ -66,6 +66,27 @@ def kernel_times(function: Callable, inputs: list[Tensor]) -> dict[str, float]:
     return medians
 
 
+def run(arguments: argparse.Namespace, rows: list[dict], kernels: list[dict]) -> None:
+    """Add a row a version and length to `rows`, and one a kernel of each to `kernels`."""
+    functions = {str(path): load(path) for path in arguments.versions}
+    sizes = (arguments.tokens, arguments.heads, arguments.feature_dim, arguments.head_dim)
+    for length in arguments.lengths:
+        for name, function in functions.items():
+            torch.manual_seed(0)
+            inputs = make_inputs(length, *sizes)
+            compare(name, function, linear, inputs, BAR)
+            torch.cuda.empty_cache()
+            with torch.no_grad():
+                forward = time_ms(lambda: function(*inputs[:3]))  # noqa: B023
+            training = time_ms(lambda: train(function, *inputs))  # noqa: B023
+            times = kernel_times(function, inputs)
+            rows.append({"version": name, "T": length, "forward_ms": forward, "training_ms": training})
+            kernels += [{"version": name, "T": length, "kernel": kernel, "us": us} for kernel, us in times.items()]
+            listed = ", ".join(f"{kernel} {us:.1f}" for kernel, us in times.items())
+            print(f"{name}  T {length}  forward {forward:.3f} ms  forward+backward {training:.3f} ms")
+            print(f"    kernels {sum(times.values()):.0f} us: {listed}", flush=True)
+
+
 def main() -> None:
     """Check and time every version at every length, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,27 +102,13 @@ def main() -> None:
         parser.error(f"versions: no such file: {', '.join(missing)}")
     if not torch.cuda.is_available():
         sys.exit("The kernels are for GPUs, and torch sees none here.")
-    functions = {str(path): load(path) for path in arguments.versions}
     rows, kernels = [], []
-    for length in arguments.lengths:
-        for name, function in functions.items():
-            torch.manual_seed(0)
-            sizes = (arguments.tokens, arguments.heads, arguments.feature_dim, arguments.head_dim)
-            inputs = make_inputs(length, *sizes)
-            compare(name, function, linear, inputs, BAR)
-            torch.cuda.empty_cache()
-            with torch.no_grad():
-                forward = time_ms(lambda: function(*inputs[:3]))  # noqa: B023
-            training = time_ms(lambda: train(function, *inputs))  # noqa: B023
-            times = kernel_times(function, inputs)
-            rows.append({"version": name, "T": length, "forward_ms": forward, "training_ms": training})
-            kernels += [{"version": name, "T": length, "kernel": kernel, "us": us} for kernel, us in times.items()]
-            listed = ", ".join(f"{kernel} {us:.1f}" for kernel, us in times.items())
-            print(f"{name}  T {length}  forward {forward:.3f} ms  forward+backward {training:.3f} ms")
-            print(f"    kernels {sum(times.values()):.0f} us: {listed}", flush=True)
-    if arguments.output is not None:
-        write_csv(rows, arguments.output / "comparison.csv")
-        write_csv(kernels, arguments.output / "kernels.csv")
+    try:
+        run(arguments, rows, kernels)
+    finally:  # also what there is where a version is wrong
+        if arguments.output is not None and rows:
+            write_csv(rows, arguments.output / "comparison.csv")
+            write_csv(kernels, arguments.output / "kernels.csv")
 
 
 if __name__ == "__main__":
