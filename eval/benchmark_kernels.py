@@ -42,7 +42,7 @@ LENGTHS = (512, 2048, 8192, 32768, 131072)
 CHECKED_LENGTH = 2500  # several segments and a ragged end, for a reference that is quadratic in T
 BAR = 1.5e-2  # relative error in norm that bfloat16 inputs, features and weights may leave
 PEER_BAR = 5e-2  # the others round sums and normalisers too
-POWER_CHUNKS = (512, 1024, 2048, 4096)  # retention has no default for its chunks: its best of these counts
+POWER_CHUNKS = (1024, 2048)  # retention has no default for its chunks: its best of these counts
 QUADRATIC_LIMIT = 8192  # peers that are quadratic in T are timed up to here
 
 

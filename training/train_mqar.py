@@ -909,7 +909,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add(
         "--deterministic",
         action="store_true",
-        help="the same numbers to the bit from run to run on one kind of GPU; slower, and not yet tried on one",
+        help="the same numbers to the bit from run to run on one kind of GPU; slower",
     )
     add("--time-steps", action="store_true", help="train nothing: time a step of each kind of model, fast loop, GPU")
     add("--no-progress", action="store_true")

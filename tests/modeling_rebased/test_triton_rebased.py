@@ -345,6 +345,27 @@ def test_pieces_equal_the_whole():
     assert relative(state, last.double()) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_million_tokens_in_pieces_do_not_drift(dtype):
+    """Four pieces of 250,000 tokens against the PyTorch backend in float64: every output, and the last state."""
+    from modeling_rebased import rebased_attention
+
+    length, piece = 1_000_000, 250_000
+    q, k, v = make(1, length, 2, 1, 16, 64)
+    q, k = (torch.nn.functional.layer_norm(x, (16,)) for x in (q, k))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    state = exact = None
+    for start in range(0, length, piece):
+        part = [x[:, start : start + piece] for x in (q, k, v)]
+        o, state = rebased_attention(*part, initial_state=state, output_final_state=True, backend="triton")
+        o_ref, exact = rebased_attention(
+            *(x.double() for x in part), initial_state=exact, output_final_state=True, backend="eager"
+        )
+        assert relative(o, o_ref) < BARS[dtype][0], f"the piece from {start} on: {relative(o, o_ref)}"
+        assert relative(state, exact.double()) < BARS[dtype][0], f"state {start}: {relative(state, exact.double())}"
+
+
 @pytest.mark.parametrize(
     "heads, kv_heads, width, dim, coefficients",
     [(2, 2, 16, 20, REBASED), (4, 1, 5, 7, BASED), (3, 1, 1, 1, REBASED), (2, 1, 4, 4, (1.0, 1.0, 0.0))],
