@@ -124,14 +124,14 @@ def compare(name: str, function: Callable, reference: Callable, inputs: list[Ten
     reference needs much memory.
     """
     q, k, v, grad = inputs
+    batch, length, heads = q.shape[:3]
     # the first rows have few keys; where all their weights are near 0, o rounded to bfloat16 spoils the gradient
     grad = grad.clone()
     grad[:, :64] = 0
     results = dict(zip(("o", "dq", "dk", "dv"), train(function, q, k, v, grad)))
     for part, x in results.items():
         if not x.isfinite().all():
-            raise RuntimeError(f"{name}: {part} of {q.shape[1]} tokens is not finite; not timed.")
-    batch, length, heads = q.shape[:3]
+            raise RuntimeError(f"{name}: {part} of {length} tokens is not finite; not timed.")
     for sequence, head in sorted({(0, 0), (batch // 2, heads // 2), (batch - 1, max(0, heads - 2))}):
         some = (slice(sequence, sequence + 1), slice(None), slice(head, head + 2))
         expected = train(reference, *(x[some].double() for x in (q, k, v, grad)))
