@@ -1,7 +1,6 @@
 # make demo   load the small trained model, let it write, score it with lm-eval (about two minutes after the install)
 # make test   the test suite on this machine's CPU; GPU tests run too where there is a GPU
 # make lint   ruff's checks and formatting
-# make sync   copy modeling_rebased/*.py into every folder under checkpoints/, after a change to the model code
 # Each makes .venv first if it is missing. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
@@ -9,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint sync
+.PHONY: demo test lint
 
 demo: $(READY)
 	@$(BIN)/python -m modeling_rebased.eval.demo
@@ -20,9 +19,6 @@ test: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-
-sync: $(READY)
-	@$(BIN)/python -m modeling_rebased.training.sync_checkpoints
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time)"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,25 +12,36 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.sync_checkpoints import SOURCES, checkpoint_folders, out_of_sync, sync
-
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDERS = sorted(path.parent for path in (REPOSITORY / "checkpoints").glob("*/config.json"))
 ENGLISH = REPOSITORY / "checkpoints" / "english-6m"
 
 
-@pytest.mark.parametrize("folder", checkpoint_folders(), ids=lambda folder: folder.name)
-def test_a_checkpoint_carries_the_code_of_the_package(folder):
-    assert out_of_sync(folder) == [], "run `make sync`"
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_checkpoint_links_to_the_code_of_the_package(folder):
+    expected = {source.name: source for source in (REPOSITORY / "modeling_rebased").glob("*_rebased.py")}
+    links = {path.name: path for path in folder.glob("*.py")}
+    assert links.keys() == expected.keys()
+    for name, link in links.items():
+        assert link.is_symlink()
+        assert not link.readlink().is_absolute()
+        assert link.resolve() == expected[name]
 
 
-def test_sync_mends_what_differs_is_missing_or_too_many(tmp_path):
-    (tmp_path / SOURCES[0].name).write_text("old")
-    (tmp_path / "gone_rebased.py").write_text("")
-    assert out_of_sync(tmp_path) == sorted(["gone_rebased.py", *(source.name for source in SOURCES)])
-    sync(tmp_path)
-    assert out_of_sync(tmp_path) == []
-    assert not (tmp_path / "gone_rebased.py").exists()
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_copy_of_a_checkpoint_loads_elsewhere(folder, tmp_path):
+    """`cp -rL` makes a folder that holds code and weights itself."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert not any(path.is_symlink() for path in copy.iterdir())
+    code = f"""
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(copy)!r}, trust_remote_code=True)
+print(type(model).__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "transformers_modules" in done.stdout
 
 
 def test_english_6m_is_small_and_in_bfloat16():
