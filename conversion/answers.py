@@ -1,7 +1,7 @@
 """Text to distil on: what the softmax model itself answers to plain requests.
 
-    python -m conversion.answers --teacher SmolLM2-135M-Instruct/ --topics text.txt --count 1024 --output answers.npy
-    python -m conversion.distill --stage logits ... --train_file text.txt answers.npy
+    python -m modeling_rebased.conversion.answers --teacher SmolLM2-135M-Instruct/ --topics text.txt --count 1024 --output answers.npy
+    python -m modeling_rebased.conversion.distill --stage logits ... --train_file text.txt answers.npy
 
 A student that only reads books forgets how to answer. The requests are templates filled with the longer words of a
 text; the answers are sampled, in the teacher's own chat format, and stored as token ids, each dialogue ended by the

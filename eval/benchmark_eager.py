@@ -1,6 +1,6 @@
 """Time the PyTorch backend on this machine's CPU against the quadratic form, and see that it is linear in T.
 
-    python -m eval.benchmark_eager --output eval/results/eager
+    python -m modeling_rebased.eval.benchmark_eager --output eval/results/eager
 
 Prints a table and writes `eager.csv` and `eager.png` to the output folder. Every time is a median; the chunked result
 is compared with the quadratic one in float64 before it is timed.

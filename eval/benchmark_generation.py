@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Time one decoding step of the attention, and training and generation end to end, against the softmax twin.
 
-    python -m eval.benchmark_generation --output eval/results/generation/h100
+    python -m modeling_rebased.eval.benchmark_generation --output eval/results/generation/h100
 
 Three tables: the one-token kernel at several batch sizes, with the time that its state's bytes take at the copy
 bandwidth; tokens per second of a training step of configuration/150m-rebased and 150m-softmax (bfloat16, forward and

@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Time the Triton kernels on this machine's GPU beside softmax and the other libraries that are installed.
 
-    python -m eval.benchmark_kernels --output eval/results/kernels/h100
+    python -m modeling_rebased.eval.benchmark_kernels --output eval/results/kernels/h100
 
 For every length: forward, forward and backward (medians of triton.testing.do_bench) and the memory that the latter
 takes on top of inputs, outputs and gradients, and the time the host takes to issue the latter: where that is longer
@@ -301,7 +301,7 @@ def main() -> None:
     if arguments.profile:
         profile(arguments)
         return
-    command = " ".join(["python -m eval.benchmark_kernels", *sys.argv[1:]])
+    command = " ".join(["python -m modeling_rebased.eval.benchmark_kernels", *sys.argv[1:]])
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
     rates = ceilings()
     machine |= rates

@@ -1,6 +1,6 @@
 """Figure 1 of the ReBased paper from our results: accuracy on MQAR over the hidden size, a panel a length.
 
-    python -m eval.plot_mqar eval/results/mqar/*.jsonl --output eval/results/mqar
+    python -m modeling_rebased.eval.plot_mqar eval/results/mqar/*.jsonl --output eval/results/mqar
 
 A point is the mean over seeds of the best learning rate's accuracy (the rate with the highest mean), a bar the lowest
 and highest seed. A seed that was trained again, in another file, counts once, with the mean of its runs. Points read

@@ -1,6 +1,8 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
 """ReBased for Hugging Face. Importing this package registers its classes with transformers' Auto classes."""
 
+from pathlib import Path
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,6 +23,11 @@ from .modeling_rebased import (
     ReBasedPreTrainedModel,
 )
 
+
+# A wheel holds conversion, training, eval and configuration inside this package. In a checkout they lie beside it; this
+# line gives them the same names there: modeling_rebased.training and so on.
+if not (Path(__file__).parent / "training").is_dir():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
 
 # What save_pretrained writes into auto_map, and copies the code for: the heads by their Auto classes.
 ReBasedConfig.register_for_auto_class()

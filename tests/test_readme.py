@@ -50,7 +50,12 @@ def test_a_bash_block(checkout, code):
 
 def test_there_is_a_block_for_each_main_job():
     code = "\n".join(block for _, block in BLOCKS)
-    for needed in ("AutoModelForCausalLM.from_pretrained", ".generate(", "training.train_lm", "lm-eval run"):
+    for needed in (
+        "AutoModelForCausalLM.from_pretrained",
+        ".generate(",
+        "modeling_rebased.training.train_lm",
+        "lm-eval run",
+    ):
         assert needed in code
 
 

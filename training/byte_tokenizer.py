@@ -1,6 +1,6 @@
 """A byte-level tokenizer without a vocabulary to learn: token i is byte i, and two special tokens follow.
 
-    python -m training.byte_tokenizer tokenizer/
+    python -m modeling_rebased.training.byte_tokenizer tokenizer/
 
 writes tokenizer.json and tokenizer_config.json, which `AutoTokenizer` loads without remote code. ByT5's tokenizer is
 byte-level too, but it is made for an encoder: it ends every text with </s>, so that a language model given
@@ -39,5 +39,5 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m training.byte_tokenizer OUTPUT_FOLDER")
+        raise SystemExit("usage: python -m modeling_rebased.training.byte_tokenizer OUTPUT_FOLDER")
     byte_tokenizer().save_pretrained(sys.argv[1])

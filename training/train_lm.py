@@ -1,7 +1,7 @@
 """Train a causal language model on text files, with the transformers Trainer.
 
-    python -m training.train_lm RECIPE.yaml --config english-6m --output_dir output/english-6m
-    accelerate launch -m training.train_lm RECIPE.yaml ...      # any number of GPUs
+    python -m modeling_rebased.training.train_lm RECIPE.yaml --config english-6m --output_dir output/english-6m
+    accelerate launch -m modeling_rebased.training.train_lm RECIPE.yaml ...      # any number of GPUs
 
 (`python -m modeling_rebased.training.train_lm` where the package is installed.) RECIPE.yaml, which is optional, holds
 arguments one a line, as `learning_rate: 1.0e-3`; those on the command line win over it. Besides the arguments below,

@@ -1,6 +1,6 @@
 """Train small models on multi-query associative recall (MQAR): one run, or a sweep over models, sizes and rates.
 
-    python -m training.train_mqar --models rebased,based --hidden 64 --lengths 1024 --lrs 1e-3,3e-3 --seeds 0,1 \
+    python -m modeling_rebased.training.train_mqar --models rebased,based --hidden 64 --lengths 1024 --lrs 1e-3,3e-3 --seeds 0,1 \
         --output output/mqar.jsonl
 
 The recipe is the authors' (ReBased, section 5.1): 100,000 examples, 64 epochs, batch 512, AdamW with weight decay 0.1
@@ -41,14 +41,9 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.eval import mqar
 
 from .fused_loss import linear_cross_entropy
-
-
-try:  # installed, all folders lie inside the package
-    from modeling_rebased.eval import mqar
-except ImportError:  # a checkout that is not installed
-    from eval import mqar
 
 
 # The paper's models: a short convolution first, the mixer second. Its ablation takes parts of the normalisation away.

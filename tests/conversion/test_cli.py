@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion.cli import EXAMPLES, main
+from modeling_rebased.conversion.cli import EXAMPLES, main
 from tests.conversion.authors_model import make_authors_model
 
 
@@ -36,7 +36,7 @@ def test_an_error_is_one_line_and_a_status(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", EXAMPLES)
 def test_help_has_examples_that_parse(command, capsys):
-    from conversion.cli import _parser
+    from modeling_rebased.conversion.cli import _parser
 
     with pytest.raises(SystemExit) as status:
         main([command, "--help"])
@@ -51,17 +51,19 @@ def test_help_has_examples_that_parse(command, capsys):
 
 @pytest.mark.filterwarnings("ignore:.*conversion.cli.*found in sys.modules")
 def test_as_a_module(monkeypatch, capsys):
-    """As `python -m conversion.cli` runs it."""
-    monkeypatch.setattr("sys.argv", ["conversion.cli", "--help"])
+    """As `python -m modeling_rebased.conversion.cli` runs it."""
+    monkeypatch.setattr("sys.argv", ["modeling_rebased.conversion.cli", "--help"])
     with pytest.raises(SystemExit) as status:
-        runpy.run_module("conversion.cli", run_name="__main__")
+        runpy.run_module("modeling_rebased.conversion.cli", run_name="__main__")
     printed = capsys.readouterr().out
     assert status.value.code == 0 and all(command in printed for command in EXAMPLES)
 
 
 def test_a_terminated_run_cleans_up(tmp_path, monkeypatch):
     torch.save(make_authors_model().state_dict(), tmp_path / "best.pt")
-    monkeypatch.setattr("conversion.files.write_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "modeling_rebased.conversion.files.write_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as status:
         main(["from-authors", str(tmp_path / "best.pt"), str(tmp_path / "out"), "--num-heads", "3"])

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from conversion import ConversionError, linearize
-from conversion.distill import (
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.conversion import ConversionError, linearize
+from modeling_rebased.conversion.distill import (
     Blocks,
     DistillArguments,
     DistillTrainer,
@@ -25,8 +26,7 @@ from conversion.distill import (
     relative_error,
     token_ids,
 )
-from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 
 TEXT = "the cat sat on the mat and the dog sat on the log <|endoftext|>" * 40
@@ -152,7 +152,7 @@ class Ticks:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("conversion.distill.time.monotonic", self)
+        monkeypatch.setattr("modeling_rebased.conversion.distill.time.monotonic", self)
 
     def __call__(self):
         self.now += 1.0
@@ -217,7 +217,9 @@ def test_compiled_layers_learn_the_same(folder, tmp_path, stage, monkeypatch):
 
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_with(*args, **kwargs, backend=backend))
-    monkeypatch.setattr("conversion.distill._compiled_part", compile_with(_loss_part, backend=backend))
+    monkeypatch.setattr(
+        "modeling_rebased.conversion.distill._compiled_part", compile_with(_loss_part, backend=backend)
+    )
     torch.compiler.reset()
     for name, compiled in (("plain", "False"), ("compiled", "True")):
         assert main(command(folder, stage, tmp_path / name, "--compile", compiled, steps=4)) == 0

@@ -11,11 +11,11 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from safetensors import safe_open
 
-from conversion import ConversionError, export, verify
-from conversion.files import same_bytes
-from conversion.hub import LICENSES, model_card, read_results
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.conversion import ConversionError, export, verify
+from modeling_rebased.conversion.files import same_bytes
+from modeling_rebased.conversion.hub import LICENSES, model_card, read_results
+from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 
 SMALL = {
@@ -246,7 +246,7 @@ def test_a_tokenizer_too_large_for_the_model(tmp_path):
 def test_odd_names_do_not_break_the_card(name):
     results = {"results": {name: {"alias": name, "acc,none": 1.0}}, "configs": {}, "n-shot": {}}
     evaluation = read_results([])
-    from conversion.hub import _add_tasks
+    from modeling_rebased.conversion.hub import _add_tasks
 
     _add_tasks(evaluation, results, results["results"])
     card = model_card(ReBasedConfig(**SMALL), 5, name="m", license="mit", license_name=name, evaluation=evaluation)
@@ -295,7 +295,7 @@ def test_verify_notices_what_is_wrong(tmp_path, source, monkeypatch):
             raise subprocess.TimeoutExpired(command, 1)
         return subprocess.CompletedProcess(command, stranger["status"], stderr="no module named peft")
 
-    monkeypatch.setattr("conversion.stranger.subprocess.run", run)
+    monkeypatch.setattr("modeling_rebased.conversion.stranger.subprocess.run", run)
     good = {"shift": 0.0, "other": [1, 2], "slow": False, "status": 0}
     stranger = good
     assert "works" in str(verify(source)) and "this version of the package" in str(verify(source))

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from conversion import ConversionError, from_fla, load_attention, to_fla
-from conversion.files import same_bytes
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.conversion import ConversionError, from_fla, load_attention, to_fla
+from modeling_rebased.conversion.files import same_bytes
 
 
 class Layer(nn.Module):

@@ -19,10 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from conversion import ConversionError, linearize, to_rebased
-from conversion.softmax import _gguf_tokenizer, _reduce_layer, exp_beta, reduce_heads
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.conversion import ConversionError, linearize, to_rebased
+from modeling_rebased.conversion.softmax import _gguf_tokenizer, _reduce_layer, exp_beta, reduce_heads
+from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 
 SIZES = {
@@ -395,7 +395,9 @@ def test_the_special_tokens_of_a_gguf_are_the_configurations(tmp_path, monkeypat
     wrong.eos_token, wrong.pad_token = "A", None
     wrong.init_kwargs |= {"eos_token_id": 65, "pad_token_id": None}
     with monkeypatch.context() as patched:
-        patched.setattr("conversion.softmax.AutoTokenizer.from_pretrained", lambda *args, **kwargs: wrong)
+        patched.setattr(
+            "modeling_rebased.conversion.softmax.AutoTokenizer.from_pretrained", lambda *args, **kwargs: wrong
+        )
         _gguf_tokenizer(tmp_path, {}, config).save_pretrained(tmp_path)
     found = AutoTokenizer.from_pretrained(tmp_path)
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (65, 256, 257)

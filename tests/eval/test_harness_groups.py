@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 
-from eval.tasks import tasks_path
+from modeling_rebased.eval.tasks import tasks_path
 
 
 lm_eval = pytest.importorskip("lm_eval")

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from eval import mqar
-from eval.mqar import MQARSpec, build_tokenizer, check_leakage, figure_1_spec, make_examples, query_subset, to_text
+from modeling_rebased.eval import mqar
+from modeling_rebased.eval.mqar import (
+    MQARSpec,
+    build_tokenizer,
+    check_leakage,
+    figure_1_spec,
+    make_examples,
+    query_subset,
+    to_text,
+)
 
 
 def literal_example(rng: np.random.Generator, spec: MQARSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

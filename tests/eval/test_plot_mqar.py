@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from eval import plot_mqar
-from eval.plot_mqar import PUBLISHED, cells, markdown, read_runs
-from training.train_mqar import MODELS
+from modeling_rebased.eval import plot_mqar
+from modeling_rebased.eval.plot_mqar import PUBLISHED, cells, markdown, read_runs
+from modeling_rebased.training.train_mqar import MODELS
 
 
 def run(model="rebased", length=1024, hidden=64, lr=1e-3, seed=0, accuracy=0.5, **extra):

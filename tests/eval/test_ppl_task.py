@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_rebased  # noqa: F401  registers the model
-from eval.tasks import tasks_path
-from eval.tasks.rebased_ppl import load_heldout, load_text, process_results
-from training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.eval.tasks import tasks_path
+from modeling_rebased.eval.tasks.rebased_ppl import load_heldout, load_text, process_results
+from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 
 lm_eval = pytest.importorskip("lm_eval")

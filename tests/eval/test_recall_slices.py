@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval import recall_slices
-from eval.recall_slices import Slices, count_bigrams, evaluate, last_occurrence, score_windows
+from modeling_rebased.eval import recall_slices
+from modeling_rebased.eval.recall_slices import Slices, count_bigrams, evaluate, last_occurrence, score_windows
 
 
 def brute_force(tokens: list[int], order: int = 2) -> list[int]:

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

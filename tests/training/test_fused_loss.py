@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training import fused_loss
+from modeling_rebased.training import fused_loss
 
 
 pytest.importorskip("triton")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from training.prepare_text import clean, read_bible, read_dictionary, read_texts
+from modeling_rebased.training.prepare_text import clean, read_bible, read_dictionary, read_texts
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -95,7 +95,15 @@ def test_whole_documents_are_held_out_and_the_result_is_always_the_same(tmp_path
         (texts / f"{name}.txt").write_text(f"This is document {name}.\n")
     outputs = []
     for run in ("first", "second"):
-        command = [sys.executable, "-m", "training.prepare_text", "--text", str(texts), "--held_out", "two"]
+        command = [
+            sys.executable,
+            "-m",
+            "modeling_rebased.training.prepare_text",
+            "--text",
+            str(texts),
+            "--held_out",
+            "two",
+        ]
         subprocess.run(
             [*command, "--output_dir", str(tmp_path / run)], check=True, cwd=REPOSITORY, capture_output=True
         )

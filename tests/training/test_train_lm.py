@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from training import train_lm
-from training.train_lm import TokenBlocks, latest_complete_checkpoint, parse_arguments, read_documents
+from modeling_rebased.training import train_lm
+from modeling_rebased.training.train_lm import TokenBlocks, latest_complete_checkpoint, parse_arguments, read_documents
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ disable_tqdm: true
 
 
 def _command(recipe: Path, output: Path) -> list[str]:
-    return [sys.executable, "-m", "training.train_lm", str(recipe), "--output_dir", str(output)]
+    return [sys.executable, "-m", "modeling_rebased.training.train_lm", str(recipe), "--output_dir", str(output)]
 
 
 def _environment() -> dict[str, str]:

@@ -9,9 +9,18 @@ import time
 import pytest
 import torch
 
-from eval import mqar
-from training import train_mqar
-from training.train_mqar import MODELS, FastTrainer, Options, Run, append_result, build_model, read_results, sweep
+from modeling_rebased.eval import mqar
+from modeling_rebased.training import train_mqar
+from modeling_rebased.training.train_mqar import (
+    MODELS,
+    FastTrainer,
+    Options,
+    Run,
+    append_result,
+    build_model,
+    read_results,
+    sweep,
+)
 
 
 TINY = Run(

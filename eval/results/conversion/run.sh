@@ -20,7 +20,7 @@ export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTORCH_
 mkdir -p "$out" "$work/logs"
 left() { echo $((end - $(date +%s))); }
 said() { echo "$(($(date +%s) - begin)) s: $*"; }
-linearize() { timeout "$(left)" python3 -m conversion.cli linearize "$@" --feature-dim "$features" --overwrite; }
+linearize() { timeout "$(left)" python3 -m modeling_rebased.conversion.cli linearize "$@" --feature-dim "$features" --overwrite; }
 
 # layers VARIANT: hybrid has softmax in every fourth of the 30 layers and a window in the others.
 layers() {
@@ -35,7 +35,7 @@ stage() {
     for compiled in "$compile" False; do
         [ "$seconds" -gt 0 ] || return 1
         started=$(date +%s)
-        timeout $((seconds + ${MARGIN:-75})) python3 -m conversion.distill --stage "$name" --teacher "$work/teacher" \
+        timeout $((seconds + ${MARGIN:-75})) python3 -m modeling_rebased.conversion.distill --stage "$name" --teacher "$work/teacher" \
             --student "$student" --eval_file "$held_out" --eval_length "$length" \
             --output_dir "$work/$variant/$name" --max_seconds "$seconds" --compile "$compiled" \
             --kernel_backend "$backend" --warmup_steps 30 --adam_beta2 0.95 --save_strategy no --logging_steps 10 \
@@ -79,7 +79,7 @@ if [[ $parts == *train* ]]; then
         { tail "$work/logs/teacher.log"; exit 1; }
     said "read the teacher"
     (
-        timeout 190 python3 -m conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
+        timeout 190 python3 -m modeling_rebased.conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
             --output "$work/answers.npy" > "$work/logs/answers.log" 2>&1
         said "$(grep dialogues "$work/logs/answers.log")"
     ) &
@@ -91,7 +91,7 @@ if [[ $parts == *compare* ]]; then
     for variant in $variants; do students+=(--student "$variant=$work/$variant"); done
     said "comparing"
     # Expandable segments make caches that grow with every token slow.
-    timeout "$(left)" env -u PYTORCH_CUDA_ALLOC_CONF python3 -m eval.compare_students "$out" \
+    timeout "$(left)" env -u PYTORCH_CUDA_ALLOC_CONF python3 -m modeling_rebased.eval.compare_students "$out" \
         --teacher "$work/teacher" "${students[@]}" --text "$held_out" --text "$other" \
         --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) --new-tokens 100 ${COMPARE:-} \
         > "$work/logs/compare.log" 2>&1

@@ -47,7 +47,7 @@ worker() {
         left=$((end - $(date +%s)))
         [ $left -gt 60 ] || return
         mkdir "$out/taken/$number" 2>/dev/null || continue
-        CUDA_VISIBLE_DEVICES=$1 python3 -m training.train_mqar --no-progress --models "$models" --hidden "$hidden" \
+        CUDA_VISIBLE_DEVICES=$1 python3 -m modeling_rebased.training.train_mqar --no-progress --models "$models" --hidden "$hidden" \
             --lengths "$length" --lrs "$rates" --seeds "$seeds" --kernel-backend triton --max-seconds $((left - 20)) \
             --work-dir "$out/work" --output "$out/results.jsonl" </dev/null
     done <<<"$runs"
@@ -57,4 +57,4 @@ for gpu in $(nvidia-smi --query-gpu=index --format=csv,noheader); do
     worker "$gpu" &
 done
 wait
-python3 -m eval.plot_mqar "$out/results.jsonl" --output "$out"
+python3 -m modeling_rebased.eval.plot_mqar "$out/results.jsonl" --output "$out"
