@@ -43,11 +43,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_rebased import ReBasedForCausalLM
+from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
 
 from .files import ConversionError, load_config, load_model, progress, written
 
 
-LINEAR = ("linear_attention", "hybrid_sliding")
 # What stage "transfer" trains, of the linear layers.
 TRANSFERRED = ("q_proj.", "k_proj.", "q_norm.", "k_norm.", "gate")
 
@@ -430,7 +430,7 @@ def linear_layers(student: ReBasedForCausalLM) -> list[int]:
     Raises:
         ConversionError: none has.
     """
-    layers = [i for i, layer_type in enumerate(student.config.layer_types) if layer_type in LINEAR]
+    layers = [i for i, layer_type in enumerate(student.config.layer_types) if layer_type in LINEAR_LAYER_TYPES]
     if not layers:
         raise ConversionError("--student has no linear layers, so there is nothing to transfer.")
     return layers

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_rebased import ReBasedConfig
+from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
 
 from .files import ConversionError, Report, check_destination, load_folder, progress, write_model, written
 
@@ -428,7 +429,7 @@ def _body(
     evaluation: Evaluation,
     text: str,
 ) -> str:
-    linear = {"linear_attention", "hybrid_sliding"} & set(config.layer_types)
+    linear = set(LINEAR_LAYER_TYPES) & set(config.layer_types)
     counts = ", ".join(f"{count} {layer_type}" for layer_type, count in Counter(config.layer_types).items())
     rows = [
         ("parameters", f"{parameters:,}"),
@@ -440,15 +441,12 @@ def _body(
         ("length trained on", config.max_position_embeddings),
     ]
     if linear:
-        features = config.feature_dim * (config.feature_dim + 1) // 2
-        if config.coefficients[:2] != (0.0, 0.0):
-            features += config.feature_dim + 1
         rows += [
             ("kernel", f"{config.kernel}, w = c0 + c1 s + c2 s² with {config.coefficients}"),
             ("heads", f"{config.num_attention_heads}, of {config.head_dim}; queries and keys of {config.feature_dim}"),
             (
                 "state of a linear layer",
-                f"{config.num_key_value_heads} x {features} x {config.head_dim + 1} numbers, whatever the length",
+                f"{config.num_key_value_heads} x {config.n_features} x {config.head_dim + 1} numbers, at every length",
             ),
         ]
     parts = [

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from modeling_rebased import ReBasedConfig
+from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
 
 from .files import (
     ConversionError,
@@ -228,7 +229,7 @@ def student_config(
     """
     fields = _model_fields(theirs)
     head_dim, rope = fields["head_dim"], fields["rope_parameters"] or {}
-    linear = set(types) & {"linear_attention", "hybrid_sliding"}
+    linear = set(types) & set(LINEAR_LAYER_TYPES)
     if not linear:
         feature_dim = min(feature_dim, head_dim)
     if not 1 <= feature_dim <= head_dim:

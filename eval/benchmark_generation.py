@@ -45,6 +45,7 @@ def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) 
     from triton.testing import do_bench
 
     from modeling_rebased.attention_rebased import rebased_attention_decode
+    from modeling_rebased.configuration_rebased import n_features
 
     x = torch.empty(2**28, device="cuda")
     y = torch.randn_like(x)
@@ -52,7 +53,7 @@ def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) 
     for batch in (1, 8, 64, 256):
         q, k = (torch.randn(batch, 1, heads, feature_dim, device="cuda").bfloat16() for _ in range(2))
         v = torch.randn(batch, 1, heads, head_dim, device="cuda").bfloat16()
-        shape = (batch, heads, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
+        shape = (batch, heads, n_features(feature_dim), head_dim + 1)
         states = [torch.rand(shape, device="cuda") for _ in range(8 if batch < 256 else 3)]
 
         def step(q=q, k=k, v=v, states=states) -> None:

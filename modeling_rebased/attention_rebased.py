@@ -5,13 +5,12 @@ import itertools
 
 import torch
 
-from .eager_rebased import eager_rebased_attention, eager_rebased_decode, num_features
+from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM, n_features
+from .eager_rebased import eager_rebased_attention, eager_rebased_decode
 from .triton_rebased import triton_rebased_attention, triton_rebased_decode, triton_unavailable_reason
 
 
 BACKENDS = ("auto", "eager", "triton")
-MAX_FEATURE_DIM = 128
-MAX_HEAD_DIM = 256
 
 
 def choose_backend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
@@ -178,7 +177,7 @@ def rebased_attention(
                 )
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
-        features = num_features(feature_dim, coefficients)
+        features = n_features(feature_dim, coefficients)
         _check_state(initial_state, "initial_state", (sequences, k.shape[2], features, v.shape[3] + 1))
 
     options = {"coefficients": coefficients, "scale": scale, "eps": eps}
@@ -240,7 +239,7 @@ def _eager_by_sequence(
     """Packed sequences that bring or leave states: one call a sequence."""
     outputs, states = [], []
     bounds = cu_seqlens.tolist()
-    state_shape = (1, k.shape[2], num_features(q.shape[3], options["coefficients"]), v.shape[3] + 1)
+    state_shape = (1, k.shape[2], n_features(q.shape[3], options["coefficients"]), v.shape[3] + 1)
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         state = initial_state[i : i + 1] if initial_state is not None else None
         if stop > start:
@@ -289,7 +288,7 @@ def rebased_attention_decode(
     _check_tensors(q, k, v, coefficients)
     if q.shape[1] != 1:
         raise ValueError(f"`q` must hold one token, but it holds {q.shape[1]}.")
-    features = num_features(q.shape[3], coefficients)
+    features = n_features(q.shape[3], coefficients)
     _check_state(state, "state", (q.shape[0], k.shape[2], features, v.shape[3] + 1))
     decode = triton_rebased_decode if choose_backend(backend, q, k, v) == "triton" else eager_rebased_decode
     return decode(

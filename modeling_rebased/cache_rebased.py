@@ -13,6 +13,8 @@ import functools
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from .configuration_rebased import RECURRENT_LAYER_TYPES
+
 
 def previous_state(cache: Cache | None, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The contents of a layer's (convolution, recurrence) slots, `None`s before its first token."""
@@ -27,7 +29,7 @@ def previous_state(cache: Cache | None, layer_idx: int) -> tuple[torch.Tensor | 
 def tokens_seen(cache: Cache | None, layer_types: list[str]) -> torch.Tensor | None:
     """The count before this call: int64 [batch, 2, 1], `None` for an empty cache or a model of softmax layers only."""
     for layer_idx, layer_type in enumerate(layer_types):
-        if layer_type not in ("full_attention", "sliding_attention"):
+        if layer_type in RECURRENT_LAYER_TYPES:
             conv_state, recurrent_state = previous_state(cache, layer_idx)
             return recurrent_state if layer_type == "conv" else conv_state
     return None
@@ -41,8 +43,7 @@ def check_cache(cache: Cache, layer_types: list[str]) -> None:
     """
     for layer_idx, layer_type in enumerate(layer_types):
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-        recurrent = layer_type not in ("full_attention", "sliding_attention")
-        if recurrent and not isinstance(layer, LinearAttentionCacheLayerMixin):
+        if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, LinearAttentionCacheLayerMixin):
             raise ValueError(
                 f"`past_key_values` has no recurrent state for layer {layer_idx}, which is {layer_type!r}: it holds "
                 f"{type(layer).__name__}. Make it as `DynamicCache(config=model.config)` or "

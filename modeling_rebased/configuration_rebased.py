@@ -13,6 +13,33 @@ KERNEL_COEFFICIENTS = {"rebased": (0.0, 0.0, 1.0), "based": (1.0, 1.0, 0.5)}
 LAYER_TYPES = ("conv", "linear_attention", "sliding_attention", "full_attention", "hybrid_sliding")
 LINEAR_LAYER_TYPES = ("linear_attention", "hybrid_sliding")
 SOFTMAX_LAYER_TYPES = ("sliding_attention", "full_attention", "hybrid_sliding")
+RECURRENT_LAYER_TYPES = ("conv", "linear_attention", "hybrid_sliding")  # these carry a state from token to token
+MAX_FEATURE_DIM = 128
+MAX_HEAD_DIM = 256
+
+
+def feature_blocks(feature_dim: int, coefficients: tuple[float, float, float]) -> list[int]:
+    """Return the numbers of quadratic, linear and constant features of a key, without those the kernel does not have.
+
+    Args:
+        feature_dim (`int`): F, the size of one head's query or key.
+        coefficients (`tuple[float, float, float]`): (c0, c1, c2) of the kernel; only whether each is zero matters.
+
+    Returns:
+        `list[int]`: F(F+1)/2 if c2 != 0, F if c1 != 0, 1 if c0 != 0, in this order.
+    """
+    sizes = (feature_dim * (feature_dim + 1) // 2, feature_dim, 1)
+    return [size for size, coefficient in zip(sizes, reversed(coefficients)) if coefficient != 0]
+
+
+def n_features(feature_dim: int, coefficients: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> int:
+    """Return the number of features of a key, which is the number of rows of a recurrent state.
+
+    Args:
+        feature_dim (`int`): F, the size of one head's query or key.
+        coefficients (`tuple[float, float, float]`, *optional*, defaults to `(0, 0, 1)`): (c0, c1, c2) of the kernel.
+    """
+    return sum(feature_blocks(feature_dim, coefficients))
 
 
 @strict
@@ -223,6 +250,16 @@ class ReBasedConfig(PreTrainedConfig):
         """(c0, c1, c2) of the kernel."""
         return tuple(float(c) for c in self.kernel_coefficients or KERNEL_COEFFICIENTS[self.kernel])
 
+    @property
+    def n_features(self) -> int:
+        """Rows of the state of a linear layer, per key-value head."""
+        return n_features(self.feature_dim, self.coefficients)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether any layer carries a state from token to token."""
+        return any(layer_type in RECURRENT_LAYER_TYPES for layer_type in self.layer_types)
+
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel plan: by heads, unless a layer needs all heads in one place (a norm across them)."""
         whole = self.qk_norm_scope == "all_heads" and (self.normalize or self.use_gamma or self.use_beta)
@@ -287,11 +324,14 @@ class ReBasedConfig(PreTrainedConfig):
             f"({self.num_key_value_heads}).",
         )
         require(
-            1 <= self.head_dim <= 256,
-            f"`head_dim` must be 1 to 256, but it is {self.head_dim} (`hidden_size`={self.hidden_size}, "
+            1 <= self.head_dim <= MAX_HEAD_DIM,
+            f"`head_dim` must be 1 to {MAX_HEAD_DIM}, but it is {self.head_dim} (`hidden_size`={self.hidden_size}, "
             f"`num_attention_heads`={self.num_attention_heads}).",
         )
-        require(1 <= self.feature_dim <= 128, f"`feature_dim` must be 1 to 128, but got {self.feature_dim}.")
+        require(
+            1 <= self.feature_dim <= MAX_FEATURE_DIM,
+            f"`feature_dim` must be 1 to {MAX_FEATURE_DIM}, but got {self.feature_dim}.",
+        )
         if self.kernel_coefficients is not None:
             c = tuple(self.kernel_coefficients)
             require(

@@ -14,24 +14,7 @@ import math
 
 import torch
 
-
-def num_features(feature_dim: int, coefficients: tuple[float, float, float]) -> int:
-    """Number of rows of the recurrent state.
-
-    Args:
-        feature_dim (`int`): F, the size of one head's query or key.
-        coefficients (`tuple[float, float, float]`): (c0, c1, c2) of the kernel.
-
-    Returns:
-        `int`: F(F+1)/2 if c2 != 0, plus F if c1 != 0, plus 1 if c0 != 0.
-    """
-    return sum(_block_sizes(feature_dim, coefficients))
-
-
-def _block_sizes(feature_dim: int, coefficients: tuple[float, float, float]) -> list[int]:
-    """Rows of each block of the state that is present: quadratic, linear, constant."""
-    sizes = (feature_dim * (feature_dim + 1) // 2, feature_dim, 1)
-    return [size for size, c in zip(sizes, reversed(coefficients)) if c]
+from .configuration_rebased import feature_blocks, n_features
 
 
 def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
@@ -46,7 +29,7 @@ def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> to
         coefficients (`tuple[float, float, float]`): (c0, c1, c2); only whether each is zero matters.
 
     Returns:
-        `torch.Tensor`: [..., num_features(F, coefficients)].
+        `torch.Tensor`: [..., n_features(F, coefficients)].
     """
     c0, c1, c2 = coefficients
     size = x.shape[-1]
@@ -74,7 +57,7 @@ def _query_features(
     """phi(q) times the kernel's coefficients. `weights` (c0, c1, c2) may vary by query: tensors [..., 1]."""
     features = feature_map(q, coefficients)
     present = [w for c, w in zip(reversed(coefficients), reversed(weights)) if c]
-    blocks = features.split(_block_sizes(q.shape[-1], coefficients), dim=-1)
+    blocks = features.split(feature_blocks(q.shape[-1], coefficients), dim=-1)
     return torch.cat([block * weight for block, weight in zip(blocks, present)], dim=-1)
 
 
@@ -171,7 +154,7 @@ def _chunked(
     batch, length, q_heads, feature_dim = q.shape
     kv_heads, head_dim = k.shape[2], v.shape[3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    features = num_features(feature_dim, coefficients)
+    features = n_features(feature_dim, coefficients)
 
     chunk = _chunk_size(length, features)
     with_state = initial_state is not None or output_final_state or length > chunk
@@ -191,7 +174,7 @@ def _chunked(
     state_factor = torch.cat(
         [
             (key_factor**degree).expand(-1, -1, size, -1)
-            for degree, size in zip(degrees, _block_sizes(feature_dim, coefficients))
+            for degree, size in zip(degrees, feature_blocks(feature_dim, coefficients))
         ],
         dim=2,
     )  # [B, H_kv, features, 1]

@@ -710,9 +710,8 @@ class ReBasedPreTrainedModel(PreTrainedModel):
             `dict[str, torch.Tensor | None]`: "linear_attention" [B, T], for all recurrent layers;
             "full_attention" and "sliding_attention", as the attention implementation takes them. `None` masks nothing.
         """
-        types = set(config.layer_types)
         masks = {}
-        if types - {"full_attention", "sliding_attention"}:
+        if config.is_recurrent:
             masks["linear_attention"] = local_padding_mask(attention_mask, inputs_embeds.shape[1])
         for name, build in (
             ("full_attention", create_causal_mask),
@@ -765,7 +764,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self._is_stateful = not set(config.layer_types) <= {"full_attention", "sliding_attention"}
+        self._is_stateful = config.is_recurrent
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.embed_positions = None

@@ -654,7 +654,7 @@ def floor_seconds(run: Run, bandwidth: float = 3.0e12, rate: float = 700e12) -> 
     """What one training step must take at least, by operations and by bytes, given a GPU's two rates.
 
     Operations: a product of [M, K] and [K, N] is 2 M K N, once forward and twice backward; the kernel's state form is
-    counted, F(F + 1)/2 features, written and read for head_dim + 1 columns. Bytes: each tensor between two operations
+    counted, all its features, written and read for head_dim + 1 columns. Bytes: each tensor between two operations
     that cannot be one (projections, convolution, mixer, loss) in bf16, written and read forward, read again backward,
     its gradient written and read: 5 passes.
     """
@@ -663,7 +663,7 @@ def floor_seconds(run: Run, bandwidth: float = 3.0e12, rate: float = 700e12) -> 
     heads, feature_dim, head_dim = config.num_attention_heads, config.feature_dim, config.head_dim
     inner = heads * head_dim
     projections = 2 * d * d + 2 * d * (2 * heads * feature_dim) + 2 * 2 * d * inner
-    kernel = heads * 2 * 2 * (feature_dim * (feature_dim + 1) // 2) * (head_dim + 1)
+    kernel = heads * 2 * 2 * config.n_features * (head_dim + 1)
     operations = 3 * (tokens * (projections + kernel) + asked * 2 * d * run.vocab_size)
     # embedding, convolution's product, its output, q, k, v, mixer's output, its projection, the last norm
     elements = tokens * (5 * d + 2 * heads * feature_dim + 2 * inner)

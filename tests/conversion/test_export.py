@@ -268,6 +268,13 @@ for _name in ("modeling_rebased", "conversion", "tests", "accelerate", "peft", "
 """
 
 
+def test_the_card_states_the_size_of_the_state():
+    """The kernel (0.5, 0, 1) has 36 quadratic features and a constant; it has no linear ones."""
+    config = ReBasedConfig(**SMALL | {"kernel_coefficients": [0.5, 0, 1], "feature_dim": 8, "head_dim": 4})
+    card = model_card(config, 5, name="m", license="mit")
+    assert f"{config.num_key_value_heads} x 37 x 5 numbers" in str(card)
+
+
 def test_verify(tmp_path, source):
     """The one test with a real process, because that takes long: it loads, is alone there, and generates."""
     export(source, tmp_path / "hub", license="mit")

@@ -7,7 +7,8 @@ import torch
 
 from modeling_rebased import rebased_attention
 from modeling_rebased.attention_rebased import rebased_attention_decode
-from modeling_rebased.eager_rebased import feature_map, naive_rebased_attention, num_features
+from modeling_rebased.configuration_rebased import n_features
+from modeling_rebased.eager_rebased import feature_map, naive_rebased_attention
 
 
 REBASED, BASED = (0.0, 0.0, 1.0), (1.0, 1.0, 0.5)
@@ -41,7 +42,7 @@ def test_features_have_the_kernel_as_inner_product(coefficients, feature_dim):
     x, y = torch.randn(7, feature_dim, dtype=torch.double), torch.randn(7, feature_dim, dtype=torch.double)
     present = tuple(float(c != 0) for c in coefficients)
     phi_x, phi_y = feature_map(x, coefficients), feature_map(y, coefficients)
-    assert phi_x.shape[-1] == num_features(feature_dim, coefficients)
+    assert phi_x.shape[-1] == n_features(feature_dim, coefficients)
     s = (x * y).sum(-1)
     torch.testing.assert_close((phi_x * phi_y).sum(-1), present[0] + present[1] * s + present[2] * s**2)
 
@@ -118,7 +119,7 @@ def test_pieces_equal_the_whole(sizes, coefficients):
         outputs.append(o)
         start += size
     assert state.dtype == torch.float32
-    assert state.shape == (2, 2, num_features(16, coefficients), 21)
+    assert state.shape == (2, 2, n_features(16, coefficients), 21)
     assert error(torch.cat(outputs, 1), expected) < 1e-5
 
 

@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.configuration_rebased import LAYER_TYPES, RECURRENT_LAYER_TYPES, n_features
 
 
 CONFIGURATIONS = Path(__file__).parents[2] / "configuration"
@@ -22,6 +24,34 @@ def test_defaults():
     assert not ReBasedConfig(kernel="based").normalize
     assert config.conv_type == "residual" and config.conv_intermediate_size is None
     assert ReBasedConfig(conv_type="gated").conv_intermediate_size == 2 * 768
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "rows"),
+    [((0, 0, 1), 15), ((1, 1, 0.5), 21), ((0.5, 0, 1), 16), ((0.25, 1.0, 1.0), 21), ((2.0, 0, 0), 1)],
+)
+def test_rows_of_a_state(coefficients, rows):
+    """A linear layer stores F(F+1)/2 quadratic features, F linear ones and a constant, where its kernel has them."""
+    config = ReBasedConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        feature_dim=5,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        kernel_coefficients=coefficients,
+    )
+    assert config.n_features == n_features(5, coefficients) == rows
+    cache = ReBasedForCausalLM(config)(torch.tensor([[1, 2]]), use_cache=True).past_key_values
+    assert cache.layers[0].recurrent_states[0].shape == (1, 2, rows, 9)
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_recurrent_layers_are_those_with_a_recurrent_cache(layer_type):
+    config = ReBasedConfig(num_hidden_layers=1, layer_types=[layer_type])
+    layer = DynamicCache(config=config).layers[0]
+    assert config.is_recurrent == isinstance(layer, LinearAttentionCacheLayerMixin)
+    assert config.is_recurrent == (layer_type in RECURRENT_LAYER_TYPES)
 
 
 def test_every_field_is_documented():
