@@ -1,6 +1,7 @@
 """Text to distil on: what the softmax model itself answers to plain requests.
 
-    python -m modeling_rebased.conversion.answers --teacher SmolLM2-135M-Instruct/ --topics text.txt --count 1024 --output answers.npy
+    python -m modeling_rebased.conversion.answers --teacher SmolLM2-135M-Instruct/ --topics text.txt \\
+        --count 1024 --output answers.npy
     python -m modeling_rebased.conversion.distill --stage logits ... --train_file text.txt answers.npy
 
 A student that only reads books forgets how to answer. The requests are templates filled with the longer words of a

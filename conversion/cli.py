@@ -1,6 +1,7 @@
 """rebased-convert: checkpoints of other code into ReBased models, and back.
 
-    rebased-convert COMMAND SOURCE [DESTINATION] [options]      # in a checkout: python -m modeling_rebased.conversion.cli ...
+    rebased-convert COMMAND SOURCE [DESTINATION] [options]
+    python -m modeling_rebased.conversion.cli ...               # the same in a checkout
 
 `rebased-convert COMMAND --help` says what a command takes, with examples. An output appears only when it is complete;
 after an error there is none.

@@ -1,10 +1,10 @@
 """Train what `linearize` started, against the softmax model it came from, with the transformers Trainer.
 
-    python -m modeling_rebased.conversion.distill --stage transfer --teacher SmolLM2/ --student start/ --train_file text.txt \\
-        --output_dir output/transfer --max_steps 1000
+    python -m modeling_rebased.conversion.distill --stage transfer --teacher SmolLM2/ --student start/ \\
+        --train_file text.txt --output_dir output/transfer --max_steps 1000
     python -m modeling_rebased.conversion.distill --stage logits --teacher SmolLM2/ --student output/transfer/final \\
         --train_file text.txt --eval_file held_out.txt --output_dir output/logits --lora_rank 16
-    python -m modeling_rebased.conversion.distill ... --max_seconds 600 --compile True        # the best that ten minutes of a GPU give
+    python -m modeling_rebased.conversion.distill ... --max_seconds 600 --compile True   # the best of ten GPU minutes
     accelerate launch -m modeling_rebased.conversion.distill ...                 # any number of GPUs
 
 (`python -m modeling_rebased.conversion.distill` where the package is installed.) Beside the arguments below every

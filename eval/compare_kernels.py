@@ -3,7 +3,8 @@
 """Time versions of triton_rebased.py against one another, in one run on this machine's GPU.
 
     git show main:modeling_rebased/triton_rebased.py > /tmp/before.py
-    python -m modeling_rebased.eval.compare_kernels /tmp/before.py modeling_rebased/triton_rebased.py --output comparison
+    python -m modeling_rebased.eval.compare_kernels /tmp/before.py modeling_rebased/triton_rebased.py \\
+        --output comparison
 
 Each version is compared with float64 at every length, then timed as `benchmark_kernels` times (same inputs, medians of
 do_bench), and its kernels one by one, by torch.profiler (medians of ten calls, in microseconds: their sum leaves out

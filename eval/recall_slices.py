@@ -7,7 +7,8 @@ language-model results the same way, section 5.2). Linear-attention models lose 
 Zoology leaves out bigrams that are frequent in the training text, since a model may know those by heart. Give that
 text with `--known-text` and a third slice, "known", takes them up.
 
-    python -m modeling_rebased.eval.recall_slices --models DIR_A DIR_B --text book.txt --context 2048 --output eval/results/slices
+    python -m modeling_rebased.eval.recall_slices --models DIR_A DIR_B --text book.txt --context 2048 \\
+        --output eval/results/slices
 
 Memory does not grow with the length of a document's window times the vocabulary: a window goes through the model in
 chunks that continue a cache, or, where a model has none (`--mode hidden`), its last hidden states go through the

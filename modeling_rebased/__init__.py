@@ -24,8 +24,8 @@ from .modeling_rebased import (
 )
 
 
-# A wheel holds conversion, training, eval and configuration inside this package. In a checkout they lie beside it; this
-# line gives them the same names there: modeling_rebased.training and so on.
+# A wheel holds conversion, training, eval and configuration inside this package. In a checkout they lie beside it;
+# this line gives them the same names there: modeling_rebased.training and so on.
 if not (Path(__file__).parent / "training").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 

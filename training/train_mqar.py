@@ -1,7 +1,7 @@
 """Train small models on multi-query associative recall (MQAR): one run, or a sweep over models, sizes and rates.
 
-    python -m modeling_rebased.training.train_mqar --models rebased,based --hidden 64 --lengths 1024 --lrs 1e-3,3e-3 --seeds 0,1 \
-        --output output/mqar.jsonl
+    python -m modeling_rebased.training.train_mqar --models rebased,based --hidden 64 --lengths 1024 --lrs 1e-3,3e-3 \\
+        --seeds 0,1 --output output/mqar.jsonl
 
 The recipe is the authors' (ReBased, section 5.1): 100,000 examples, 64 epochs, batch 512, AdamW with weight decay 0.1
 on every parameter, the learning rate falling along a cosine from epoch to epoch, no warm-up, no clipping; a run stops
