@@ -2,7 +2,7 @@
 
 Then the paper's own task: how much a model of two layers, trained on MQAR, recalls from its context.
 
-    python -m modeling_rebased.eval.demo                 # in a checkout; `make demo` installs what it needs first
+    python -m modeling_rebased.eval.demo                 # `make demo` installs what it needs first
     python -m modeling_rebased.eval.demo --checkpoint FOLDER --prompt "It was"
 """
 

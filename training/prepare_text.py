@@ -2,7 +2,7 @@
 
     apt-get install bible-kjv dict-gcide            # two optional sources; both come as Debian packages
     bible -f 'gen1:1-rev22:21' > kjv.txt            # the King James Bible, one verse a line
-    python -m modeling_rebased.training.prepare_text --text corpus.tar.xz --bible kjv.txt \
+    python -m modeling_rebased.training.prepare_text --text corpus.tar.xz --bible kjv.txt \\
         --dictionary /usr/share/dictd/gcide.dict.dz --output_dir data/english
 
 writes

@@ -3,9 +3,9 @@
     python -m modeling_rebased.training.train_lm RECIPE.yaml --config english-6m --output_dir output/english-6m
     accelerate launch -m modeling_rebased.training.train_lm RECIPE.yaml ...      # any number of GPUs
 
-(`python -m modeling_rebased.training.train_lm` where the package is installed.) RECIPE.yaml, which is optional, holds
-arguments one a line, as `learning_rate: 1.0e-3`; those on the command line win over it. Besides the arguments below,
-every one of transformers' TrainingArguments can be given: --torch_compile, --max_steps, --eval_steps, ...
+RECIPE.yaml, which is optional, holds arguments, one per line, as `learning_rate: 1.0e-3`; those on the command line
+win over it. Besides the arguments below, every one of transformers' TrainingArguments can be given: --torch_compile,
+--max_steps, --eval_steps, ...
 
 A run that was stopped, also by kill -9, goes on from its newest complete checkpoint when the same command is given
 again, and ends with the weights it would have had without the stop. The finished model goes to OUTPUT_DIR/final:
