@@ -7,12 +7,12 @@
     python -m modeling_rebased.conversion.distill ... --max_seconds 600 --compile True   # the best of ten GPU minutes
     accelerate launch -m modeling_rebased.conversion.distill ...                 # any number of GPUs
 
-(`python -m modeling_rebased.conversion.distill` where the package is installed.) Beside the arguments below every
-one of transformers' TrainingArguments can be given. Stage "transfer" teaches each linear layer, by itself, to say what
-the teacher's attention says of the same input; all but its queries, keys, their normalisation and the gate is frozen.
-Stage "logits" teaches the whole student the teacher's distribution of the next token. The same command goes on from
-the newest checkpoint in OUTPUT_DIR. The model goes to OUTPUT_DIR/final, held-out perplexities of teacher and student,
-before and after, to OUTPUT_DIR/perplexity.json, and the losses to OUTPUT_DIR/trainer_state.json.
+Beside the arguments below, every one of transformers' TrainingArguments can be given. Stage "transfer" teaches each
+linear layer, by itself, to say what the teacher's attention says of the same input; all but its queries, keys, their
+normalisation and the gate is frozen. Stage "logits" teaches the whole student the teacher's distribution of the next
+token. The same command goes on from the newest checkpoint in OUTPUT_DIR. The model goes to OUTPUT_DIR/final, held-out
+perplexities of teacher and student, before and after, to OUTPUT_DIR/perplexity.json, and the losses to
+OUTPUT_DIR/trainer_state.json.
 """
 
 import json
