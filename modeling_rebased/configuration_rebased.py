@@ -261,22 +261,31 @@ class ReBasedConfig(PreTrainedConfig):
         return any(layer_type in RECURRENT_LAYER_TYPES for layer_type in self.layer_types)
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """Tensor-parallel plan: by heads, unless a layer needs all heads in one place (a norm across them)."""
+        """Return the tensor-parallel plan of the modules that this model has.
+
+        Attention is split by heads, unless a layer needs all heads in one place (for a norm across them).
+        """
+        types = set(self.layer_types)
         whole = self.qk_norm_scope == "all_heads" and (self.normalize or self.use_gamma or self.use_beta)
         whole = whole or self.softmax_qk_norm  # its gains are all heads', so each process must see all gradients
         column, row = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
-        if "hybrid_sliding" in self.layer_types:  # its gate holds a number for every head
+        if "hybrid_sliding" in types:  # its gate holds a number for every head
             column, row = "colwise_gather_output", "rowwise_split_input"
-        plan = {f"layers.*.self_attn.{name}_proj": column for name in ("q", "k", "v", "window_q", "window_k")}
-        return plan | {
-            "layers.*.self_attn.o_proj": row,
-            "layers.*.conv.proj": "colwise_gather_output",
-            "layers.*.conv.in_proj": "colwise_gather_output",
-            "layers.*.conv.out_proj": "rowwise_split_input",
-            "layers.*.mlp.gate_proj": "colwise",
-            "layers.*.mlp.up_proj": "colwise",
-            "layers.*.mlp.down_proj": "rowwise",
-        }
+        plan = {}
+        if types != {"conv"}:
+            plan |= dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), column)
+            plan["self_attn.o_proj"] = row
+        if "hybrid_sliding" in types:
+            plan |= dict.fromkeys(("self_attn.window_q_proj", "self_attn.window_k_proj"), column)
+        if "conv" in types and self.conv_type == "residual":
+            plan["conv.proj"] = "colwise_gather_output"
+        elif "conv" in types:
+            plan |= {"conv.in_proj": "colwise_gather_output", "conv.out_proj": "rowwise_split_input"}
+        if self.mlp_type == "swiglu":
+            plan["mlp.gate_proj"] = "colwise"
+        if self.mlp_type != "none":
+            plan |= {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        return {f"layers.*.{module}": style for module, style in plan.items()}
 
     def validate_layer_type(self) -> None:
         """Part of `@strict`-powered validation. The library's own, in 5.17, renames "conv" to "linear_attention"."""

@@ -1,3 +1,4 @@
+import itertools
 import re
 from pathlib import Path
 
@@ -52,6 +53,22 @@ def test_recurrent_layers_are_those_with_a_recurrent_cache(layer_type):
     layer = DynamicCache(config=config).layers[0]
     assert config.is_recurrent == isinstance(layer, LinearAttentionCacheLayerMixin)
     assert config.is_recurrent == (layer_type in RECURRENT_LAYER_TYPES)
+
+
+@pytest.mark.parametrize("mlp_type", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("conv_type", ["residual", "gated"])
+@pytest.mark.parametrize("layer_types", [types for n in (1, 2) for types in itertools.combinations(LAYER_TYPES, n)])
+def test_tensor_parallel_plan_names_the_linear_maps_of_the_layers(layer_types, conv_type, mlp_type):
+    """Each entry matches a module, as transformers' own test asks, and each linear map of a layer has an entry."""
+    config = ReBasedConfig(
+        num_hidden_layers=len(layer_types), layer_types=list(layer_types), conv_type=conv_type, mlp_type=mlp_type
+    )
+    with torch.device("meta"):
+        model = ReBasedForCausalLM(config)
+    modules = {re.sub(r"\d+", "*", name): module for name, module in model.named_modules()}
+    maps = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear) and name != "lm_head"}
+    assert {f"model.{name}" for name in config.base_model_tp_plan} == maps
+    assert set(model.tp_plan) <= set(modules)
 
 
 def test_every_field_is_documented():
