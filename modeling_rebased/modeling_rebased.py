@@ -92,32 +92,39 @@ class ReBasedQKNorm(nn.Module):
         return f"{self.size}, normalize={self.normalize}, gamma={gamma}, beta={beta}"
 
 
+def inverse_frequencies(dim: int, config: ReBasedConfig, device: torch.device | None = None) -> torch.Tensor:
+    """Return the frequencies of the rotation of `dim` numbers, float32 [dim / 2]."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponent
+
+
 class ReBasedRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary position embeddings, of every kind that transformers knows.
+    """Cosines and sines of rotary position embeddings for softmax layers, of every kind that transformers knows.
 
     Args:
-        config (`ReBasedConfig`): its `rope_parameters` say which kind.
-        dim (`int`): size of one head's queries and keys: `head_dim` in softmax layers, `feature_dim` in linear ones.
+        config (`ReBasedConfig`): its `rope_parameters` say which kind, its `head_dim` the size.
+        device (`torch.device`, *optional*): where the frequencies are computed.
     """
 
-    def __init__(self, config: ReBasedConfig, dim: int):
+    def __init__(self, config: ReBasedConfig, device: torch.device | None = None):
         super().__init__()
         self.config = config
-        self.dim = dim
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        if self.rope_type == "default":
-            inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
-        else:  # of head_dim, which the configuration has checked to be `dim`
-            inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config)
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config, device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
-    def compute_default_rope_parameters(self, config: ReBasedConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies, float32 [dim / 2], and the factor of cos and sin, 1."""
-        exponent = torch.arange(0, self.dim, 2, dtype=torch.float) / self.dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: ReBasedConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """Return the inverse frequencies, float32 [head_dim / 2], and the factor of cos and sin, 1."""
+        return inverse_frequencies(config.head_dim, config, device), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -126,6 +133,21 @@ class ReBasedRotaryEmbedding(nn.Module):
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         emb = torch.cat((freqs, freqs), dim=-1)
         return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
+
+
+class ReBasedLinearRotaryEmbedding(ReBasedRotaryEmbedding):
+    """The same for linear layers, whose queries and keys have `feature_dim` numbers per head.
+
+    Kinds other than "default" are computed from `head_dim`. The configuration allows them only where the two sizes
+    are equal.
+    """
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: ReBasedConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """Return the inverse frequencies, float32 [feature_dim / 2], and the factor of cos and sin, 1."""
+        return inverse_frequencies(config.feature_dim, config, device), 1.0
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -774,9 +796,9 @@ class ReBasedModel(ReBasedPreTrainedModel):
         self.norm = build_norm(config)
         self.rotary_emb = self.linear_rotary_emb = None
         if config.position_embedding_type == "rope":
-            self.rotary_emb = ReBasedRotaryEmbedding(config, config.head_dim)
+            self.rotary_emb = ReBasedRotaryEmbedding(config)
             if config.rope_linear_attention:
-                self.linear_rotary_emb = ReBasedRotaryEmbedding(config, config.feature_dim)
+                self.linear_rotary_emb = ReBasedLinearRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 

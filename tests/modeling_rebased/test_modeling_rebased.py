@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import DataCollatorWithFlattening, DynamicCache, LlamaConfig, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_rebased import (
     ReBasedConfig,
@@ -15,7 +16,7 @@ from modeling_rebased import (
     ReBasedForTokenClassification,
 )
 from modeling_rebased.eager_rebased import naive_rebased_attention
-from modeling_rebased.modeling_rebased import ReBasedQKNorm
+from modeling_rebased.modeling_rebased import ReBasedLinearRotaryEmbedding, ReBasedQKNorm, ReBasedRotaryEmbedding
 from tests.modeling_rebased.cases import MODELS, RECURRENT, make_config, make_ids, make_model
 
 
@@ -391,3 +392,23 @@ def test_question_answering_head():
 def test_recurrent_models_say_so():
     assert all(make_model(name)._is_stateful for name in RECURRENT)
     assert not make_model("softmax")._is_stateful
+
+
+@pytest.mark.parametrize(
+    ("rotary", "size"), [(ReBasedRotaryEmbedding, "head_dim"), (ReBasedLinearRotaryEmbedding, "feature_dim")]
+)
+def test_rotary_embedding_is_the_librarys(rotary, size):
+    """Llama's class gives the same cosines and sines for a head of the same size."""
+    config = make_config("every_type", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    llama = LlamaRotaryEmbedding(LlamaConfig(head_dim=getattr(config, size), rope_parameters=config.rope_parameters))
+    x, positions = torch.zeros(1), torch.tensor([[0, 1, 5, 60], [3, 3, 9, 2]])
+    for actual, expected in zip(rotary(config, device="cpu")(x, positions), llama(x, positions)):
+        assert torch.equal(actual, expected)
+
+
+def test_rotary_embedding_scaled_as_the_library_does():
+    parameters = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+    config = make_config("every_type", rope_parameters=parameters, feature_dim=12)
+    llama = LlamaRotaryEmbedding(LlamaConfig(head_dim=12, rope_parameters=parameters))
+    for rotary in (ReBasedRotaryEmbedding, ReBasedLinearRotaryEmbedding):
+        assert torch.equal(rotary(config).inv_freq, llama.inv_freq)
