@@ -41,8 +41,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from modeling_rebased.eval import mqar
 
+from . import mqar
 from .fused_loss import linear_cross_entropy
 
 

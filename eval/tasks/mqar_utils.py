@@ -1,27 +1,19 @@
-"""The data of the `mqar` tasks: made from a seed, nothing is downloaded.
-
-lm-eval loads this file by its path, outside any package, so the generator beside the tasks is loaded the same way.
-"""
+"""The data of the `mqar` tasks: made from a seed, nothing is downloaded."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 from datasets import Dataset
 
 
-def _load_generator() -> ModuleType:
-    path = Path(__file__).resolve().parent.parent / "mqar.py"
-    name = "rebased_mqar_generator"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up while it loads
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+# lm-eval loads this file by its path. Its console script does not find a checkout that is not installed.
+if importlib.util.find_spec("modeling_rebased") is None:
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from modeling_rebased.training import mqar
 
 
 def mqar_dataset(
@@ -36,7 +28,6 @@ def mqar_dataset(
         queries: how many of a sequence's num_pairs queries are asked, chosen from the seed.
         **_: what lm-eval adds to the metadata of a run.
     """
-    mqar = _load_generator()
     spec = mqar.MQARSpec(length=int(length), num_pairs=int(num_pairs))
     examples = mqar.make_examples(spec, int(num_examples), seed=int(seed), split="test")
     chosen = mqar.query_subset(spec, int(num_examples), int(queries), seed=int(seed))

@@ -7,8 +7,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from modeling_rebased.eval import mqar
 from modeling_rebased.eval.tasks import tasks_path
+from modeling_rebased.training import mqar
 
 
 pytest.importorskip("lm_eval")

@@ -9,8 +9,7 @@ import time
 import pytest
 import torch
 
-from modeling_rebased.eval import mqar
-from modeling_rebased.training import train_mqar
+from modeling_rebased.training import mqar, train_mqar
 from modeling_rebased.training.train_mqar import (
     MODELS,
     FastTrainer,

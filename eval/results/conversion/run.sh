@@ -91,7 +91,7 @@ if [[ $parts == *compare* ]]; then
     for variant in $variants; do students+=(--student "$variant=$work/$variant"); done
     said "comparing"
     # Expandable segments make caches that grow with every token slow.
-    timeout "$(left)" env -u PYTORCH_CUDA_ALLOC_CONF python3 -m modeling_rebased.eval.compare_students "$out" \
+    timeout "$(left)" env -u PYTORCH_CUDA_ALLOC_CONF python3 -m modeling_rebased.conversion.compare_students "$out" \
         --teacher "$work/teacher" "${students[@]}" --text "$held_out" --text "$other" \
         --lengths "$length" $((2 * length)) --max-seconds $(($(left) - 10)) --new-tokens 100 ${COMPARE:-} \
         > "$work/logs/compare.log" 2>&1

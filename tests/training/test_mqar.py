@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_rebased.eval import mqar
-from modeling_rebased.eval.mqar import (
+from modeling_rebased.training import mqar
+from modeling_rebased.training.mqar import (
     MQARSpec,
     build_tokenizer,
     check_leakage,

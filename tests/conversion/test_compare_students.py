@@ -11,9 +11,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.conversion import linearize
 from modeling_rebased.conversion.answers import REQUESTS, chat, requests, sample_answers, topics
+from modeling_rebased.conversion.compare_students import (
+    PROMPTS,
+    decode_speed,
+    judged_by,
+    load,
+    main,
+    repeated,
+    stages_of,
+)
 from modeling_rebased.conversion.distill import Blocks, perplexity
 from modeling_rebased.conversion.distill import main as distill
-from modeling_rebased.eval.compare_students import PROMPTS, decode_speed, judged_by, load, main, repeated, stages_of
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 

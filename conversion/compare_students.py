@@ -1,6 +1,6 @@
 """Compare linearized models with the softmax model that they came from: perplexity, answers, decoding at length.
 
-    python -m modeling_rebased.eval.compare_students output/ --teacher teacher/ --student pure=output/pure \\
+    python -m modeling_rebased.conversion.compare_students output/ --teacher teacher/ --student pure=output/pure \\
         --student hybrid=output/hybrid --text heldout.txt --text other.txt
 
 A student's folder may hold start/, which `linearize` made, and transfer/ and logits/, the output folders of
@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_rebased.conversion.answers import chat
-from modeling_rebased.conversion.distill import Blocks, perplexity
+from .answers import chat
+from .distill import Blocks, perplexity
 
 
 STAGES = {"start": "start", "transfer": "transfer/final", "logits": "logits/final"}

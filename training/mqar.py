@@ -8,7 +8,7 @@ Every number is a hash of (seed, split, example, draw) and not the next state of
 the same whether it is made alone, in a batch or among 100,000, on a CPU or on a GPU, and two processes agree
 without talking.
 
-    python -m modeling_rebased.eval.mqar --length 2048 --examples 100000 --leakage
+    python -m modeling_rebased.training.mqar --length 2048 --examples 100000 --leakage
 """
 
 from __future__ import annotations
