@@ -63,11 +63,12 @@ def test_tensor_parallel_plan_names_the_linear_maps_of_the_layers(layer_types, c
     config = ReBasedConfig(
         num_hidden_layers=len(layer_types), layer_types=list(layer_types), conv_type=conv_type, mlp_type=mlp_type
     )
+    plan = set(config.base_model_tp_plan) - {"embed_tokens"}  # which transformers 5.17 adds for a tied head
     with torch.device("meta"):
         model = ReBasedForCausalLM(config)
     modules = {re.sub(r"\d+", "*", name): module for name, module in model.named_modules()}
     maps = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear) and name != "lm_head"}
-    assert {f"model.{name}" for name in config.base_model_tp_plan} == maps
+    assert {f"model.{name}" for name in plan} == maps
     assert set(model.tp_plan) <= set(modules)
 
 
