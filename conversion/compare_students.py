@@ -10,7 +10,8 @@ from there, others are measured here. Writes, as they come,
     OUTPUT/results.json    all numbers and answers
     OUTPUT/report.md       perplexities of every stage, decoding speed and memory, and how fluent the answers are
     OUTPUT/answers.md      the answers of all models to twenty prompts, side by side
-    OUTPUT/curves.png      the losses of training, where matplotlib is installed
+
+`python -m modeling_rebased.eval.plots OUTPUT` draws the losses of training, which are in results.json.
 
 On a GPU perplexities are in float32 with TF32 products, the rest is in bfloat16. Answers are greedy with a repetition
 penalty of 1.1, the same for all; decoding goes step by step with the cache of transformers, after a context of which
@@ -279,29 +280,6 @@ def side_by_side(results: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def plot_curves(curves: list[dict[str, Any]], path: Path) -> None:
-    """The losses of both stages of all students."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    stages = list(dict.fromkeys(curve["stage"] for curve in curves))
-    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
-    names = {"transfer": "relative error of attention outputs", "logits": "loss of the logits"}
-    for axis, stage in zip(axes[0], stages):
-        for curve in curves:
-            if curve["stage"] == stage:
-                axis.plot(curve["tokens"], curve["losses"], label=curve["model"])
-        axis.set_xlabel("tokens")
-        axis.set_ylabel(names.get(stage, "loss"))
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def read_training(model: str, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """What `conversion.distill` left of each stage.
 
@@ -375,11 +353,6 @@ class Comparison:
         """Measure everything; what fails is noted, and what comes after it is measured all the same."""
         end = time.monotonic() + self.arguments.max_seconds
         self.write()
-        if self.results.get("curves"):
-            try:
-                plot_curves(self.results["curves"], self.arguments.output / "curves.png")
-            except ImportError:
-                print("no curves.png: matplotlib is not installed")
         # What matters most comes first: the finished models, and only then the stages before.
         last = [(name, list(stages)[-1]) for name, stages in self.models.items()]
         before = [(name, stage) for name, stages in self.models.items() for stage in list(stages)[:-1]]

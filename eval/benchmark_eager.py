@@ -2,11 +2,12 @@
 
     python -m modeling_rebased.eval.benchmark_eager --output eval/results/eager
 
-Prints a table and writes `eager.csv` and `eager.png` to the output folder. Every time is a median; the chunked result
-is compared with the quadratic one in float64 before it is timed.
+Prints a table and writes `eager.csv`, `machine.json` and `eager.png` to the output folder. Every time is a median; the
+chunked result is compared with the quadratic one in float64 before it is timed.
 """
 
 import argparse
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from modeling_rebased import rebased_attention
 from modeling_rebased.eager_rebased import naive_rebased_attention
 
+from .plots import plot_eager
 from .timing import median_ms, write_csv
 
 
@@ -76,27 +78,6 @@ def print_row(row: dict[str, float | None]) -> None:
     )
 
 
-def plot(rows: list[dict[str, float | None]], path: Path, title: str) -> None:
-    """Draw milliseconds over tokens, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name in ("chunked", "quadratic", "chunked fwd+bwd", "quadratic fwd+bwd"):
-        points = [(row["tokens"], row[name]) for row in rows if row[name] is not None]
-        style = "-o" if name.startswith("chunked") else "--s"
-        axes.loglog(*zip(*points), style, base=2, label=name)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("ms")
-    axes.set_title(title, fontsize=9)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Time every length, and write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,7 +95,7 @@ def main() -> None:
     sizes = (arguments.heads, arguments.feature_dim, arguments.head_dim)
     check(*sizes)
     title = (
-        f"fp32, batch 1, {sizes[0]} heads, F={sizes[1]}, D={sizes[2]}; {arguments.threads} threads of "
+        f"float32, batch 1, {sizes[0]} heads, F = {sizes[1]}, D = {sizes[2]}; {arguments.threads} threads of "
         f"{platform.machine()}, torch {torch.__version__}"
     )
     print(title)
@@ -126,7 +107,8 @@ def main() -> None:
         print_row(rows[-1])
     if arguments.output is not None:
         write_csv(rows, arguments.output / "eager.csv")
-        plot(rows, arguments.output / "eager.png", title)
+        (arguments.output / "machine.json").write_text(json.dumps({"title": title}, indent=2) + "\n")
+        plot_eager(rows, title, arguments.output / "eager.png")
         print(f"Wrote {arguments.output / 'eager.csv'} and {arguments.output / 'eager.png'}")
 
 

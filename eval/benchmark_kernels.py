@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
+from .plots import kernels_title, plot_kernels
 from .timing import write_csv
 
 
@@ -262,28 +263,6 @@ def profile(arguments: argparse.Namespace) -> None:
     torch.cuda.profiler.stop()
 
 
-def plot(rows: list[dict], title: str, path: Path) -> None:
-    """Time against T, log-log, with the memory floor as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
-    for axis, kind, label in zip(axes, ("forward", "training"), ("forward", "forward + backward")):
-        for name in dict.fromkeys(row["method"] for row in rows):
-            mine = [row for row in rows if row["method"] == name]
-            axis.plot([r["T"] for r in mine], [r[f"{kind}_ms"] for r in mine], marker="o", label=name)
-        mine = [row for row in rows if row["method"] == "rebased"]
-        axis.plot([r["T"] for r in mine], [r[f"floor_{kind}_ms"] for r in mine], "k--", label="memory floor")
-        axis.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="ms", title=label)
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     """Check every method against the definition, time it, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -303,6 +282,7 @@ def main() -> None:
         return
     command = " ".join(["python -m modeling_rebased.eval.benchmark_kernels", *sys.argv[1:]])
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
+    machine |= {"tokens": arguments.tokens, "head_dim": arguments.head_dim}
     rates = ceilings()
     machine |= rates
     print(
@@ -322,8 +302,8 @@ def write(rows: list[dict], machine: dict, arguments: argparse.Namespace) -> Non
     """Write kernels.csv, machine.json and kernels.png."""
     write_csv(rows, arguments.output / "kernels.csv")
     (arguments.output / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
-    title = f"{machine['gpu']}, {arguments.tokens} tokens, {arguments.heads} heads, D {arguments.head_dim}, bfloat16"
-    plot(rows, title, arguments.output / "kernels.png")
+    title = kernels_title(rows, machine, arguments.head_dim, arguments.tokens)
+    plot_kernels(rows, title, arguments.output / "kernels.png")
 
 
 if __name__ == "__main__":

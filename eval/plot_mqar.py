@@ -1,11 +1,15 @@
-"""Figure 1 of the ReBased paper from our results: accuracy on MQAR over the hidden size, a panel a length.
+"""Draw Figure 1 of the ReBased paper from results of this repository: the accuracy on MQAR by length and hidden size.
 
     python -m modeling_rebased.eval.plot_mqar eval/results/mqar/*.jsonl --output eval/results/mqar
 
-A point is the mean over seeds of the best learning rate's accuracy (the rate with the highest mean), a bar the lowest
-and highest seed. A seed that was trained again, in another file, counts once, with the mean of its runs. Points read
-off the authors' figure stand beside ours, hollow. Runs with fewer epochs than the paper's 64 that did not reach their
-goal are marked: they do not reproduce a cell.
+A cell is one model at one length and hidden size. Of its learning rates those with the most seeds are compared, and
+the one with the highest mean accuracy counts. A seed that was trained again, in another file, counts once, with the
+mean of its runs. A run that was cut off before it reached the paper's goal of 99% is drawn nowhere. Values read off
+the authors' figure stand beside ours. Runs that were planned for fewer epochs than the paper's 64 and did not reach
+the goal are marked: they do not reproduce a cell.
+
+Writes figure_1.png and figure_1.md (every cell), curves.png (accuracy by epoch) and differences.md (ReBased against
+Based with a confidence interval).
 """
 
 from __future__ import annotations
@@ -13,17 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .plots import color_of, label_of, new_figure, save
+
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 HIDDEN = (64, 128, 256, 512)
+PAPER_PAIRS = {length: 16 if length == 128 else length // 4 for length in LENGTHS}
 
-# Read off the authors' Figure 1. The cells that are not listed are 0.97 or above for both; those are not drawn, since
-# nothing more exact is known of them.
+# Read off the authors' Figure 1. Of ReBased and Based, the cells that are not listed are 0.97 or above.
 PUBLISHED: dict[str, dict[tuple[int, int], float]] = {
     "rebased": {
         (512, 64): 0.89,
@@ -43,51 +50,62 @@ PUBLISHED: dict[str, dict[tuple[int, int], float]] = {
     },
     "softmax": {(length, hidden): 1.0 for length in LENGTHS for hidden in HIDDEN},
 }
-# The figure's models, then those that it shows where there are results of them, then what the curves alone show.
-COLORS = {
-    "rebased": "tab:red",
-    "based": "tab:blue",
-    "softmax": "tab:gray",
-    "rebased_3_heads": "tab:green",
-    "based_3_heads": "tab:purple",
-    "rebased_6_heads": "tab:olive",
-    "x2": "tab:orange",
-    "normalized": "tab:brown",
-    "gamma": "tab:pink",
-    "gamma_beta": "tab:cyan",
-}
-WIDE_HEADS = ("rebased_3_heads", "based_3_heads")  # not the paper's
-# Where ours of one hidden size are drawn, so that they do not hide one another: factors of it.
-BESIDE = {"rebased": 0.96, "based": 1.04, "rebased_3_heads": 0.93, "based_3_heads": 1.07}
-STYLES = {5e-4: "-.", 1e-3: ":", 3e-3: "-", 1e-2: "--"}  # of the curves, by learning rate
+# Models in the order in which pictures and tables show them. Figure 1 leaves out the steps of the ablation.
+FIGURE_MODELS = ("rebased", "based", "softmax", "rebased_3_heads", "based_3_heads", "rebased_6_heads")
+ORDER = (*FIGURE_MODELS, "x2", "normalized", "gamma", "gamma_beta")
+SEED_LINES = ("-", "--", ":", "-.", (0, (9, 3)))  # of the curves, by seed
+SEED_MARKERS = ("o", "s", "^", "D", "v")  # of the points of Figure 1, by seed
 PAPER_EPOCHS = 64
 PAPER_GOAL = 0.99  # the accuracy at which the authors stop a run
 
 
 @dataclass
 class Cell:
-    """One model at one length and hidden size."""
+    """The results of one model at one length and hidden size."""
 
     model: str
     length: int
     hidden: int
+    pairs: int | None
     lr: float
-    accuracies: list[float]  # one a seed, the mean of its runs
+    by_seed: dict[int, float]  # the accuracy of each seed, the mean of its runs
     runs: int  # more than seeds where some were repeated
     epochs: int  # the most that a seed trained
     complete: bool  # every seed trained the paper's epochs or reached its goal
 
     @property
+    def accuracies(self) -> list[float]:
+        """Return the accuracy of each seed, in the order of the seeds."""
+        return list(self.by_seed.values())
+
+    @property
     def mean(self) -> float:
-        return sum(self.accuracies) / len(self.accuracies)
+        """Return the mean over the seeds."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def paper(self) -> float | None:
+        """Return the authors' number, where it was read off their figure and the task is theirs."""
+        if self.pairs not in (None, PAPER_PAIRS.get(self.length)):
+            return None
+        return PUBLISHED.get(self.model, {}).get((self.length, self.hidden))
+
+    @property
+    def paper_text(self) -> str:
+        """Return the authors' number as a table shows it, empty where they have none."""
+        if self.paper is not None:
+            return f"{self.paper:.2f}"
+        theirs = self.length in LENGTHS and self.hidden in HIDDEN
+        theirs = theirs and self.pairs in (None, PAPER_PAIRS[self.length])
+        return "≥ 0.97" if theirs and self.model in ("rebased", "based") else ""
 
 
 def read_runs(paths: list[str | Path]) -> list[dict[str, Any]]:
     """Read results, whatever the order of the files.
 
-    Of the lines that one file has for a run, the newest counts. Files may hold the same run: every finished one is
-    returned, a repeat beside the first; of those that were all cut off, the one that got furthest. Lines that are no
-    results, such as the timings of `train_mqar --time-steps`, are passed over.
+    Of the lines that one file has for a run, the newest counts. If several files hold the same run, every finished one
+    is returned: a repeat stands beside the first. If all of them were cut off, the one that got furthest is returned.
+    Lines that are no results, such as the timings of `train_mqar --time-steps`, are passed over.
     """
     newest: dict[tuple, dict[str, Any]] = {}
     for path in paths:
@@ -109,170 +127,229 @@ def read_runs(paths: list[str | Path]) -> list[dict[str, Any]]:
     return runs
 
 
-def seed_accuracies(runs: list[dict[str, Any]]) -> list[float]:
-    """The accuracy of each seed, the mean of its runs."""
+def is_unfinished(run: dict[str, Any]) -> bool:
+    """Tell whether a run was cut off before it reached the paper's goal."""
+    return bool(run.get("stopped")) and run["accuracy"] < PAPER_GOAL
+
+
+def seed_accuracies(runs: list[dict[str, Any]]) -> dict[int, float]:
+    """Return the accuracy of each seed, the mean of its runs."""
     by_seed: dict[int, list[float]] = defaultdict(list)
     for run in runs:
         by_seed[run["seed"]].append(run["accuracy"])
-    return [sum(by_seed[seed]) / len(by_seed[seed]) for seed in sorted(by_seed)]
+    return {seed: statistics.fmean(by_seed[seed]) for seed in sorted(by_seed)}
 
 
 def cells(runs: list[dict[str, Any]]) -> list[Cell]:
-    """Choose each cell's best learning rate, among runs of the longest training that the cell has.
+    """Choose each cell's learning rate, among the finished runs of the longest training that the cell has.
 
-    Runs given up in a race or at a deadline count only where the cell has nothing else.
+    The rates with the most seeds are compared by their means over seeds: the best of many seeds at one rate would
+    otherwise stand against a single lucky one at another.
     """
     by_cell: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
-        by_cell[run["model"], run["length"], run["hidden"]].append(run)
+        if not is_unfinished(run):
+            by_cell[run["model"], run["length"], run["hidden"], run.get("pairs")].append(run)
     result = []
-    for (model, length, hidden), group in sorted(by_cell.items()):
-        finished = [run for run in group if not run.get("stopped")] or group
-        epochs = max(run["epochs"] for run in finished)
+    for (model, length, hidden, pairs), group in by_cell.items():
+        epochs = max(run["epochs"] for run in group)
         by_rate: dict[float, list[dict[str, Any]]] = defaultdict(list)
-        for run in finished:
+        for run in group:
             if run["epochs"] == epochs:
                 by_rate[run["lr"]].append(run)
 
-        def mean(lr: float, by_rate=by_rate) -> float:
+        def worth(lr: float, by_rate=by_rate) -> tuple[int, float]:
             accuracies = seed_accuracies(by_rate[lr])
-            return sum(accuracies) / len(accuracies)
+            return len(accuracies), statistics.fmean(accuracies.values())
 
-        lr = max(by_rate, key=mean)
+        lr = max(by_rate, key=worth)
         chosen = by_rate[lr]
         complete = all(run["epochs_trained"] >= PAPER_EPOCHS or run["accuracy"] >= PAPER_GOAL for run in chosen)
         trained = max(run["epochs_trained"] for run in chosen)
-        result.append(Cell(model, length, hidden, lr, seed_accuracies(chosen), len(chosen), trained, complete))
-    return result
+        accuracies = seed_accuracies(chosen)
+        result.append(Cell(model, length, hidden, pairs, lr, accuracies, len(chosen), trained, complete))
+    return sorted(result, key=lambda cell: (cell.length, cell.hidden, _place(cell.model)))
+
+
+def _place(model: str) -> tuple[int, str]:
+    """Return what models are sorted by."""
+    return (ORDER.index(model) if model in ORDER else len(ORDER), model)
 
 
 def markdown(found: list[Cell]) -> str:
-    """Our cells as a table, the authors' number beside each."""
+    """Return the cells as a table in Markdown, the authors' number beside each."""
     lines = [
-        "| length | hidden | model | ours, mean | lowest to highest | seeds | epochs | best rate | paper |",
+        "| length | hidden | model | mean accuracy | lowest to highest seed | seeds | epochs | best rate | paper |",
         "| --: | --: | --- | --: | --: | --: | --: | --: | --: |",
     ]
-    for cell in sorted(found, key=lambda c: (c.length, c.hidden, c.model)):
-        paper = PUBLISHED.get(cell.model, {}).get((cell.length, cell.hidden))
-        if paper is not None:
-            text = f"{paper:.2f}"
-        else:
-            text = "≥ 0.97" if cell.model in ("rebased", "based") else ""
+    for cell in found:
         spread = f"{min(cell.accuracies):.3f} to {max(cell.accuracies):.3f}" if len(cell.accuracies) > 1 else ""
         seeds = len(cell.accuracies)
         count = f"{seeds}" if cell.runs == seeds else f"{seeds} ({cell.runs} runs)"
         epochs = f"{cell.epochs}" if cell.complete else f"{cell.epochs} of {PAPER_EPOCHS}"
         lines.append(
-            f"| {cell.length} | {cell.hidden} | {cell.model} | {cell.mean:.3f} | {spread} | {count} "
-            f"| {epochs} | {cell.lr:g} | {text} |"
+            f"| {cell.length:,} | {cell.hidden} | {label_of(cell.model)} | {cell.mean:.3f} | {spread} | {count} "
+            f"| {epochs} | {cell.lr:g} | {cell.paper_text} |"
+        )
+    return "\n".join(lines)
+
+
+@dataclass
+class Difference:
+    """The mean of one sample less that of another, with Welch's 95% interval and the p value of no difference."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+def welch(first: list[float], second: list[float]) -> Difference:
+    """Compare the means of two samples whose variances may differ (Welch's t test, two-sided).
+
+    Args:
+        first: at least two numbers.
+        second: at least two numbers.
+    """
+    from scipy.stats import ttest_ind
+
+    test = ttest_ind(first, second, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    mean = statistics.fmean(first) - statistics.fmean(second)
+    return Difference(mean, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def differences(found: list[Cell]) -> str:
+    """Return a table in Markdown of ReBased less Based, for the sizes at which both have two seeds or more."""
+    lines = [
+        "| length | hidden | seeds | ReBased, mean ± standard deviation | Based, mean ± standard deviation "
+        "| difference | 95% interval | p |",
+        "| --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    by_size = {(cell.model, cell.length, cell.hidden, cell.pairs): cell for cell in found}
+    for cell in found:
+        other = by_size.get(("based", cell.length, cell.hidden, cell.pairs))
+        if cell.model != "rebased" or other is None or min(len(cell.accuracies), len(other.accuracies)) < 2:
+            continue
+        spread = [f"{one.mean:.3f} ± {statistics.stdev(one.accuracies):.3f}" for one in (cell, other)]
+        seeds = " and ".join(str(count) for count in dict.fromkeys((len(cell.accuracies), len(other.accuracies))))
+        found_difference = welch(cell.accuracies, other.accuracies)
+        lines.append(
+            f"| {cell.length:,} | {cell.hidden} | {seeds} | {spread[0]} | {spread[1]} | {found_difference.mean:+.3f} "
+            f"| {found_difference.low:+.2f} to {found_difference.high:+.2f} | {found_difference.p_value:.2f} |"
         )
     return "\n".join(lines)
 
 
 def plot(found: list[Cell], path: str | Path) -> None:
-    """Draw the figure: ours filled, the authors' hollow and dashed, incomplete cells as triangles."""
-    import matplotlib
+    """Draw a panel per trained length: each seed as a point, the mean as a bar, the authors' number as a star.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    A panel holds the hidden sizes that were trained there and, at each, its models side by side.
+    """
+    from matplotlib.lines import Line2D
 
-    shown = {*PUBLISHED, *(cell.model for cell in found if cell.model in WIDE_HEADS)}
-    colors = {model: color for model, color in COLORS.items() if model in shown}
-    lengths = sorted(
-        {cell.length for cell in found} | {length for points in PUBLISHED.values() for length, _ in points}
+    shown = [cell for cell in found if cell.model in FIGURE_MODELS] or found
+    lengths = sorted({cell.length for cell in shown})
+    panels = [[cell for cell in shown if cell.length == length] for length in lengths]
+    slots = [len(panel) + len({cell.hidden for cell in panel}) for panel in panels]
+    figure, axes = new_figure(
+        1, len(lengths), 3.0, 3.9, sharey=True, gridspec_kw={"width_ratios": [max(3, count) for count in slots]}
     )
-    figure, axes = pyplot.subplots(1, len(lengths), figsize=(3 * len(lengths), 3.4), sharey=True, layout="constrained")
-    for axis, length in zip(axes, lengths):
-        for model, color in colors.items():
-            points = {h: a for (n, h), a in PUBLISHED.get(model, {}).items() if n == length}
-            axis.plot(
-                sorted(points), [points[h] for h in sorted(points)], "--o", color=color, mfc="white", alpha=0.6, lw=1
-            )
-            ours = sorted((c for c in found if c.model == model and c.length == length), key=lambda c: c.hidden)
-            for shape, complete in (("o", True), ("^", False)):
-                part = [cell for cell in ours if cell.complete == complete]
-                axis.errorbar(
-                    [cell.hidden * BESIDE.get(model, 1) for cell in part],
-                    [cell.mean for cell in part],
-                    yerr=[
-                        [cell.mean - min(cell.accuracies) for cell in part],
-                        [max(cell.accuracies) - cell.mean for cell in part],
-                    ],
-                    fmt=shape,
-                    color=color,
-                    capsize=3,
+    for axis, length, panel in zip(axes[0], lengths, panels):
+        place, ticks = 0.0, []
+        for hidden in sorted({cell.hidden for cell in panel}):
+            here = [cell for cell in panel if cell.hidden == hidden]
+            ticks.append((place + (len(here) - 1) / 2, f"hidden size {hidden}"))
+            for offset, cell in enumerate(here):
+                x = place + offset
+                color = color_of(cell.model)
+                axis.plot(
+                    [x - 0.3, x + 0.3], [cell.mean] * 2, color=color, lw=2.5, alpha=0.9 if cell.complete else 0.4
                 )
-        axis.set_xscale("log", base=2)
-        axis.set(title=f"length {length}", xlabel="hidden size", xticks=HIDDEN, xticklabels=HIDDEN, ylim=(-0.03, 1.05))
-        axis.set_xlim(HIDDEN[0] / 1.3, HIDDEN[-1] * 1.3)
-    axes[0].set_ylabel("accuracy")
-    handles = [pyplot.Line2D([], [], color=color, marker="o", ls="", label=model) for model, color in colors.items()]
-    handles.append(pyplot.Line2D([], [], color="black", marker="o", ls="", label="ours"))
-    if not all(cell.complete for cell in found if cell.model in shown):
-        label = f"ours, fewer than {PAPER_EPOCHS} epochs"
-        handles.append(pyplot.Line2D([], [], color="black", marker="^", ls="", label=label))
-    label = "paper, read off its figure"
-    handles.append(pyplot.Line2D([], [], color="black", marker="o", mfc="white", ls="--", label=label))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+                for i, (seed, accuracy) in enumerate(cell.by_seed.items()):
+                    shift = 0.11 * (i - (len(cell.by_seed) - 1) / 2)
+                    marker = SEED_MARKERS[seed % len(SEED_MARKERS)]
+                    axis.plot(x + shift, accuracy, marker, color=color, ms=5, alpha=0.75, mec="white", mew=0.5)
+                if cell.paper is not None:
+                    axis.plot(x + 0.38, cell.paper, "*", mfc="white", mec=color, ms=11)
+                label = label_of(cell.model).replace(", ", "\n") + ("" if cell.complete else f"\n{cell.epochs} epochs")
+                axis.text(x, -0.06, label, color=color, fontsize=8, ha="center", va="top")
+            place += len(here) + 0.6
+        axis.set_xlim(-0.7, place - 0.9)
+        axis.set_ylim(-0.02, 1.03)
+        axis.set_title(f"length {length:,}, " + ", ".join(name for _, name in ticks), fontsize=9)
+        axis.set_xticks([])
+        axis.set_xlabel(" \n ", labelpad=12)  # room for the names below the axis
+        axis.grid(True, axis="y", alpha=0.25)
+    axes[0, 0].set_ylabel("accuracy")
+    seeds = sorted({seed for cell in shown for seed in cell.by_seed})
+    grey = {"color": "#666666", "ls": ""}
+    handles = [
+        Line2D([], [], marker=SEED_MARKERS[seed % len(SEED_MARKERS)], label=f"seed {seed}", **grey) for seed in seeds
+    ]
+    handles.append(Line2D([], [], color="#666666", lw=2.5, label="mean"))
+    if any(cell.paper is not None for cell in shown):
+        handles.append(Line2D([], [], marker="*", mfc="white", mec="#666666", ms=11, ls="", label="paper, read off"))
+    figure.legend(handles=handles, loc="outside right center", fontsize=9)
+    save(figure, path)
 
 
 def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw accuracy over epochs, a panel a length and hidden size; dashes show the rate, pale runs were cut off."""
-    import matplotlib
+    """Draw accuracy over epochs, a panel per length, hidden size and rate: models by colour, seeds by line style.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Runs that were cut off before the goal are not drawn.
+    """
+    from matplotlib.lines import Line2D
 
-    panels = sorted({(run["length"], run["hidden"]) for run in runs})
-    columns = min(2 if len(panels) == 4 else 3, len(panels))
+    runs = [run for run in runs if not is_unfinished(run)]
+    panels = sorted({(run["length"], run["hidden"], run["lr"]) for run in runs})
+    columns = min(len(panels), 3 if len(panels) % 3 == 0 or len(panels) > 8 else 4 if len(panels) % 4 == 0 else 2)
     rows = math.ceil(len(panels) / columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.8 * columns, 3.4 * rows), squeeze=False, layout="constrained"
-    )
-    for axis, (length, hidden) in zip(axes.flat, panels):
-        here = [run for run in runs if (run["length"], run["hidden"]) == (length, hidden)]
-        for run in here:
-            axis.plot(
-                [entry["epoch"] for entry in run["history"]],
-                [entry["accuracy"] for entry in run["history"]],
-                STYLES.get(run["lr"], "-"),
-                color=COLORS.get(run["model"], "black"),
-                alpha=0.4 if run.get("stopped") else 1,
-            )
-        axis.set(title=f"length {length}, hidden size {hidden}", xlabel="epoch", ylabel="accuracy", ylim=(-0.03, 1.03))
+    figure, axes = new_figure(rows, columns, 3.6, 3.0, sharey=True)
+    for axis, (length, hidden, lr) in zip(axes.flat, panels):
+        for run in runs:
+            if (run["length"], run["hidden"], run["lr"]) == (length, hidden, lr):
+                axis.plot(
+                    [entry["epoch"] for entry in run["history"]],
+                    [entry["accuracy"] for entry in run["history"]],
+                    ls=SEED_LINES[run["seed"] % len(SEED_LINES)],
+                    color=color_of(run["model"]),
+                    lw=1.3,
+                )
+        axis.set(xlabel="epoch", ylim=(-0.03, 1.03))
+        axis.set_title(f"length {length:,}, hidden size {hidden}, rate {lr:g}", fontsize=9)
+        axis.grid(True, alpha=0.25)
     for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    drawn = {run["model"] for run in runs}
+        axis.remove()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy")
     handles = [
-        pyplot.Line2D([], [], color=COLORS.get(model, "black"), label=model)
-        for model in [*(model for model in COLORS if model in drawn), *sorted(drawn - COLORS.keys())]
+        Line2D([], [], color=color_of(model), label=label_of(model))
+        for model in sorted({run["model"] for run in runs}, key=_place)
     ]
     handles += [
-        pyplot.Line2D([], [], color="black", ls=STYLES.get(lr, "-"), label=f"rate {lr:g}")
-        for lr in sorted({run["lr"] for run in runs})
+        Line2D([], [], color="#666666", ls=SEED_LINES[seed % len(SEED_LINES)], label=f"seed {seed}")
+        for seed in sorted({run["seed"] for run in runs})
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3 * columns, len(handles)), fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.legend(handles=handles, loc="outside right center", fontsize=9, handlelength=3.2)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the runs and write the table and the plot."""
+    """Read the runs and write the tables and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", metavar="JSONL", help="what train_mqar wrote")
-    parser.add_argument("--output", default=".", metavar="DIR", help="for figure_1.png, curves.png and figure_1.md")
+    parser.add_argument("--output", default=".", metavar="DIR", help="for the pictures and the tables")
     args = parser.parse_args(argv)
     runs = read_runs(args.results)
-    if not runs:
-        parser.error(f"no finished run in {', '.join(args.results)}")
     found = cells(runs)
-    table = markdown(found)
-    print(table)
+    if not found:
+        parser.error(f"no finished run in {', '.join(args.results)}")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "figure_1.md").write_text(table + "\n", encoding="utf-8")
+    for name, table in (("figure_1.md", markdown(found)), ("differences.md", differences(found))):
+        print(table)
+        (folder / name).write_text(table + "\n", encoding="utf-8")
     plot(found, folder / "figure_1.png")
     plot_curves(runs, folder / "curves.png")
 

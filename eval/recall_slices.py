@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from .plots import plot_slices
+
 
 SLICES = ("recall", "known", "other")
 
@@ -236,35 +238,6 @@ def markdown(results: dict[str, Slices]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Slices], path: str | Path) -> None:
-    """Draw the loss of each slice, and of recall tokens over the distance to the bigram's last occurrence."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names = [row["slice"] for row in next(iter(results.values())).table()]
-    width = 0.8 / len(results)
-    for i, (label, slices) in enumerate(results.items()):
-        loss = {row["slice"]: row["loss"] for row in slices.table()}
-        places = [x + (i - (len(results) - 1) / 2) * width for x in range(len(names))]
-        left.bar(places, [loss.get(name, math.nan) for name in names], width, label=label)
-        bins = sorted(slices.by_distance)
-        right.plot(
-            [2**b for b in bins],
-            [slices.by_distance[b][1] / slices.by_distance[b][0] for b in bins],
-            "o-",
-            label=label,
-        )
-    left.set(xticks=range(len(names)), xticklabels=names, ylabel="loss, nats a token", title="by slice")
-    right.set(xscale="log", xlabel="tokens since the last occurrence", ylabel="loss, nats a token", title="recall")
-    right.set_xscale("log", base=2)
-    left.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def read_documents(paths: list[str]) -> Iterator[str]:
     """Yield the documents of text files, and of JSON-lines files the field "text" of each line."""
     for path in paths:
@@ -386,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
             for label, slices in results.items()
         }
         (folder / "slices.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        plot(results, folder / "slices.png")
+        plot_slices(report, folder / "slices.png")
 
 
 if __name__ == "__main__":

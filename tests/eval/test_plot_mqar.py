@@ -6,6 +6,7 @@ import pytest
 
 from modeling_rebased.eval import plot_mqar
 from modeling_rebased.eval.plot_mqar import PUBLISHED, cells, markdown, read_runs
+from modeling_rebased.eval.plots import STYLES, color_of
 from modeling_rebased.training.train_mqar import MODELS
 
 
@@ -32,11 +33,18 @@ def test_a_cell_is_the_rate_with_the_best_mean():
     assert (cell.lr, cell.mean, cell.accuracies, cell.complete) == (3e-3, pytest.approx(0.65), [0.7, 0.6], True)
 
 
-def test_runs_given_up_do_not_make_a_cell():
-    runs = [run(lr=1e-2, accuracy=0.9, stopped="epoch 4", epochs_trained=4), run(lr=1e-3, accuracy=0.4)]
-    assert cells(runs)[0].lr == 1e-3
-    (cell,) = cells(runs[:1])
-    assert (cell.lr, cell.complete) == (1e-2, False)
+def test_runs_that_were_cut_off_below_the_goal_make_no_cell():
+    cut = run(lr=1e-2, accuracy=0.9, stopped="epoch 4", epochs_trained=4)
+    assert cells([cut, run(lr=1e-3, accuracy=0.4)])[0].lr == 1e-3
+    assert cells([cut]) == []
+    (cell,) = cells([{**cut, "accuracy": 0.993}])
+    assert (cell.lr, cell.complete) == (1e-2, True)
+
+
+def test_rates_with_fewer_seeds_than_another_do_not_count():
+    runs = [run(lr=3e-3, seed=0, accuracy=0.9)] + [run(lr=1e-2, seed=seed, accuracy=0.5) for seed in range(3)]
+    (cell,) = cells(runs)
+    assert (cell.lr, cell.by_seed) == (1e-2, {0: 0.5, 1: 0.5, 2: 0.5})
 
 
 def test_short_runs_are_marked_unless_they_reach_the_goal():
@@ -47,12 +55,16 @@ def test_short_runs_are_marked_unless_they_reach_the_goal():
 
 
 def test_the_authors_numbers_stand_beside():
-    table = markdown(cells([run(), run("based"), run(length=256), run("gamma")]))
+    runs = [run(), run("based"), run(length=256), run("gamma"), run("rebased_3_heads"), run(length=64, hidden=32)]
+    table = markdown(cells([*runs, run(length=512, pairs=8), run(length=512, hidden=128, pairs=128)]))
     rows = {
         tuple(cell.strip() for cell in line.split("|")[1:4]): line.split("|")[9].strip() for line in table.split("\n")
     }
-    assert rows["1024", "64", "rebased"] == "0.55" and rows["1024", "64", "based"] == "0.33"
-    assert rows["256", "64", "rebased"] == "≥ 0.97" and rows["1024", "64", "gamma"] == ""
+    assert rows["1,024", "64", "ReBased"] == "0.55" and rows["1,024", "64", "Based"] == "0.33"
+    assert rows["256", "64", "ReBased"] == "≥ 0.97" and rows["512", "128", "ReBased"] == "≥ 0.97"
+    for nothing in (("1,024", "64", "γ x"), ("1,024", "64", "ReBased, 3 heads"), ("64", "32", "ReBased")):
+        assert rows[nothing] == "", nothing  # the paper has no such model, or no such size
+    assert rows["512", "64", "ReBased"] == ""  # nor this size with 8 pairs
     assert PUBLISHED["rebased"][2048, 128] - PUBLISHED["based"][2048, 128] == pytest.approx(0.17)
 
 
@@ -67,7 +79,7 @@ def test_a_repeat_of_a_seed_is_not_another_seed(tmp_path):
         runs = read_runs([tmp_path / name for name in order])
         assert sorted(r["accuracy"] for r in runs) == [0.2, 0.5, 0.7]
         (cell,) = cells(runs)
-        assert (cell.accuracies, cell.runs, cell.complete) == ([pytest.approx(0.6), 0.2], 3, True)
+        assert (cell.by_seed, cell.runs, cell.complete) == ({0: pytest.approx(0.6), 1: 0.2}, 3, True)
         assert "| 0.400 | 0.200 to 0.600 | 2 (3 runs) |" in markdown([cell])
     (tmp_path / "further").write_text(json.dumps({**cut, "accuracy": 0.05, "epochs_trained": 12}))
     assert [r["epochs_trained"] for r in read_runs([tmp_path / "further", tmp_path / "repeats"])] == [12, 64]
@@ -76,27 +88,66 @@ def test_a_repeat_of_a_seed_is_not_another_seed(tmp_path):
 def test_the_rate_is_chosen_by_seeds_not_by_runs():
     # 3e-3: seeds of 0.9 (twice) and 0.1 have the mean 0.5, their three runs 0.63
     runs = [run(lr=3e-3, seed=0, accuracy=0.9), run(lr=3e-3, seed=0, accuracy=0.9), run(lr=3e-3, seed=1, accuracy=0.1)]
-    assert cells([*runs, run(lr=1e-3, accuracy=0.55)])[0].lr == 1e-3
+    others = [run(lr=1e-3, seed=seed, accuracy=0.55) for seed in (0, 1)]
+    assert cells([*runs, *others])[0].lr == 1e-3
 
 
-def test_the_curves_show_the_rate_and_what_was_cut_off(tmp_path, monkeypatch):
+def test_welchs_interval_of_a_difference():
+    # By hand: means 3 and 5, variances 2.5 and 10, both of 5: t = -2 / sqrt(2.5), 5.882 degrees of freedom.
+    found = plot_mqar.welch([1, 2, 3, 4, 5], [1, 3, 5, 7, 9])
+    assert found.mean == pytest.approx(-2)
+    half = 2.4587 * 2.5**0.5  # the 97.5% quantile of t with 5.882 degrees of freedom
+    assert (found.low, found.high) == (pytest.approx(-2 - half, abs=2e-3), pytest.approx(-2 + half, abs=2e-3))
+    assert found.p_value == pytest.approx(0.2538, abs=1e-3)
+
+
+def test_differences_want_two_seeds_of_both():
+    runs = [run(seed=seed, accuracy=0.5 + 0.1 * seed) for seed in (0, 1)] + [run("based", accuracy=0.4)]
+    assert len(plot_mqar.differences(cells(runs)).splitlines()) == 2  # the head alone
+    table = plot_mqar.differences(cells([*runs, run("based", seed=1, accuracy=0.2)]))
+    assert "| 1,024 | 64 | 2 | 0.550 ± 0.071 | 0.300 ± 0.141 | +0.250 |" in table
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, as they are when they are saved."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     kept = []
     monkeypatch.setattr(pyplot, "close", kept.append)
-    runs = [run(seed=0, stopped="deadline"), run(seed=1), run("based", lr=1e-2)]
-    plot_mqar.plot_curves(runs, tmp_path / "curves.png")
+    yield kept
     monkeypatch.undo()
-    (axis,) = kept[0].axes
-    assert [line.get_alpha() for line in axis.get_lines()] == [0.4, 1, 1]
-    assert [line.get_linestyle() for line in axis.get_lines()] == [":", ":", "--"]
-    legend = {line.get_label(): line for line in kept[0].legends[0].get_lines()}
-    assert list(legend) == ["rebased", "based", "rate 0.001", "rate 0.01"]
-    assert legend["rebased"].get_color() == plot_mqar.COLORS["rebased"] and legend["rebased"].get_alpha() is None
-    pyplot.close(kept[0])
+    pyplot.close("all")
 
 
-def test_every_model_has_its_colour():
-    assert set(plot_mqar.COLORS) == set(MODELS) and len(set(plot_mqar.COLORS.values())) == len(MODELS)
+def test_the_curves_tell_models_seeds_and_rates_apart(tmp_path, figures):
+    runs = [run(seed=0, lr=3e-3), run(seed=1, lr=3e-3), run("based", lr=1e-2), run(seed=2, stopped="deadline")]
+    plot_mqar.plot_curves(runs, tmp_path / "curves.png")
+    panels = {axis.get_title(): axis.get_lines() for axis in figures[0].axes}
+    assert [name.split("rate ")[1] for name in panels] == ["0.003", "0.01"]  # no panel for what was cut off
+    slow, fast = panels.values()
+    assert [line.get_linestyle() for line in slow] == ["-", "--"]
+    assert {line.get_color() for line in slow} == {color_of("rebased")} and fast[0].get_color() == color_of("based")
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["ReBased", "Based", "seed 0", "seed 1"]
+
+
+def test_figure_1_has_a_panel_for_each_trained_length_and_a_point_for_each_seed(tmp_path, figures):
+    runs = [run(seed=seed, accuracy=0.1 * seed) for seed in range(5)] + [run("gamma"), run(length=512)]
+    runs.append(run(length=256, stopped="deadline"))
+    plot_mqar.plot(cells(runs), tmp_path / "figure.png")
+    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    assert list(panels) == ["length 512, hidden size 64", "length 1,024, hidden size 64"]
+    lines = panels["length 1,024, hidden size 64"].get_lines()
+    points = [line for line in lines if line.get_marker() in plot_mqar.SEED_MARKERS]
+    assert len({line.get_marker() for line in points}) == 5
+    assert [float(line.get_ydata()[0]) for line in points] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    (star,) = (line for line in lines if line.get_marker() == "*")
+    assert float(star.get_ydata()[0]) == PUBLISHED["rebased"][1024, 64]
+
+
+def test_every_model_has_its_name_its_colour_and_its_place():
+    assert set(plot_mqar.ORDER) == set(MODELS)
+    for values in zip(*(STYLES[model] for model in MODELS)):
+        assert len(set(values)) == len(MODELS)
 
 
 def test_files_are_written_from_damaged_results_too(tmp_path, capsys):
@@ -107,7 +158,7 @@ def test_files_are_written_from_damaged_results_too(tmp_path, capsys):
     results.write_text("\n".join(lines) + '\n{"name": "cut')
     assert [r["accuracy"] for r in read_runs([results])] == [0.5, 0.3, 0.2]
     plot_mqar.main([str(results), "--output", str(tmp_path / "out")])
-    assert "| 1024 | 64 | rebased | 0.500 |" in capsys.readouterr().out
+    assert "| 1,024 | 64 | ReBased | 0.500 |" in capsys.readouterr().out
     for name in ("figure_1.png", "curves.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
     (tmp_path / "empty.jsonl").write_text("")

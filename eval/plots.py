@@ -1,0 +1,359 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Draw the pictures of results, and redraw all of them from the files under eval/results.
+
+    python -m modeling_rebased.eval.plots eval/results
+
+Each benchmark calls the function of its picture here. A model has one name and one colour in all pictures. The
+pictures of associative recall are drawn by `plot_mqar`, which takes its colours from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# The name and the colour of every model and method, by its key in the files of results.
+STYLES: dict[str, tuple[str, str]] = {
+    "rebased": ("ReBased", "#d62728"),
+    "based": ("Based", "#1f77b4"),
+    "softmax": ("softmax", "#555555"),
+    # Associative recall: other numbers of heads, and the steps of the ablation.
+    "rebased_3_heads": ("ReBased, 3 heads", "#ff7f0e"),
+    "rebased_6_heads": ("ReBased, 6 heads", "#bcbd22"),
+    "based_3_heads": ("Based, 3 heads", "#17becf"),
+    "x2": ("x²", "#8c564b"),
+    "normalized": ("normalised x", "#2ca02c"),
+    "gamma": ("γ x", "#e377c2"),
+    "gamma_beta": ("γ x + β", "#9467bd"),
+    # Kernels of other libraries.
+    "fla parallel_rebased": ("FLA parallel_rebased", "#c49c94"),
+    "fla chunk_simple_gla": ("FLA chunk_simple_gla", "#6b8e23"),
+    "retention power_retention": ("retention", "#7f5fbf"),
+    # Students of a softmax model, and the two forms of one operator.
+    "teacher": ("teacher (softmax)", "#222222"),
+    "pure": ("pure", "#a50f15"),
+    "window": ("window", "#e6ab02"),
+    "hybrid": ("hybrid", "#1b9e77"),
+    "chunked": ("linear form", "#e4572e"),
+    "quadratic": ("quadratic form", "#3b6ea5"),
+}
+OTHERS = ("#4c6a92", "#9c755f", "#59a14f", "#b07aa1", "#edc948")  # for models that have no style
+
+
+def label_of(model: str) -> str:
+    """Return the name that pictures and tables give a model."""
+    return STYLES.get(model.split(",")[0], (model, ""))[0]  # after a comma stand settings, "retention, chunks of 1024"
+
+
+def color_of(model: str, others: Iterable[str] = ()) -> str:
+    """Return the colour of a model. One without a style takes its place among `others`, the models of the picture."""
+    if model.split(",")[0] in STYLES:
+        return STYLES[model.split(",")[0]][1]
+    unknown = [name for name in dict.fromkeys(others) if name not in STYLES]
+    return OTHERS[unknown.index(model) % len(OTHERS)] if model in unknown else OTHERS[0]
+
+
+def new_figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """Return a figure, which needs no display, and its axes [rows, columns]. Width and height are a panel's inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+    size = (width * columns, height * rows)
+    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure to a file and forget it."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150, facecolor="white")
+    pyplot.close(figure)
+
+
+def plain_log_axis(axis: Axes, which: str, values: Iterable[float], ticks: Iterable[float] | None = None) -> None:
+    """Make the "x" or "y" axis logarithmic with plain numbers at its ticks: 0.2, 1, 5, 2,048.
+
+    Args:
+        axis: the axes.
+        which: "x" or "y".
+        values: what is drawn; the ticks stay within its range.
+        ticks: where the ticks are. By default 1, 2 and 5 times powers of ten, or the powers alone over a wide range.
+    """
+    values = [value for value in values if value > 0]
+    low, high = min(values), max(values)
+    if ticks is None:
+        steps = (1, 2, 5) if high / low < 200 else (1,)
+        ticks = [step * 10.0**power for power in range(-6, 9) for step in steps]
+        ticks = [tick for tick in ticks if low / 1.6 <= tick <= high * 1.6]
+    ticks = list(ticks)
+    (axis.set_xscale if which == "x" else axis.set_yscale)("log")
+    line = axis.xaxis if which == "x" else axis.yaxis
+    line.set_ticks(ticks, [f"{tick:,.0f}" if tick >= 1000 else f"{tick:g}" for tick in ticks])
+    line.set_ticks([], minor=True)
+    axis.grid(True, which="major", axis=which, alpha=0.25)
+
+
+def label_lines(
+    axis: Axes, ends: list[tuple[float, float, str, str]], gap: float = 0.065, inside: bool = True
+) -> None:
+    """Write each line's name beside its last point, apart from the others.
+
+    Args:
+        axis: the axes, whose limits and scales are final.
+        ends: (x, y, name, colour) of the last point of each line.
+        gap: the least distance of two names, as a part of the height of the axes.
+        inside: write the name of a line that ends early above its last point, not at the right edge.
+    """
+    to_axes = axis.transData + axis.transAxes.inverted()
+    places = []
+    for x, y, name, color in ends:
+        right, height = to_axes.transform((x, y))
+        if inside and right < 0.85:
+            axis.annotate(
+                name, (x, y), (-4, 5), textcoords="offset points", color=color, fontsize=9, ha="right", va="bottom"
+            )
+        else:
+            places.append((height, x, y, name, color))
+    places.sort()
+    heights = [place[0] for place in places]
+    for _ in range(100):  # push neighbours apart until all have room
+        for i in range(len(heights) - 1):
+            lack = gap - (heights[i + 1] - heights[i])
+            if lack > 1e-6:
+                heights[i] -= lack / 2
+                heights[i + 1] += lack / 2
+    for height, (_, x, y, name, color) in zip(heights, places):
+        axis.annotate(
+            name,
+            xy=(x, y),
+            xytext=(1.02, height),
+            textcoords="axes fraction",
+            color=color,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "lw": 0.8, "shrinkA": 0, "shrinkB": 4},
+        )
+
+
+def plot_kernels(rows: list[dict[str, Any]], title: str, path: str | Path) -> None:
+    """Draw the time of every method over the length, forward and with backward, with the time of memory alone.
+
+    Args:
+        rows: of kernels.csv: method, T, forward_ms, training_ms, floor_forward_ms, floor_training_ms.
+        title: above both panels.
+        path: the PNG.
+    """
+    figure, axes = new_figure(1, 2, 6.4, 4.2)
+    lengths = sorted({row["T"] for row in rows})
+    kinds = (("forward", "forward"), ("training", "forward and backward"))
+    for axis, (kind, name) in zip(axes[0], kinds):
+        plain_log_axis(axis, "x", lengths, lengths)
+        floor = [row for row in rows if row["method"] == "rebased"]
+        shown = [row[f"{kind}_ms"] for row in rows] + [row[f"floor_{kind}_ms"] for row in floor]
+        plain_log_axis(axis, "y", shown)
+        ends = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method]
+            x, y = [row["T"] for row in mine], [row[f"{kind}_ms"] for row in mine]
+            color = color_of(method, (row["method"] for row in rows))
+            axis.plot(x, y, marker="o", ms=4, lw=2.2 if method == "rebased" else 1.4, color=color)
+            ends.append((x[-1], y[-1], label_of(method), color))
+        if floor:
+            x, y = [row["T"] for row in floor], [row[f"floor_{kind}_ms"] for row in floor]
+            axis.plot(x, y, ls="--", color="#999999", lw=1.2)
+            ends.append((x[-1], y[-1], "inputs and outputs\nmoved once", "#777777"))
+        axis.set(xlabel="tokens in a sequence (T)", ylabel="milliseconds", title=name)
+        figure.canvas.draw()
+        label_lines(axis, ends, gap=0.08)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def plot_eager(rows: list[dict[str, Any]], title: str, path: str | Path) -> None:
+    """Draw the time of the PyTorch backend and of the quadratic form over the number of tokens.
+
+    Args:
+        rows: of eager.csv: tokens, and milliseconds (or `None`) of each form.
+        title: above both panels.
+        path: the PNG.
+    """
+    figure, axes = new_figure(1, 2, 5.6, 4.0, sharey=True)
+    lengths = [row["tokens"] for row in rows]
+    values = [value for row in rows for name, value in row.items() if name != "tokens" and value]
+    ends: list[list[tuple[float, float, str, str]]] = [[], []]
+    for axis, suffix, name, mine in zip(axes[0], ("", " fwd+bwd"), ("forward", "forward and backward"), ends):
+        plain_log_axis(axis, "x", lengths, lengths[::2])
+        plain_log_axis(axis, "y", values)
+        for form in ("chunked", "quadratic"):
+            points = [(row["tokens"], row[form + suffix]) for row in rows if row.get(form + suffix)]
+            if points:
+                axis.plot(*zip(*points), marker="o", ms=4, lw=1.8, color=color_of(form))
+                mine.append((*points[-1], label_of(form), color_of(form)))
+        axis.set(xlabel="tokens in a sequence (T)", title=name)
+    axes[0, 0].set_ylim(top=2.5 * max(values))
+    figure.canvas.draw()
+    for axis, mine in zip(axes[0], ends):  # now that both panels have settled their common limits
+        label_lines(axis, mine)
+    axes[0, 0].set_ylabel("milliseconds")
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def plot_slices(results: dict[str, dict[str, Any]], path: str | Path) -> None:
+    """Draw the loss of each slice, and that of recall tokens over the distance to the last occurrence.
+
+    Args:
+        results: by model, the contents of slices.json: "slices", a list of {"slice", "loss"}, and "by_distance",
+            {distance: [tokens, sum of losses]}.
+        path: the PNG.
+    """
+    figure, axes = new_figure(1, 2, 5.6, 4.0)
+    left, right = axes[0]
+    names = [row["slice"] for row in next(iter(results.values()))["slices"]]
+    width = 0.8 / len(results)
+    for i, (model, found) in enumerate(results.items()):
+        color = color_of(model, results)
+        loss = {row["slice"]: row["loss"] for row in found["slices"]}
+        places = [x + (i - (len(results) - 1) / 2) * width for x in range(len(names))]
+        heights = [loss.get(name, float("nan")) for name in names]
+        bars = left.bar(places, heights, width * 0.94, color=color, label=label_of(model))
+        left.bar_label(bars, fmt="%.2f", fontsize=7, color="#444444", padding=1)
+    left.set_xticks(range(len(names)), [f"{name} tokens" for name in names])
+    left.set(ylabel="loss, nats per token", title="by slice")
+    left.margins(y=0.12)
+    left.legend(loc="upper left", fontsize=9)
+
+    distances = sorted({int(bin_) for found in results.values() for bin_ in found["by_distance"]})
+    if distances:
+        plain_log_axis(right, "x", distances, distances if len(distances) < 12 else distances[::2])
+    ends = []
+    for model, found in results.items():
+        bins = sorted(found["by_distance"].items(), key=lambda item: int(item[0]))
+        points = [(int(distance), total / tokens) for distance, (tokens, total) in bins]
+        if points:
+            right.plot(*zip(*points), "o-", ms=4, color=color_of(model, results))
+            ends.append((*points[-1], label_of(model), color_of(model, results)))
+    right.set(xlabel="tokens since the last occurrence", ylabel="loss, nats per token", title="recall tokens")
+    figure.canvas.draw()
+    label_lines(right, ends)
+    save(figure, path)
+
+
+def plot_students(curves: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw the losses of both stages of distillation, a panel per stage.
+
+    Args:
+        curves: of results.json: model, stage, tokens and losses.
+        path: the PNG.
+    """
+    stages = list(dict.fromkeys(curve["stage"] for curve in curves))
+    names = {
+        "transfer": ("stage transfer", "relative error of attention outputs"),
+        "logits": ("stage logits", "loss, nats per token"),
+    }
+    figure, axes = new_figure(1, len(stages), 5.6, 3.8)
+    models = [curve["model"] for curve in curves]
+    for axis, stage in zip(axes[0], stages):
+        here = [curve for curve in curves if curve["stage"] == stage]
+        plain_log_axis(axis, "y", [loss for curve in here for loss in curve["losses"]], _fine_ticks(here))
+        ends = []
+        for curve in here:
+            color = color_of(curve["model"], models)
+            millions = [tokens / 1e6 for tokens in curve["tokens"]]
+            axis.plot(millions, curve["losses"], color=color)
+            ends.append((millions[-1], curve["losses"][-1], label_of(curve["model"]), color))
+        title, label = names.get(stage, (stage, "loss"))
+        axis.set(xlabel="training tokens, millions", ylabel=label, title=title)
+        figure.canvas.draw()
+        label_lines(axis, ends, inside=False)
+    save(figure, path)
+
+
+def _fine_ticks(curves: list[dict[str, Any]]) -> list[float]:
+    """Return ticks of a logarithmic axis whose values span less than a factor of ten."""
+    losses = [loss for curve in curves for loss in curve["losses"]]
+    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    ticks = [step * 10.0**power for power in range(-5, 5) for step in steps]
+    return [round(tick, 8) for tick in ticks if min(losses) / 1.1 <= tick <= max(losses) * 1.1]
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Read a CSV file: numbers as numbers, an empty cell as `None`."""
+
+    def value(text: str) -> Any:
+        try:
+            return int(text)
+        except ValueError:
+            pass
+        try:
+            return float(text)
+        except ValueError:
+            return text or None
+
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def kernels_title(rows: list[dict[str, Any]], machine: dict[str, Any], head_dim: int, tokens: int) -> str:
+    """Return the title of a picture of kernels: the machine and all sizes."""
+    features = next((row["F"] for row in rows if row["method"] == "rebased"), rows[0]["F"])
+    heads = max(row["H"] for row in rows)
+    return (
+        f"{machine['gpu']}, bfloat16, {tokens:,} tokens in all, {heads} heads, "
+        f"F = {features} features, D = {head_dim} values per head"
+    )
+
+
+def redraw(folder: Path) -> list[Path]:
+    """Redraw the pictures of all files of results under a folder, and return their paths."""
+    from . import plot_mqar
+
+    drawn = []
+    for path in sorted(folder.glob("**/machine.json")):
+        machine = json.loads(path.read_text(encoding="utf-8"))
+        if (path.parent / "kernels.csv").is_file():
+            rows = read_csv(path.parent / "kernels.csv")
+            tokens = machine.get("tokens", 65536)
+            title = kernels_title(rows, machine, machine.get("head_dim", 64), tokens)
+            drawn.append(path.parent / "kernels.png")
+            plot_kernels(rows, title, drawn[-1])
+        if (path.parent / "eager.csv").is_file():
+            drawn.append(path.parent / "eager.png")
+            plot_eager(read_csv(path.parent / "eager.csv"), machine["title"], drawn[-1])
+    for path in sorted(folder.glob("**/slices.json")):
+        drawn.append(path.with_name("slices.png"))
+        plot_slices(json.loads(path.read_text(encoding="utf-8")), drawn[-1])
+    for path in sorted(folder.glob("**/results.json")):
+        curves = json.loads(path.read_text(encoding="utf-8")).get("curves")
+        if curves:
+            drawn.append(path.with_name("curves.png"))
+            plot_students(curves, drawn[-1])
+    for runs in sorted({path.parent for path in folder.glob("**/*.jsonl") if path.parent.name == "mqar"}):
+        plot_mqar.main([*map(str, sorted(runs.glob("*.jsonl"))), "--output", str(runs)])
+        drawn += [runs / "figure_1.png", runs / "curves.png"]
+    return drawn
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Redraw every picture under a folder of results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("eval/results"), help="default: eval/results")
+    for path in redraw(parser.parse_args(argv).folder):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
