@@ -8,12 +8,49 @@ cache the counts follow the library's own reorder, reset, offload and compile. W
 what marks a layer as started.
 """
 
+import dataclasses
 import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_rebased import RECURRENT_LAYER_TYPES
+
+
+# transformers 5.24 renamed the argument and the output that hold the cache. Our own code says `cache`; what we give to
+# the library, and what a signature shows, has the name that the installed release uses.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
+
+
+def either_cache_name(function: Callable) -> Callable:
+    """Let a function take its cache as `cache` or as `past_key_values`, whichever of the two it has itself.
+
+    Raises:
+        `ValueError`: on a call that gives both.
+    """
+    signature = inspect.signature(function)
+    own = next(name for name in CACHE_NAMES if name in signature.parameters)
+    other = next(name for name in CACHE_NAMES if name != own)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if other in kwargs:
+            cache = kwargs.pop(other)
+            if cache is not None and kwargs.get(own) is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
+            if cache is not None or own not in kwargs:
+                kwargs[own] = cache
+        return function(*args, **kwargs)
+
+    wrapper.__signature__ = signature.replace(
+        parameters=[x.replace(name=CACHE_NAME) if x.name == own else x for x in signature.parameters.values()]
+    )
+    return wrapper
 
 
 def previous_state(cache: Cache | None, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -45,7 +82,7 @@ def check_cache(cache: Cache, layer_types: list[str]) -> None:
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
         if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, LinearAttentionCacheLayerMixin):
             raise ValueError(
-                f"`past_key_values` has no recurrent state for layer {layer_idx}, which is {layer_type!r}: it holds "
+                f"`{CACHE_NAME}` has no recurrent state for layer {layer_idx}, which is {layer_type!r}: it holds "
                 f"{type(layer).__name__}. Make it as `DynamicCache(config=model.config)` or "
                 "`StaticCache(config=model.config, max_cache_len=...)`."
             )

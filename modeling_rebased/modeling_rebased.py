@@ -35,7 +35,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rebased import rebased_attention, rebased_attention_decode, segment_ids_of
-from .cache_rebased import check_cache, let_cache_tell_its_length, previous_state, tokens_seen
+from .cache_rebased import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    check_cache,
+    either_cache_name,
+    let_cache_tell_its_length,
+    previous_state,
+    tokens_seen,
+)
 from .configuration_rebased import ReBasedConfig
 
 
@@ -185,7 +193,7 @@ class ReBasedCausalConv(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         segment_ids: torch.Tensor | None,
         counts: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -194,7 +202,7 @@ class ReBasedCausalConv(nn.Module):
             hidden_states (`torch.Tensor`): [B, T, size].
             attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding, which may stand anywhere: the
                 convolution passes over it.
-            past_key_values (`Cache`, *optional*): holds the last `kernel_size` inputs, [B, size, kernel_size].
+            cache (`Cache`, *optional*): holds the last `kernel_size` inputs, [B, size, kernel_size].
             segment_ids (`torch.Tensor`, *optional*): [B, T], the number of each token's packed sequence.
             counts (`torch.Tensor`, *optional*): int64 [B, 2, 1], what the cache shall count after these tokens.
 
@@ -204,7 +212,7 @@ class ReBasedCausalConv(nn.Module):
         if segment_ids is not None:
             return self._taps(F.pad(hidden_states, (0, 0, self.kernel_size, 0)), segment_ids)
         x = hidden_states
-        state, _ = previous_state(past_key_values, self.layer_idx)
+        state, _ = previous_state(cache, self.layer_idx)
         if attention_mask is not None:
             # Bring each row's real tokens together at its start, and remember where each went.
             kept = attention_mask.bool()
@@ -215,14 +223,14 @@ class ReBasedCausalConv(nn.Module):
         else:
             window = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
         out = self._taps(window)
-        if past_key_values is not None:
+        if cache is not None:
             if attention_mask is None:
                 state = window[:, -self.kernel_size :]
             else:
                 last = kept.sum(1)[:, None] + torch.arange(self.kernel_size, device=x.device)
                 state = window.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
-            past_key_values.update_conv_state(state.transpose(1, 2), self.layer_idx)
-            past_key_values.update_recurrent_state(counts, self.layer_idx)
+            cache.update_conv_state(state.transpose(1, 2), self.layer_idx)
+            cache.update_recurrent_state(counts, self.layer_idx)
         if attention_mask is not None:
             position = (kept.long().cumsum(1) - 1).clamp_min(0)
             out = out.gather(1, position[..., None].expand_as(out))
@@ -267,13 +275,13 @@ class ReBasedShortConv(ReBasedCausalConv):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         segment_ids: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """[B, T, hidden_size] -> [B, T, hidden_size]; other arguments as in `convolve`."""
-        out = self.convolve(hidden_states, attention_mask, past_key_values, segment_ids, counts)
+        out = self.convolve(hidden_states, attention_mask, cache, segment_ids, counts)
         return out * self.proj(hidden_states) + hidden_states
 
 
@@ -295,14 +303,14 @@ class ReBasedGatedConv(ReBasedCausalConv):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         segment_ids: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """[B, T, hidden_size] -> [B, T, hidden_size]; other arguments as in `convolve`."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        convolved = self.convolve(convolved, attention_mask, past_key_values, segment_ids, counts)
+        convolved = self.convolve(convolved, attention_mask, cache, segment_ids, counts)
         return self.out_proj(F.silu(convolved) * gate)
 
 
@@ -332,7 +340,7 @@ class ReBasedLinearAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         linear_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cu_seqlens: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
@@ -343,7 +351,7 @@ class ReBasedLinearAttention(nn.Module):
         Args:
             hidden_states (`torch.Tensor`): [B, T, hidden_size].
             attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding.
-            past_key_values (`Cache`, *optional*): holds the state, float32 [B, H_kv, n_features, D + 1].
+            cache (`Cache`, *optional*): holds the state, float32 [B, H_kv, n_features, D + 1].
             linear_position_embeddings (`tuple[torch.Tensor, torch.Tensor]`, *optional*): cos and sin, [B, T, F].
             cu_seqlens, segment_ids (`torch.Tensor`, *optional*): [N + 1], bounds of packed sequences, and [B, T], the
                 number of each token's.
@@ -357,7 +365,7 @@ class ReBasedLinearAttention(nn.Module):
             hidden_states,
             values,
             attention_mask,
-            past_key_values,
+            cache,
             linear_position_embeddings,
             cu_seqlens,
             segment_ids,
@@ -370,7 +378,7 @@ class ReBasedLinearAttention(nn.Module):
         hidden_states: torch.Tensor,
         values: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         cu_seqlens: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
@@ -391,7 +399,7 @@ class ReBasedLinearAttention(nn.Module):
         q, k = q.to(values.dtype), k.to(values.dtype)
 
         options = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
-        _, state = previous_state(past_key_values, self.layer_idx)
+        _, state = previous_state(cache, self.layer_idx)
         training = torch.is_grad_enabled() and (q.requires_grad or values.requires_grad)
         if state is not None and q.shape[1] == 1 and not training:
             output = rebased_attention_decode(q, k, values, state, attention_mask=attention_mask, **options)
@@ -404,13 +412,13 @@ class ReBasedLinearAttention(nn.Module):
                 cu_seqlens=cu_seqlens,
                 segment_ids=segment_ids if cu_seqlens is None else None,
                 initial_state=state,
-                output_final_state=past_key_values is not None,
+                output_final_state=cache is not None,
                 **options,
             )
-            if past_key_values is not None:
-                past_key_values.update_recurrent_state(state, self.layer_idx)
-        if past_key_values is not None:
-            past_key_values.update_conv_state(counts, self.layer_idx)
+            if cache is not None:
+                cache.update_recurrent_state(state, self.layer_idx)
+        if cache is not None:
+            cache.update_conv_state(counts, self.layer_idx)
         return output
 
 
@@ -457,7 +465,7 @@ def softmax_attention(
     key: torch.Tensor,
     values: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -469,8 +477,8 @@ def softmax_attention(
     query, key, values = query.transpose(1, 2), key.transpose(1, 2), values.transpose(1, 2)
     if position_embeddings is not None:
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    if past_key_values is not None:
-        key, values = past_key_values.update(key, values, module.layer_idx)
+    if cache is not None:
+        key, values = cache.update(key, values, module.layer_idx)
     attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention_forward
     )
@@ -510,7 +518,7 @@ class ReBasedSoftmaxAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -522,7 +530,7 @@ class ReBasedSoftmaxAttention(nn.Module):
             self.k_proj(hidden_states),
             self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)),
             attention_mask,
-            past_key_values,
+            cache,
             position_embeddings,
             **kwargs,
         )
@@ -552,7 +560,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         linear_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         window_mask: torch.Tensor | None = None,
@@ -567,7 +575,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
             hidden_states,
             values,
             attention_mask,
-            past_key_values,
+            cache,
             linear_position_embeddings,
             cu_seqlens,
             segment_ids,
@@ -580,7 +588,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
             self.window_k_proj(hidden_states),
             values,
             window_mask,
-            past_key_values,
+            cache,
             position_embeddings,
             **kwargs,
         )
@@ -637,20 +645,16 @@ class ReBasedDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """[B, T, hidden_size] -> [B, T, hidden_size]"""
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         if self.is_conv:
-            hidden_states = self.conv(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-            )
+            hidden_states = self.conv(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
         else:
-            hidden_states, _ = self.self_attn(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-            )
+            hidden_states, _ = self.self_attn(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
         hidden_states = residual + F.dropout(hidden_states, self.residual_dropout, self.training)
 
         residual = hidden_states
@@ -676,7 +680,7 @@ class ReBasedPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReBasedDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -718,11 +722,12 @@ class ReBasedPreTrainedModel(PreTrainedModel):
             init.zeros_(module.gate)
 
     @staticmethod
+    @either_cache_name
     def create_masks_for_generate(
         config: ReBasedConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor | None]:
@@ -744,13 +749,13 @@ class ReBasedPreTrainedModel(PreTrainedModel):
             if layer_idx is not None:
                 # The library sizes a mask by the first layer of the cache that looks right to it. Among layers that
                 # have no length that can be a wrong one, so it sees only a layer that the mask is for.
-                cache = Cache(layers=[past_key_values.layers[layer_idx]]) if past_key_values is not None else None
+                layer_cache = Cache(layers=[cache.layers[layer_idx]]) if cache is not None else None
                 masks[name] = build(
                     config=config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
-                    past_key_values=cache,
                     position_ids=position_ids,
+                    **{CACHE_NAME: layer_cache},
                 )
         return masks
 
@@ -802,6 +807,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @either_cache_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -809,7 +815,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -823,7 +829,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
             position_ids (`torch.LongTensor`, *optional*): [B, T] or [1, T]. By default each row's real tokens are
                 counted from 0, on from what the cache holds. Where they restart and there is neither mask nor cache,
                 they mark packed sequences.
-            past_key_values (`Cache`, *optional*): `DynamicCache(config=...)` or `StaticCache(config=..., ...)`.
+            cache (`Cache`, *optional*): `DynamicCache(config=...)` or `StaticCache(config=..., ...)`.
             inputs_embeds (`torch.FloatTensor`, *optional*): [B, T, hidden_size], instead of `input_ids`.
             use_cache (`bool`, *optional*): whether to return a cache.
             cu_seq_lens_q (`torch.LongTensor`, *optional*): [N + 1], bounds of packed sequences, as
@@ -837,27 +843,23 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        cu_seqlens, segment_ids = self._packing(
-            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs
-        )
+        cu_seqlens, segment_ids = self._packing(inputs_embeds, attention_mask, position_ids, cache, use_cache, kwargs)
         if cu_seqlens is not None:
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and not is_tracing(inputs_embeds):
-            check_cache(past_key_values, self.config.layer_types)
-            let_cache_tell_its_length(past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and not is_tracing(inputs_embeds):
+            check_cache(cache, self.config.layer_types)
+            let_cache_tell_its_length(cache)
 
-        seen = tokens_seen(past_key_values, self.config.layer_types)
+        seen = tokens_seen(cache, self.config.layer_types)
         if position_ids is None and self.config.position_embedding_type != "none":
-            position_ids = self._positions(inputs_embeds, attention_mask, past_key_values, seen)
+            position_ids = self._positions(inputs_embeds, attention_mask, cache, seen)
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = self.create_masks_for_generate(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids
-            )
+            masks = self.create_masks_for_generate(self.config, inputs_embeds, attention_mask, cache, position_ids)
         counts = None
-        if past_key_values is not None and self._is_stateful:
+        if cache is not None and self._is_stateful:
             counts = count_tokens(seen, masks["linear_attention"], inputs_embeds)
 
         if self.embed_positions is not None:
@@ -878,20 +880,20 @@ class ReBasedModel(ReBasedPreTrainedModel):
                 position_embeddings=position_embeddings,
                 linear_position_embeddings=linear_position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 cu_seqlens=cu_seqlens,
                 segment_ids=segment_ids,
                 counts=counts,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _packing(
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: Any,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -902,7 +904,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if cu_seqlens is None:
-            if position_ids is None or attention_mask is not None or past_key_values is not None or length == 1:
+            if position_ids is None or attention_mask is not None or cache is not None or length == 1:
                 return None, None
             restarts = torch.diff(position_ids, dim=-1) != 1
             if is_tracing(position_ids):
@@ -917,15 +919,15 @@ class ReBasedModel(ReBasedPreTrainedModel):
                 )
             bounds = restarts[0].nonzero()[:, 0] + 1
             cu_seqlens = F.pad(F.pad(bounds, (1, 0)), (0, 1), value=length).to(torch.int32)
-        if past_key_values is not None:
-            raise ValueError("Packed sequences (`cu_seq_lens_q`) cannot continue from `past_key_values`.")
+        if cache is not None:
+            raise ValueError(f"Packed sequences (`cu_seq_lens_q`) cannot continue from `{CACHE_NAME}`.")
         return cu_seqlens, segment_ids_of(cu_seqlens, length)
 
     def _positions(
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: Any,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         seen: torch.Tensor | None,
     ) -> torch.Tensor:
         """[B, T] or [1, T]: each row's real tokens counted from 0; padding repeats the number before it."""
@@ -935,7 +937,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if seen is not None:
             start = seen[:, 0]  # [B, 1]
         else:
-            start = past_key_values.get_seq_length() if past_key_values is not None and not self._is_stateful else 0
+            start = cache.get_seq_length() if cache is not None and not self._is_stateful else 0
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1 + start).clamp_min(0)
         return torch.arange(length, device=inputs_embeds.device)[None] + start
@@ -986,15 +988,16 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        let_cache_tell_its_length(model_kwargs.get("past_key_values"))
+        let_cache_tell_its_length(model_kwargs.get(CACHE_NAME))
 
+    @either_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -1003,7 +1006,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         r"""
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in `ReBasedModel`.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `ReBasedModel`.
             labels (`torch.LongTensor`, *optional*): [B, T], ids of the tokens themselves (the loss shifts them), -100
                 where there is nothing to learn.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): compute the logits of the last so many
@@ -1023,14 +1026,14 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         >>> inputs = tokenizer("The king said", return_tensors="pt")
         >>> text = tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
         ```"""
-        if labels is not None and use_cache is None and past_key_values is None:
+        if labels is not None and use_cache is None and cache is None:
             # A training step is not continued: do without the final states that the configuration would ask for.
             use_cache = False
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -1044,9 +1047,9 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
@@ -1065,13 +1068,19 @@ class ReBasedGenericHead:
 class ReBasedForSequenceClassification(ReBasedGenericHead, GenericForSequenceClassification, ReBasedPreTrainedModel):
     """ReBased with a classifier on the last token that is not padding."""
 
+    forward = either_cache_name(GenericForSequenceClassification.forward)
+
 
 class ReBasedForTokenClassification(ReBasedGenericHead, GenericForTokenClassification, ReBasedPreTrainedModel):
     """ReBased with a classifier on every token."""
 
+    forward = either_cache_name(GenericForTokenClassification.forward)
+
 
 class ReBasedForQuestionAnswering(ReBasedGenericHead, GenericForQuestionAnswering, ReBasedPreTrainedModel):
     """ReBased with the start and end of a span as outputs."""
+
+    forward = either_cache_name(GenericForQuestionAnswering.forward)
 
 
 __all__ = [

@@ -1,11 +1,14 @@
 """The model: its blocks as the authors define them, caches, padding, packing."""
 
 import copy
+import dataclasses
+import inspect
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening, DynamicCache, LlamaConfig, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_rebased import (
@@ -14,7 +17,9 @@ from modeling_rebased import (
     ReBasedForQuestionAnswering,
     ReBasedForSequenceClassification,
     ReBasedForTokenClassification,
+    ReBasedModel,
 )
+from modeling_rebased.cache_rebased import CACHE_NAME, CACHE_NAMES
 from modeling_rebased.eager_rebased import naive_rebased_attention
 from modeling_rebased.modeling_rebased import ReBasedLinearRotaryEmbedding, ReBasedQKNorm, ReBasedRotaryEmbedding
 from tests.modeling_rebased.cases import MODELS, RECURRENT, make_config, make_ids, make_model
@@ -387,6 +392,56 @@ def test_question_answering_head():
     out = model(make_ids(), start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 4]))
     assert out.start_logits.shape == (2, LENGTH)
     out.loss.backward()
+
+
+CACHE_USERS = [
+    ReBasedForCausalLM,
+    ReBasedForQuestionAnswering,
+    ReBasedForSequenceClassification,
+    ReBasedForTokenClassification,
+    ReBasedModel,
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", CACHE_USERS)
+def test_both_names_of_the_cache(model_class):
+    """transformers 5.24 renamed `past_key_values` to `cache`; each release accepts both and returns its own."""
+    model, ids = model_class(make_config("every_type", pad_token_id=0)).eval(), make_ids(1)
+    assert CACHE_NAME in inspect.signature(model.forward).parameters
+    assert CACHE_NAME in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+
+    def last(outputs):
+        return next(x for x in outputs.values() if isinstance(x, torch.Tensor))[:, -1]
+
+    expected = last(model(ids))
+    for name in CACHE_NAMES:
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :10], **{name: cache})
+        outputs = model(ids[:, 10:], **{name: cache})
+        assert cache.get_seq_length() == LENGTH
+        torch.testing.assert_close(last(outputs), expected, rtol=1e-4, atol=1e-5)
+        if hasattr(outputs, CACHE_NAME):
+            assert getattr(outputs, CACHE_NAME) is cache
+        again = model(ids, **{name: None})
+        torch.testing.assert_close(last(again), expected)
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+        model(ids, cache=cache, past_key_values=cache)
+    assert model(ids, cache=None, past_key_values=DynamicCache(config=model.config)) is not None
+
+
+@torch.no_grad()
+def test_generate_continues_from_the_cache_of_every_release():
+    """The whole forward of a prompt, and the same prompt in a step per token through what `generate` passes."""
+    model, ids = make_model("every_type"), make_ids(1)
+    seen = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, outputs: seen.append((kwargs, outputs.logits[:, -1])), with_kwargs=True
+    )
+    out = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert all(CACHE_NAME in kwargs for kwargs, _ in seen)
+    steps = torch.stack([logits for _, logits in seen], dim=1)
+    assert_same_logits(steps, model(out, use_cache=False).logits[:, 22:-1])
 
 
 def test_recurrent_models_say_so():
