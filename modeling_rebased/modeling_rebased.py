@@ -777,7 +777,9 @@ def local_padding_mask(attention_mask: torch.Tensor | None, length: int) -> torc
     # Asking whether anything is masked makes a GPU's host wait: once a prompt, not once a token.
     if not is_tracing(mask) and (length > 1 or mask.device.type == "cpu") and torch.all(mask != 0):
         return None
-    return mask.contiguous()
+    # A copy, not a view, so that one column has the same strides whatever the mask's length is. torch.compile would
+    # take other strides as another shape, and CUDA graphs would be recorded again for every token.
+    return mask.clone(memory_format=torch.contiguous_format)
 
 
 class ReBasedModel(ReBasedPreTrainedModel):

@@ -179,3 +179,14 @@ def test_text_generation_pipeline(tmp_path):
     texts = generator(["w3 w4 w5 w6", "w7"], batch_size=2, **options)
     expected = greedy_reference(model, torch.tensor([[7]]), 4)[0, 1:]
     assert texts[1][0]["generated_text"] == "w7" + tokenizer.decode(expected)
+
+
+def test_the_mask_of_a_decoding_step_looks_the_same_at_every_length():
+    """Else torch.compile compiles again, and CUDA graphs are recorded again, for every token of a batch of 1."""
+    model = make_model("paper")
+    strides = set()
+    for length in (30, 31):
+        mask = torch.zeros(1, length, dtype=torch.int64)  # with padding, so that the mask is kept
+        masks = model.create_masks_for_generate(model.config, torch.empty(1, 1, 0), mask, None)
+        strides.add(masks["linear_attention"].stride())
+    assert len(strides) == 1
