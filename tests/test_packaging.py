@@ -13,7 +13,7 @@ import pytest
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FOLDERS = ("modeling_rebased", "configuration", "conversion", "training", "eval")
+FOLDERS = ("modeling_rebased", "configuration", "conversion", "training", "serving", "eval")
 
 
 def _run(arguments: list[str], folder: Path, **environment: str) -> str:
@@ -73,7 +73,7 @@ def test_an_editable_install_finds_the_same_modules(tmp_path):
     code = """
 import importlib.util
 print(importlib.util.find_spec("modeling_rebased") is not None)
-names = ("configuration", "conversion", "training", "eval", "tests")
+names = ("configuration", "conversion", "training", "serving", "eval", "tests")
 print([name for name in names if importlib.util.find_spec(name)])
 import modeling_rebased.training.train_lm as module
 print(module.__file__)
