@@ -1,9 +1,11 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
 """ReBased attention: the one public function, its checks, and the choice of a backend."""
 
-import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from transformers.utils import is_tracing
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM, n_features
 from .eager_rebased import eager_rebased_attention, eager_rebased_decode
@@ -13,8 +15,19 @@ from .triton_rebased import triton_rebased_attention, triton_rebased_decode, tri
 BACKENDS = ("auto", "eager", "triton")
 
 
-def choose_backend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
-    """Resolve `backend` to "eager" or "triton" for these tensors.
+class Backend(NamedTuple):
+    """The two functions of an implementation: `attention` for whole sequences, `decode` for one token."""
+
+    attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    decode: Callable[..., torch.Tensor]
+
+
+EAGER = Backend(eager_rebased_attention, eager_rebased_decode)
+TRITON = Backend(triton_rebased_attention, triton_rebased_decode)
+
+
+def choose_backend(backend: str, q: torch.Tensor, v: torch.Tensor) -> Backend:
+    """Return the implementation for queries and keys like `q` and values like `v`.
 
     "auto" is Triton where the tensors are on a GPU and the kernels can run, else eager.
 
@@ -25,12 +38,12 @@ def choose_backend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {BACKENDS}, but got {backend!r}.")
     if backend == "eager" or (backend == "auto" and not q.is_cuda):
-        return "eager"
+        return EAGER
     reason = triton_unavailable_reason(q.device, q.dtype, q.shape[3], v.shape[3])
     if reason is None:
-        return "triton"
+        return TRITON
     if backend == "auto":
-        return "eager"
+        return EAGER
     raise RuntimeError(f"`backend='triton'` cannot run here: {reason}. Use backend='auto' or 'eager'.")
 
 
@@ -75,6 +88,16 @@ def _check_mask(attention_mask: torch.Tensor | None, batch: int, length: int) ->
             f"{tuple(attention_mask.shape)}."
         )
     return attention_mask.bool()
+
+
+def _check_segments(segment_ids: torch.Tensor, batch: int, length: int) -> None:
+    if segment_ids.shape != (batch, length) or segment_ids.dtype != torch.int64:
+        raise ValueError(
+            f"`segment_ids` must be int64 [batch, tokens] = ({batch}, {length}), but it is {segment_ids.dtype} "
+            f"{tuple(segment_ids.shape)}."
+        )
+    if segment_ids.device.type == "cpu" and not is_tracing(segment_ids) and (segment_ids.diff(dim=1) < 0).any():
+        raise ValueError("`segment_ids` must never decrease along a row, but they do.")
 
 
 def _check_state(state: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
@@ -127,8 +150,9 @@ def rebased_attention(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: the output [B, T, H_q, D] in q's dtype, and the state or `None`.
-        The state is float32 [B, H_kv, n_features, D + 1], `sum_j phi(k_j) [v_j, 1]^T`: its last column is the
-        normaliser's, and its rows are laid out as `feature_map` says, the same for both backends.
+        The state `sum_j phi(k_j) [v_j, 1]^T` is [B or N, H_kv, n_features, D + 1], float32 or, for float64 inputs,
+        float64. Its last column is the normaliser's. Its rows are laid out as `feature_map` says, the same for both
+        backends.
 
     Raises:
         `ValueError`: shapes, dtypes or options that do not fit; the message names the argument.
@@ -169,7 +193,7 @@ def rebased_attention(
                 f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}."
             )
         # Reading the values of a GPU tensor would make the host wait for it in every layer.
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if cu_seqlens.device.type == "cpu" and not is_tracing(cu_seqlens):
             bounds = cu_seqlens.tolist()
             if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
                 raise ValueError(
@@ -180,83 +204,26 @@ def rebased_attention(
         features = n_features(feature_dim, coefficients)
         _check_state(initial_state, "initial_state", (sequences, k.shape[2], features, v.shape[3] + 1))
 
-    options = {"coefficients": coefficients, "scale": scale, "eps": eps}
+    packing = {"cu_seqlens": cu_seqlens}
     if segment_ids is not None:
         if cu_seqlens is not None or initial_state is not None or output_final_state:
             raise ValueError("`segment_ids` goes with none of `cu_seqlens`, `initial_state` and `output_final_state`.")
         if backend == "triton":
             raise ValueError("`segment_ids` needs the eager backend: give `backend='triton'` `cu_seqlens`.")
-        return eager_rebased_attention(q, k, v, **options, attention_mask=attention_mask, segment_ids=segment_ids)
-    if choose_backend(backend, q, k, v) == "triton":
-        return triton_rebased_attention(
-            q,
-            k,
-            v,
-            **options,
-            attention_mask=attention_mask,
-            cu_seqlens=cu_seqlens,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-        )
-    if cu_seqlens is None:
-        return eager_rebased_attention(
-            q,
-            k,
-            v,
-            **options,
-            attention_mask=attention_mask,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-        )
-    if initial_state is None and not output_final_state:
-        return eager_rebased_attention(
-            q,
-            k,
-            v,
-            **options,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids_of(cu_seqlens, length),
-        )
-    return _eager_by_sequence(q, k, v, options, attention_mask, cu_seqlens, initial_state, output_final_state)
-
-
-def segment_ids_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
-    """[1, T] int64: the number of the packed sequence that each of the T tokens belongs to."""
-    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.bucketize(tokens, cu_seqlens[1:], right=True)[None]
-
-
-def _eager_by_sequence(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    options: dict,
-    attention_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Packed sequences that bring or leave states: one call a sequence."""
-    outputs, states = [], []
-    bounds = cu_seqlens.tolist()
-    state_shape = (1, k.shape[2], n_features(q.shape[3], options["coefficients"]), v.shape[3] + 1)
-    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        state = initial_state[i : i + 1] if initial_state is not None else None
-        if stop > start:
-            output, state = eager_rebased_attention(
-                q[:, start:stop],
-                k[:, start:stop],
-                v[:, start:stop],
-                **options,
-                attention_mask=attention_mask[:, start:stop] if attention_mask is not None else None,
-                initial_state=state,
-                output_final_state=output_final_state,
-            )
-            outputs.append(output)
-        elif state is None:
-            state = q.new_zeros(state_shape, dtype=torch.float32)
-        states.append(state)
-    return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
+        _check_segments(segment_ids, batch, length)
+        packing, backend = {"segment_ids": segment_ids}, "eager"
+    return choose_backend(backend, q, v).attention(
+        q,
+        k,
+        v,
+        coefficients=coefficients,
+        scale=scale,
+        eps=eps,
+        attention_mask=attention_mask,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        **packing,
+    )
 
 
 def rebased_attention_decode(
@@ -277,7 +244,8 @@ def rebased_attention_decode(
         q (`torch.Tensor`): [B, 1, H_q, F].
         k (`torch.Tensor`): [B, 1, H_kv, F].
         v (`torch.Tensor`): [B, 1, H_kv, D].
-        state (`torch.Tensor`): float32 [B, H_kv, n_features, D + 1], changed in place.
+        state (`torch.Tensor`): float32 [B, H_kv, n_features, D + 1], changed in place. The eager backend takes
+            float64 too.
         coefficients, scale, eps, backend: as in `rebased_attention`.
         attention_mask (`torch.Tensor`, *optional*): [B, 1]; a row that is False keeps its state.
 
@@ -290,8 +258,11 @@ def rebased_attention_decode(
         raise ValueError(f"`q` must hold one token, but it holds {q.shape[1]}.")
     features = n_features(q.shape[3], coefficients)
     _check_state(state, "state", (q.shape[0], k.shape[2], features, v.shape[3] + 1))
-    decode = triton_rebased_decode if choose_backend(backend, q, k, v) == "triton" else eager_rebased_decode
-    return decode(
+    if state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`state` must be float32 or float64, but its dtype is {state.dtype}.")
+    if not eps > 0:
+        raise ValueError(f"`eps` must be positive, but got {eps}.")
+    return choose_backend(backend, q, v).decode(
         q,
         k,
         v,

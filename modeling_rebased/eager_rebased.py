@@ -10,6 +10,7 @@ The kernel is a polynomial of degree two in the scaled dot product (Aksenov et a
 tokens of the chunk at hand meet each other pairwise.
 """
 
+import itertools
 import math
 
 import torch
@@ -100,6 +101,11 @@ def naive_rebased_attention(
     return torch.einsum("bhij,bjhd->bihd", w, v) / (w.sum(-1).transpose(1, 2)[..., None] + eps)
 
 
+def computation_dtype(q: torch.Tensor) -> torch.dtype:
+    """Return the dtype of sums and states: float64 for float64 inputs, else float32."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 def _chunk_size(length: int, features: int) -> int:
     """Tokens that meet pairwise. The pairs cost O(chunk), the state O(features / chunk) a token."""
     chunk = 64
@@ -117,25 +123,72 @@ def eager_rebased_attention(
     scale: float,
     eps: float,
     attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Chunked ReBased attention. Arguments are those of `rebased_attention`, already checked, and:
-
-    Args:
-        segment_ids (`torch.Tensor`, *optional*): [B, T] int64, never decreasing along T. Tokens attend only within
-            their segment. Excludes `initial_state` and `output_final_state`.
+    """Compute ReBased attention chunk by chunk. The arguments are those of `rebased_attention`, already checked.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: output [B, T, H_q, D] in q's dtype and, if asked for, the state
-        [B, H_kv, n_features, D + 1] after the last token in the computation's dtype.
+        [B or N, H_kv, n_features, D + 1] after the last token in the computation's dtype.
     """
     # A mixed-precision region must not turn the fp32 sums into bf16 ones.
     with torch.autocast(q.device.type, enabled=False):
+        if cu_seqlens is not None and (initial_state is not None or output_final_state):
+            return _by_sequence(
+                q, k, v, coefficients, scale, eps, attention_mask, cu_seqlens, initial_state, output_final_state
+            )
+        if cu_seqlens is not None:
+            segment_ids = segment_ids_of(cu_seqlens, q.shape[1])
         return _chunked(
             q, k, v, coefficients, scale, eps, attention_mask, segment_ids, initial_state, output_final_state
         )
+
+
+def segment_ids_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """Return the number of the packed sequence that each of `length` tokens belongs to, int64 [1, length]."""
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(tokens, cu_seqlens[1:], right=True)[None]
+
+
+def _by_sequence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute packed sequences that bring or leave states, one after another."""
+    outputs, states = [], []
+    for i, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        state = initial_state[i : i + 1] if initial_state is not None else None
+        if stop > start:
+            part = slice(start, stop)
+            output, state = _chunked(
+                q[:, part],
+                k[:, part],
+                v[:, part],
+                coefficients,
+                scale,
+                eps,
+                attention_mask[:, part] if attention_mask is not None else None,
+                None,
+                state,
+                output_final_state,
+            )
+            outputs.append(output)
+        elif state is None:
+            shape = (1, k.shape[2], n_features(k.shape[3], coefficients), v.shape[3] + 1)
+            state = q.new_zeros(shape, dtype=computation_dtype(q))
+        states.append(state)
+    return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
 
 
 def _chunked(
@@ -153,7 +206,7 @@ def _chunked(
     """`eager_rebased_attention`, a block of chunks at a time: what is larger than an input exists for one block."""
     batch, length, q_heads, feature_dim = q.shape
     kv_heads, head_dim = k.shape[2], v.shape[3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = computation_dtype(q)
     features = n_features(feature_dim, coefficients)
 
     chunk = _chunk_size(length, features)
@@ -319,13 +372,13 @@ def eager_rebased_decode(
     eps: float,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One token: the query reads the state and the token itself, then `state += phi(k) [v, 1]^T` in place.
+    """Compute one token: the query reads the state and the token itself, then `state += phi(k) [v, 1]^T` in place.
 
     Args:
         q (`torch.Tensor`): [B, 1, H_q, F].
         k (`torch.Tensor`): [B, 1, H_kv, F].
         v (`torch.Tensor`): [B, 1, H_kv, D].
-        state (`torch.Tensor`): fp32 [B, H_kv, n_features, D + 1]; changed in place.
+        state (`torch.Tensor`): float32 or float64 [B, H_kv, n_features, D + 1]; changed in place.
         coefficients, scale, eps, attention_mask: as in `rebased_attention`.
 
     Returns:
@@ -338,11 +391,17 @@ def eager_rebased_decode(
             values = values * attention_mask[:, -1, None, None].to(state.dtype)
         keys = k[:, 0].to(state.dtype)  # [B, H_kv, F]
         queries = q[:, 0].to(state.dtype).unflatten(1, (kv_heads, -1)) * scale  # [B, H_kv, G, F]
+        # As in `_block`, a factor of each query row keeps the product with large keys, which the state may hold, in
+        # the dtype's range. Keys need none: their squares are in the state, so they are in its range.
+        c0, c1, c2 = coefficients
+        factor = _power_of_two_below(1.0 / (queries.abs().amax(-1, keepdim=True) * queries.shape[-1]).clamp_min(1.0))
+        weights = (c0 * factor**2, c1 * factor, c2)  # factor [B, H_kv, G, 1]
+        row_eps = (eps * factor**2).clamp_min(torch.finfo(state.dtype).tiny)
+        queries = queries * factor
         # The token's own weight by its formula: as a sum of products of features it is less exact where it is small.
         s = queries @ keys[..., None]  # [B, H_kv, G, 1]
-        c0, c1, c2 = coefficients
-        out = _query_features(queries, coefficients, coefficients) @ state  # [B, H_kv, G, D + 1]
-        out = out + (c0 + c1 * s + c2 * s.square()) * values[:, :, None, :]
+        out = _query_features(queries, coefficients, weights) @ state  # [B, H_kv, G, D + 1]
+        out = out + (weights[0] + weights[1] * s + c2 * s.square()) * values[:, :, None, :]
         state += feature_map(keys, coefficients)[..., None] * values[:, :, None, :]
-        out = out[..., :-1] / (out[..., -1:] + eps)
+        out = out[..., :-1] / (out[..., -1:] + row_eps)
     return out.flatten(1, 2)[:, None].to(q.dtype)

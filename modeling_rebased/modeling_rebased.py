@@ -34,7 +34,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rebased import rebased_attention, rebased_attention_decode, segment_ids_of
+from .attention_rebased import rebased_attention, rebased_attention_decode
 from .cache_rebased import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -45,6 +45,7 @@ from .cache_rebased import (
     tokens_seen,
 )
 from .configuration_rebased import ReBasedConfig
+from .eager_rebased import segment_ids_of
 
 
 class ReBasedRMSNorm(nn.Module):

@@ -145,6 +145,41 @@ def test_one_token_at_a_time(coefficients):
     assert error(state, final.double()) < 1e-6
 
 
+@pytest.mark.parametrize("coefficients", [REBASED, BASED, (0.5, 0.0, 1.0), (0.25, 1.0, 1.0)])
+@pytest.mark.parametrize("start", [1, 20])
+@pytest.mark.parametrize(
+    ("dtype", "q_size", "k_size"),
+    [
+        (torch.float32, 3e9, 3e9),
+        (torch.float32, 1e18, 1e15),  # NaN where the query is not scaled
+        (torch.float32, 1e19, 1e-6),
+        (torch.bfloat16, 1e18, 1e15),
+        (torch.float16, 6e4, 6e4),
+        (torch.float64, 1e100, 1e75),
+    ],
+)
+def test_one_token_at_a_time_of_large_inputs(dtype, q_size, k_size, start, coefficients):
+    """Decoding on from a state of large keys is as exact as the whole forward, whose (q.k)^2 the dtype cannot hold."""
+    q, k, v = make_qkv(length=30, dtype=torch.float64)
+    q, k, v = (q / q.abs().max() * q_size).to(dtype), (k / k.abs().max() * k_size).to(dtype), v.to(dtype)
+    # The weights keep their proportions in these units, and the oracle its float64.
+    unit = float(q_size * k_size)
+    c0, c1, c2 = coefficients
+    expected = naive_rebased_attention(
+        q.double() / q_size, k.double() / k_size, v.double(), coefficients=(c0 / unit / unit, c1 / unit, c2)
+    )
+    bar = 1e-2 if dtype.itemsize == 2 else 2e-5
+    o, state = rebased_attention(
+        q[:, :start], k[:, :start], v[:, :start], coefficients=coefficients, output_final_state=True
+    )
+    outputs = [o]
+    for i in range(start, 30):
+        token = (x[:, i : i + 1] for x in (q, k, v))
+        outputs.append(rebased_attention_decode(*token, state, coefficients=coefficients))
+    assert error(torch.cat(outputs, 1), expected) < bar
+    assert error(rebased_attention(q, k, v, coefficients=coefficients)[0], expected) < bar
+
+
 def test_gradients_of_states():
     q, k, v = (x.double().requires_grad_() for x in make_qkv(1, 70, 2, 1, 3, 2))
     initial = torch.rand(1, 1, 6, 3, dtype=torch.double, requires_grad=True)
@@ -167,6 +202,42 @@ def test_packed_sequences_equal_separate_ones(with_state):
         last = slice(int(bounds[-2]), None)
         _, alone = rebased_attention(q[:, last], k[:, last], v[:, last], output_final_state=True)
         torch.testing.assert_close(state[-1:], alone, rtol=1e-5, atol=1e-4)
+
+
+def test_packed_sequences_continue_from_their_states():
+    """Three sequences in two calls, one of which holds no token of the second and one none of the third."""
+    q, k, v = make_qkv(1, 150)
+    whole = [(0, 60), (60, 90), (90, 150)]
+    expected = torch.cat([oracle(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in whole], 1)
+    first = [range(25), range(60, 60), range(90, 150)]
+    second = [range(25, 60), range(60, 90), range(150, 150)]
+    output, state = torch.zeros(1, 150, 4, 20), None
+    for parts in (first, second):
+        tokens = [token for part in parts for token in part]
+        bounds = torch.tensor([0, *itertools.accumulate(len(part) for part in parts)])
+        o, state = rebased_attention(
+            *(x[:, tokens] for x in (q, k, v)), cu_seqlens=bounds, initial_state=state, output_final_state=True
+        )
+        output[:, tokens] = o
+    assert error(output, expected) < 1e-5
+    for (a, b), row in zip(whole, state):
+        phi = feature_map(k[0, a:b].double(), REBASED)  # [T, H, features]
+        ones = torch.ones(b - a, 2, 1, dtype=torch.double)
+        assert error(row, torch.einsum("thf,thd->hfd", phi, torch.cat([v[0, a:b].double(), ones], -1))) < 1e-5
+
+
+def test_segments_by_number_equal_segments_by_bounds():
+    q, k, v = make_qkv(1, 300)
+    bounds = torch.tensor([0, 1, 1, 130, 300])
+    numbers = torch.tensor([[0] + [2] * 129 + [7] * 170])
+    by_bounds, _ = rebased_attention(q, k, v, cu_seqlens=bounds)
+    by_number, _ = rebased_attention(q, k, v, segment_ids=numbers)
+    assert torch.equal(by_number, by_bounds)
+    twice = [torch.cat([x, x.flip(1)]) for x in (q, k, v)]
+    rows, _ = rebased_attention(*twice, segment_ids=torch.cat([numbers, 7 - numbers.flip(1)]))
+    assert error(rows[:1], by_bounds.double()) < 1e-6
+    expected = [oracle(*(x.flip(1)[:, a:b] for x in (q, k, v))) for a, b in ((0, 170), (170, 299), (299, 300))]
+    assert error(rows[1:], torch.cat(expected, 1)) < 1e-5
 
 
 def test_long_sequence_in_pieces_does_not_drift():
@@ -232,12 +303,34 @@ def test_sums_stay_fp32_under_autocast():
         ({"cu_seqlens": torch.tensor([0, 9])}, "`cu_seqlens` packs"),
         ({"initial_state": torch.zeros(2, 2, 10, 21)}, "`initial_state`"),
         ({"backend": "cuda"}, "`backend`"),
+        ({"segment_ids": torch.zeros(2, 8, dtype=torch.int64)}, "`segment_ids` must be int64"),
+        ({"segment_ids": torch.zeros(2, 9)}, "`segment_ids` must be int64"),
+        ({"segment_ids": torch.arange(9).flip(0).expand(2, 9)}, "`segment_ids` must never decrease"),
+        ({"segment_ids": torch.zeros(2, 9, dtype=torch.int64), "output_final_state": True}, "goes with none of"),
+        ({"segment_ids": torch.zeros(2, 9, dtype=torch.int64), "backend": "triton"}, "needs the eager backend"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     q, k, v = make_qkv(length=9)
     with pytest.raises(ValueError, match=message):
         rebased_attention(**{"q": q, "k": k, "v": v, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 2, 4, 16)}, "agree in batch and tokens"),
+        ({"q": torch.zeros(2, 2, 4, 16), "k": torch.zeros(2, 2, 2, 16), "v": torch.zeros(2, 2, 2, 20)}, "one token"),
+        ({"state": torch.zeros(2, 2, 136, 20)}, "`state` must be"),
+        ({"state": torch.zeros(2, 2, 136, 21, dtype=torch.bfloat16)}, "`state` must be float32"),
+        ({"eps": 0.0}, "`eps`"),
+        ({"attention_mask": torch.ones(2, 2)}, "`attention_mask`"),
+    ],
+)
+def test_bad_arguments_of_one_token_are_named(change, message):
+    q, k, v = make_qkv(length=1)
+    with pytest.raises(ValueError, match=message):
+        rebased_attention_decode(**{"q": q, "k": k, "v": v, "state": torch.zeros(2, 2, 136, 21), **change})
 
 
 def test_cu_seqlens_must_cover_the_tokens():

@@ -449,6 +449,20 @@ def test_recurrent_models_say_so():
     assert not make_model("softmax")._is_stateful
 
 
+def test_generation_where_queries_and_keys_are_large():
+    """Gains of 3e9 make squares that float32 cannot hold; step by step gives the logits of the whole forward."""
+    model, ids = make_model("paper"), make_ids()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_norm" in name or "k_norm" in name:
+                parameter.mul_(3e9)
+        expected = model(ids).logits
+        exact = copy.deepcopy(model).double()(ids).logits
+        actual = run_pieces(model, ids, [5] + [1] * 18, DynamicCache(config=model.config))
+    assert_same_logits(expected, exact)
+    assert_same_logits(actual, exact)
+
+
 @pytest.mark.parametrize(
     ("rotary", "size"), [(ReBasedRotaryEmbedding, "head_dim"), (ReBasedLinearRotaryEmbedding, "feature_dim")]
 )
