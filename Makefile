@@ -1,5 +1,8 @@
 # make demo   load the small trained model, let it write, score it with lm-eval (about two minutes after the install)
-# make test   the test suite on this machine's CPU; GPU tests run too where there is a GPU
+# make test   the test suite on this machine's CPU, in two processes side by side (WORKERS=8 for eight, WORKERS=0 for
+#             none beside pytest itself); GPU tests run too where there is a GPU
+# make test-releases   the core of the suite on the oldest allowed, the pinned and the newest releases, each in an
+#             environment of its own (RELEASES=newest for one of them); see tests/run_releases.py
 # make test-vllm   serve the models with vLLM on this machine's CPU, in an environment of its own (130 MB of vLLM)
 # make lint   ruff's checks and formatting
 # Each makes .venv first if it is missing. PYTHON=python3.12 chooses another interpreter.
@@ -11,13 +14,19 @@ READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo test test-vllm lint
+WORKERS := 2
+RELEASES := oldest pinned newest
+
+.PHONY: demo test test-releases test-vllm lint
 
 demo: $(READY)
 	@$(BIN)/python -m modeling_rebased.eval.demo
 
 test: $(READY)
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-releases:
+	@$(PYTHON) tests/run_releases.py --workers $(WORKERS) $(RELEASES)
 
 test-vllm: $(VLLM_READY)
 	@$(VLLM_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)

@@ -11,8 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# transformers copies a checkpoint's code into this cache and imports it from there. A folder of its own keeps
-# tests apart from the user's cache and from one another's runs.
+# Under pytest-xdist, several processes run tests side by side. One thread per process is then the fastest.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+# transformers copies a checkpoint's code into this cache and imports it from there. Each process that runs tests
+# has a folder of its own, apart from the user's cache and from the other processes.
 _MODULES_CACHE = tempfile.mkdtemp(prefix="rebased-tests-")
 os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE
 

@@ -100,7 +100,7 @@ def test_compile_with_dynamic_shapes():
 
 
 def test_compile_by_inductor():
-    model, ids = make_model("paper"), make_ids()
+    model, ids = make_model("paper", num_hidden_layers=2), make_ids()  # one layer of each kind: compiling is slow
     expected = gradients(model, ids)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
@@ -220,32 +220,44 @@ def run_with_two_processes(script, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["paper", "softmax_first", "every_type", "based"])
-def test_tensor_parallel(tmp_path, name):
-    """The plan of all heads' scope and the plan by heads."""
-    model, ids = make_model(name), make_ids()
-    model.save_pretrained(tmp_path / "model")
-    script = tmp_path / "tensor_parallel.py"
+TENSOR_PARALLEL = ["paper", "softmax_first", "every_type", "based"]
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(tmp_path_factory):
+    """Run each model on two processes, one model after another, and return the folder of their results."""
+    folder = tmp_path_factory.mktemp("tensor_parallel")
+    for name in TENSOR_PARALLEL:
+        make_model(name).save_pretrained(folder / name)
+    torch.save(make_ids(), folder / "ids.pt")
+    script = folder / "tensor_parallel.py"
     script.write_text(
         """
 import sys
 import torch
 from modeling_rebased import ReBasedForCausalLM
-model = ReBasedForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto").eval()
-sharded = [n for n, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh")]
-sizes = {n: tuple(p.to_local().shape if hasattr(p, "to_local") else p.shape) for n, p in model.named_parameters()}
-ids = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    logits = model(ids).logits
-    out = model.generate(ids, max_new_tokens=3, do_sample=False)
-if torch.distributed.get_rank() == 0:
-    torch.save({"logits": logits, "out": out, "sizes": sizes}, sys.argv[3])
+folder, *names = sys.argv[1:]
+ids = torch.load(f"{folder}/ids.pt", weights_only=True)
+for name in names:
+    model = ReBasedForCausalLM.from_pretrained(f"{folder}/{name}", tp_plan="auto").eval()
+    sizes = {n: tuple(p.to_local().shape if hasattr(p, "to_local") else p.shape) for n, p in model.named_parameters()}
+    with torch.no_grad():
+        logits = model(ids).logits
+        out = model.generate(ids, max_new_tokens=3, do_sample=False)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"logits": logits, "out": out, "sizes": sizes}, f"{folder}/{name}.pt")
 torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
 """
     )
-    torch.save(ids, tmp_path / "ids.pt")
-    run_with_two_processes(script, tmp_path / "model", tmp_path / "ids.pt", tmp_path / "result.pt")
-    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    run_with_two_processes(script, folder, *TENSOR_PARALLEL)
+    return folder
+
+
+@pytest.mark.parametrize("name", TENSOR_PARALLEL)
+def test_tensor_parallel(tensor_parallel, name):
+    """The plan of all heads' scope and the plan by heads."""
+    model, ids = make_model(name), make_ids()
+    result = torch.load(tensor_parallel / f"{name}.pt", weights_only=True)
     with torch.no_grad():
         torch.testing.assert_close(result["logits"], model(ids).logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(result["out"], model.generate(ids, max_new_tokens=3, do_sample=False))
