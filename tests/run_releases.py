@@ -16,7 +16,6 @@ import argparse
 import configparser
 import json
 import os
-import re
 import subprocess
 import sys
 import venv
