@@ -5,8 +5,8 @@
     python -m modeling_rebased.conversion.distill --stage logits ... --train_file text.txt answers.npy
 
 A student that only reads books forgets how to answer. The requests are templates filled with the longer words of a
-text; the answers are sampled, in the teacher's own chat format, and stored as token ids, each dialogue ended by the
-end-of-text token. Nothing here has seen the prompts that students are compared on.
+text; the answers are sampled, in the teacher's own chat format, and stored as token ids, each dialogue after an
+end-of-text token, as documents are. Nothing here has seen the prompts that students are compared on.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from .distill import token_ids
+from modeling_rebased.training.text import TokenBlocks
+
 from .files import progress
 
 
@@ -112,7 +113,7 @@ def sample_answers(
         for prompt, mask, answer in zip(prompt_ids, masks, output[:, length:].tolist()):
             if end in answer:
                 answer = answer[: answer.index(end)]
-            ids += prompt[mask].tolist() + answer + [end]
+            ids += [end, *prompt[mask].tolist(), *answer]
     return ids
 
 
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(
         arguments.teacher, dtype=torch.bfloat16 if device == "cuda" else torch.float32
     ).to(device)
-    text = tokenizer.decode(token_ids(arguments.topics, tokenizer)[:1_000_000].tolist())
+    text = tokenizer.decode(TokenBlocks([arguments.topics], tokenizer, 1).tokens[:1_000_000].tolist())
     words = topics(text, 2000)
     if len(words) < 3:
         sys.exit(f"--topics {arguments.topics} has fewer than three words of six letters.")

@@ -155,9 +155,7 @@ def from_based(
     check_against(config, result, str(source))
     if not dry_run:
         with written(destination, overwrite, source) as folder:
-            write_model(folder, config, result)
-            if tokens is not None:
-                tokens.save_pretrained(folder)
+            write_model(folder, config, result, tokenizer=tokens)
     return report
 
 

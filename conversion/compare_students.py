@@ -32,10 +32,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from modeling_rebased import ReBasedConfig
 
 from .answers import chat
-from .distill import Blocks, perplexity
+from .distill import perplexity, read_blocks
 
 
 STAGES = {"start": "start", "transfer": "transfer/final", "logits": "logits/final"}
@@ -74,12 +83,11 @@ def stages_of(folder: Path) -> dict[str, Path]:
 
 
 def load(folder: Path, dtype: torch.dtype, backend: str, device: str) -> PreTrainedModel:
-    """A model for inference, its linear layers on the backend named."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    for module in model.modules():
-        if hasattr(module, "coefficients"):
-            module.backend = backend
-    return model
+    """Return a model for inference; if it is a ReBased model, on the backend named."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == ReBasedConfig.model_type:
+        config.kernel_backend = backend
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
 
 
 # ---------------------------------------------------------------- answers
@@ -343,7 +351,7 @@ class Comparison:
             for key, found in zip(("training", "curves", "perplexity"), read_training(name, Path(folder))):
                 self.results.setdefault(key, []).extend(found)
         self.texts = {
-            (name, length): Blocks([name], self.tokenizer, length)
+            (name, length): read_blocks([name], self.tokenizer, length)
             for name in arguments.text
             for length in arguments.lengths
         }

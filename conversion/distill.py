@@ -1,55 +1,69 @@
 """Train what `linearize` started, against the softmax model it came from, with the transformers Trainer.
 
-    python -m modeling_rebased.conversion.distill --stage transfer --teacher SmolLM2/ --student start/ \\
-        --train_file text.txt --output_dir output/transfer --max_steps 1000
-    python -m modeling_rebased.conversion.distill --stage logits --teacher SmolLM2/ --student output/transfer/final \\
-        --train_file text.txt --eval_file held_out.txt --output_dir output/logits --lora_rank 16
-    python -m modeling_rebased.conversion.distill ... --max_seconds 600 --compile True   # the best of ten GPU minutes
+    rebased-distill --stage transfer --teacher SmolLM2/ --student start/ --train_file text.txt \\
+        --output_dir output/transfer --max_steps 400
+    rebased-distill --stage logits --teacher SmolLM2/ --student output/transfer/final \\
+        --train_file text.txt --eval_file held_out.txt --output_dir output/logits --max_steps 1200
+    rebased-distill ... --max_seconds 600 --compile True   # stop after ten minutes
     accelerate launch -m modeling_rebased.conversion.distill ...                 # any number of GPUs
 
-Beside the arguments below, every one of transformers' TrainingArguments can be given. Stage "transfer" teaches each
-linear layer, by itself, to say what the teacher's attention says of the same input; all but its queries, keys, their
-normalisation and the gate is frozen. Stage "logits" teaches the whole student the teacher's distribution of the next
-token. The same command goes on from the newest checkpoint in OUTPUT_DIR. The model goes to OUTPUT_DIR/final, held-out
-perplexities of teacher and student, before and after, to OUTPUT_DIR/perplexity.json, and the losses to
-OUTPUT_DIR/trainer_state.json.
+`rebased-distill` is `python -m modeling_rebased.conversion.distill`. Beside the arguments below, every one of
+transformers' TrainingArguments can be given. Stage "transfer" teaches each linear layer, by itself, to say what the
+teacher's attention says of the same input; all but its queries, keys, their normalisation and the gate is frozen.
+Stage "logits" teaches the whole student the teacher's distribution of the next token. The defaults of each stage are
+the published recipe (docs/conversion.md).
+
+The same command goes on from the newest complete checkpoint in OUTPUT_DIR. A finished run is left as it is, and a
+folder that holds another run is refused. The model and its card go to OUTPUT_DIR/final, held-out perplexities of
+teacher and student, before and after, to OUTPUT_DIR/perplexity.json, and the losses to OUTPUT_DIR/trainer_state.json.
 """
 
+import argparse
+import copy
 import json
 import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
+from modeling_rebased.training.arguments import parse_dataclasses
+from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command
+from modeling_rebased.training.folders import save_model, written
+from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint, train_from, weights_identity
+from modeling_rebased.training.text import TokenBlocks, tokenizer_identity
 
-from .files import ConversionError, load_config, load_model, progress, written
+from .clock import Clock, StopByClock
+from .files import ConversionError, load_config, load_model, progress
+from .losses import logits_loss, relative_error
 
 
 # What stage "transfer" trains, of the linear layers.
 TRANSFERRED = ("q_proj.", "k_proj.", "q_norm.", "k_norm.", "gate")
+
+# The published recipe, for which the command line can give other values.
+RECIPES: dict[str, dict[str, Any]] = {
+    "transfer": {"learning_rate": 1e-2, "context_length": 512, "per_device_train_batch_size": 24},
+    "logits": {"learning_rate": 6e-4, "context_length": 1024, "per_device_train_batch_size": 12},
+}
 
 
 @dataclass
@@ -61,12 +75,14 @@ class DistillArguments:
     student: str = field(metadata={"help": "Folder that linearize made, or an earlier stage's final."})
     train_file: list[str] = field(
         metadata={
-            "help": "Text files, in which <|endoftext|> stands between documents, or .npy files of token ids. A file "
-            "that is named twice counts twice."
+            "help": "Text files, in which <|endoftext|> separates documents, .jsonl files with a 'text' per line, or "
+            ".npy files of token ids. A file that is named twice counts twice."
         }
     )
     eval_file: list[str] | None = field(default=None, metadata={"help": "Held-out files, each measured by itself."})
-    context_length: int = field(default=512, metadata={"help": "Tokens of an example."})
+    context_length: int = field(
+        default=512, metadata={"help": "Tokens of an example; default: 512 in stage transfer, 1024 in logits."}
+    )
     eval_length: list[int] | None = field(
         default=None, metadata={"help": "Tokens of an example of held-out text (default: CONTEXT_LENGTH)."}
     )
@@ -79,132 +95,53 @@ class DistillArguments:
     compile: bool = field(
         default=False, metadata={"help": "Compile the layers and the loss with torch.compile; pays from a minute on."}
     )
-    kernel_backend: Literal["auto", "eager", "triton"] = field(
-        default="auto", metadata={"help": "Implementation of the student's linear attention in training."}
+    kernel_backend: str | None = field(
+        default=None,
+        metadata={"help": "Overrides the student's kernel_backend in training: auto, eager or triton."},
     )
-    temperature: float = field(default=2.0, metadata={"help": "Of both distributions in stage logits."})
+    temperature: float = field(default=1.0, metadata={"help": "Of both distributions in stage logits."})
     text_weight: float = field(
-        default=0.1,
+        default=0.4,
         metadata={"help": "Share of the loss of the text itself in stage logits; the rest is the teacher's."},
     )
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank and merge them; 0 trains all."})
 
 
-class Blocks(Dataset):
-    """Texts as examples of `length` tokens, without remainder.
+@dataclass
+class DistillTrainingArguments(TrainingArguments):
+    """transformers' arguments, with the published recipe as defaults."""
 
-    Args:
-        files: text files, or `.npy` files, each a vector of token ids.
-        tokenizer: its end-of-text token, if it has one, ends each document of a text.
-        length: tokens of an example.
-
-    Raises:
-        ConversionError: the texts are shorter than one example.
-    """
-
-    def __init__(self, files: list[str], tokenizer: PreTrainedTokenizerBase, length: int):
-        ids = torch.cat([token_ids(name, tokenizer) for name in files])
-        if len(ids) < length:
-            raise ConversionError(f"{files} have {len(ids)} tokens, fewer than --context_length {length}.")
-        self.ids = ids[: len(ids) // length * length].view(-1, length)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        ids = self.ids[i].long()
-        return {"input_ids": ids, "labels": ids}
+    learning_rate: float = field(
+        default=6e-4, metadata={"help": "Peak learning rate; default: 1e-2 in stage transfer, 6e-4 in logits."}
+    )
+    per_device_train_batch_size: int = field(
+        default=12, metadata={"help": "Examples per GPU and step; default: 24 in stage transfer, 12 in logits."}
+    )
+    warmup_steps: float = field(
+        default=30, metadata={"help": "Steps of warm-up, or below 1 a share of all; at most a tenth of --max_steps."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second decay rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
 
-def token_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """int32 [tokens] of a text file, or of a `.npy` file that has them.
-
-    Raises:
-        ConversionError: a `.npy` file is no vector of ids of the tokenizer.
-    """
-    if Path(name).suffix == ".npy":
-        try:
-            stored = np.load(name, allow_pickle=False)
-        except ValueError as error:
-            raise ConversionError(f"{name} is no array of numbers: {error}") from error
-        if stored.ndim != 1 or stored.dtype.kind not in "iu" or (stored.size and stored.max() >= len(tokenizer)):
-            raise ConversionError(
-                f"{name} must be a vector of token ids below {len(tokenizer)}, but is {stored.dtype} of shape "
-                f"{stored.shape}, at most {stored.max(initial=0)}."
-            )
-        return torch.from_numpy(stored.astype(np.int32))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    documents = Path(name).read_text(encoding="utf-8").split("<|endoftext|>")
-    for document in progress([each for each in documents if each], f"reading {name}"):
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-    return torch.tensor(ids, dtype=torch.int32)
-
-
-class Clock:
-    """A learning rate that falls in a line until the time is up.
-
-    For `LambdaLR`, which stores it with a checkpoint, so that a run that goes on knows how long it has trained. The
-    time until the first step ends, when code is compiled, counts, but the learning rate does not fall in it.
-
-    Args:
-        warmup_steps: steps in which the learning rate rises.
-
-    Attributes:
-        seconds: how long to train.
-        spent: seconds since the start, in this process and those before it.
-        progress: share of the time that is spent, from the first step on; at 1 the run is over.
-    """
-
-    def __init__(self, warmup_steps: int):
-        self.warmup_steps = warmup_steps
-        self.seconds = math.inf
-        self.spent = self.waited = self.progress = self.last = 0.0
-        self.stepped = False
-
-    def start(self, seconds: float) -> None:
-        """A process begins to train."""
-        self.seconds, self.last, self.stepped = seconds, time.monotonic(), False
-
-    def tick(self) -> None:
-        """A step has ended."""
-        passed = torch.tensor(time.monotonic() - self.last, dtype=torch.float64)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Every process must see the same time, or their weights part ways.
-            where = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            passed = passed.to(where)
-            torch.distributed.broadcast(passed, 0)
-        passed = passed.item()
-        self.last += passed
-        self.spent += passed
-        if not self.stepped:
-            self.stepped = True
-            self.waited += passed
-        self.progress = min(1.0, (self.spent - self.waited) / max(1e-9, self.seconds - self.waited))
-        if self.spent >= self.seconds:
-            self.progress = 1.0
-
-    def __call__(self, step: int) -> float:
-        """The learning rate's factor after `step` steps."""
-        return min(1.0, (step + 1) / (self.warmup_steps + 1)) * (1.0 - self.progress)
-
-
-class StopByClock(TrainerCallback):
-    """Tells a `Clock` the time, and ends the run when it is up."""
-
-    def __init__(self, clock: Clock, seconds: float):
-        self.clock = clock
-        self.seconds = seconds
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock.start(self.seconds)
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock.tick()
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.clock.progress >= 1.0:
-            control.should_training_stop = True
+def parse_arguments(argv: Sequence[str]) -> tuple[DistillArguments, DistillTrainingArguments]:
+    """Read the command line on top of the recipe of its stage."""
+    stage = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    stage.add_argument("--stage")
+    recipe = RECIPES.get(stage.parse_known_args(argv)[0].stage, {})
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    given = [
+        "--bf16",
+        str(bf16),
+        *(text for name, value in recipe.items() for text in (f"--{name}", str(value))),
+        *argv,
+    ]
+    distill, arguments = parse_dataclasses(
+        "rebased-distill", __doc__, (DistillArguments, DistillTrainingArguments), given
+    )
+    if arguments.max_steps > 0 and not any(each.startswith(("--warmup_steps", "--warmup-steps")) for each in argv):
+        arguments.warmup_steps = min(arguments.warmup_steps, arguments.max_steps // 10)
+    return distill, arguments
 
 
 class AttentionTap:
@@ -252,6 +189,7 @@ class DistillTrainer(Trainer):
     """The library's Trainer with a teacher.
 
     Args:
+        model: the student; in stage "transfer" what `without_mlps` makes of it.
         teacher: the softmax model; not trained, not saved.
         distill: the stage and its settings.
         others: as the library's.
@@ -272,8 +210,6 @@ class DistillTrainer(Trainer):
             layers = linear_layers(student)
             self.teacher_tap = AttentionTap({i: self.teacher.model.layers[i].self_attn for i in layers})
             self.student_tap = AttentionTap({i: student.model.layers[i].self_attn for i in layers})
-            for layer in student.model.layers:
-                layer.mlp.forward = _identity  # each attention module hears the teacher, so nobody hears the MLPs
         if distill.compile:
             # Layer by layer: layers of a kind share their code, which is then compiled once.
             for layer in student.model.layers:
@@ -296,7 +232,7 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean loss of a batch of `Blocks`, of the stage."""
+        """Return the stage's mean loss of a batch of `TokenBlocks`."""
         ids, labels = inputs["input_ids"], inputs["labels"]
         if self.distill.stage == "transfer":
             loss = self._transfer_loss(model, ids)
@@ -324,106 +260,6 @@ class DistillTrainer(Trainer):
         return torch.stack(losses).mean()
 
 
-def relative_error(output: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """|output - expected|^2 / |expected|^2 of each example [T, hidden_size], averaged over the batch.
-
-    Relative, so that layers of large and small outputs count alike; by example, so that a batch split over GPUs or
-    accumulated in steps has the same mean.
-    """
-    output, expected = output.float().flatten(1), expected.float().flatten(1)
-    return ((output - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-20)).mean()
-
-
-def logits_loss(
-    logits: torch.Tensor,
-    expected: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-    text_weight: float,
-    compiled: bool = False,
-) -> torch.Tensor:
-    """The loss of stage "logits", per token.
-
-    (1 - text_weight) * t^2 * KL(teacher_t || student_t) + text_weight * cross entropy of the text, with both
-    distributions at temperature t (Hinton et al., 2015).
-
-    Args:
-        logits, expected: the student's and the teacher's, [B, T, V].
-        labels: the text, [B, T]. It is shifted here.
-        temperature: t.
-        text_weight: share of the text itself.
-        compiled: use torch.compile.
-    """
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return _LogitsLoss.apply(
-        logits.flatten(0, 1), expected.flatten(0, 1), targets.flatten(), temperature, text_weight, compiled
-    )
-
-
-class _LogitsLoss(torch.autograd.Function):
-    """The loss and its gradient together, some tokens at a time: float32 logits of all tokens never exist at once."""
-
-    TOKENS = 2048
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        expected: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float,
-        text_weight: float,
-        compiled: bool,
-    ) -> torch.Tensor:
-        part = _compiled_part if compiled else _loss_part
-        count = logits.shape[0]
-        # Of `count` tokens the last of each example has no successor, so the mean over the text has another weight.
-        text = text_weight / (targets >= 0).sum()
-        gradient = torch.empty_like(logits)
-        losses = []
-        for start in range(0, count, _LogitsLoss.TOKENS):
-            now = slice(start, start + _LogitsLoss.TOKENS)
-            loss, gradient[now] = part(
-                logits[now], expected[now], targets[now], text, (1 - text_weight) / count, temperature
-            )
-            losses.append(loss)
-        ctx.save_for_backward(gradient)
-        return torch.stack(losses).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None, None
-
-
-def _loss_part(
-    logits: torch.Tensor,
-    expected: torch.Tensor,
-    targets: torch.Tensor,
-    text: torch.Tensor,
-    teacher: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the weighted losses of some tokens, float32, and its gradient [tokens, V] in the logits' type."""
-    own = F.log_softmax(logits.float(), dim=-1)
-    softened = own if temperature == 1 else F.log_softmax(logits.float() / temperature, dim=-1)
-    aim = F.log_softmax(expected.float() / temperature, dim=-1)
-    has_text = (targets >= 0)[:, None]
-    is_target = (torch.arange(logits.shape[1], device=logits.device) == targets[:, None]) & has_text
-    divergence = (aim.exp() * (aim - softened)).sum()
-    loss = teacher * temperature**2 * divergence - text * torch.where(is_target, own, 0.0).sum()
-    gradient = teacher * temperature * (softened.exp() - aim.exp())
-    gradient = gradient + text * (own.exp() * has_text - is_target.float())
-    return loss, gradient.to(logits.dtype)
-
-
-_compiled_part = torch.compile(_loss_part, dynamic=False)
-
-
-def _identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
 def linear_layers(student: ReBasedForCausalLM) -> list[int]:
     """Numbers of the layers that have linear attention.
 
@@ -436,6 +272,19 @@ def linear_layers(student: ReBasedForCausalLM) -> list[int]:
     return layers
 
 
+def without_mlps(student: ReBasedForCausalLM) -> ReBasedForCausalLM:
+    """Return a model that shares the student's parameters and has no MLPs.
+
+    In stage "transfer" each attention module hears the teacher, so nobody hears the student's MLPs.
+    """
+    config = copy.deepcopy(student.config)
+    config.mlp_type = "none"
+    model = ReBasedForCausalLM(config)
+    model.load_state_dict(student.state_dict(keep_vars=True), strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
 def freeze_all_but_transferred(student: ReBasedForCausalLM) -> None:
     """Leave only the queries, keys, their normalisation and the gates of linear layers to be trained."""
     student.requires_grad_(False)
@@ -445,16 +294,16 @@ def freeze_all_but_transferred(student: ReBasedForCausalLM) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, blocks: Blocks, batch_tokens: int = 4096) -> float:
-    """exp of the mean loss of a token, given those before it in its example."""
+def perplexity(model: PreTrainedModel, blocks: TokenBlocks, batch_tokens: int = 4096) -> float:
+    """Return exp of the mean loss of a token, given those before it in its example."""
     model.eval()
-    length = blocks.ids.shape[1]
+    length = blocks.length
     batch_size = max(1, batch_tokens // length)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     # Compiled layers would be compiled again for these shapes.
     with torch.compiler.set_stance("force_eager"):
         for start in progress(range(0, len(blocks), batch_size), "perplexity"):
-            ids = blocks.ids[start : start + batch_size].long().to(model.device)
+            ids = blocks.blocks(start, start + batch_size).to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     return math.exp(total.item() / (len(blocks) * (length - 1)))
@@ -472,23 +321,30 @@ def check_pair(teacher: PreTrainedModel, student: ReBasedForCausalLM) -> None:
             raise ConversionError(f"{name} must be the same for --teacher and --student, but is {theirs} and {ours}.")
 
 
-def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[str, Any]]:
-    """Train one stage.
+def read_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> TokenBlocks:
+    """Return the blocks of some files.
 
-    Returns:
-        For each held-out file and length a row with the perplexities of the "teacher" (in the type in which it taught)
-        and of the "student" and what it was "before" (in float32, with TF32 products on a GPU), as
-        OUTPUT_DIR/perplexity.json has them.
+    Raises:
+        ConversionError: a file cannot be read, or they hold less than one block.
     """
-    set_seed(arguments.seed)
-    # Not the library's --tf32: torch.compile before 2.13 cannot read what that sets.
-    if arguments.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    half = torch.bfloat16 if arguments.bf16 else torch.float32
-    if distill.max_seconds is not None:
-        if distill.max_seconds <= 0:
-            raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
-        arguments.max_steps = 10**9 if arguments.max_steps <= 0 else arguments.max_steps
+    try:
+        return TokenBlocks(files, tokenizer, length)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+
+
+def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> None:
+    """Refuse arguments that do not go together, before anything is loaded.
+
+    Raises:
+        ConversionError: naming the argument.
+    """
+    if distill.max_seconds is not None and distill.max_seconds <= 0:
+        raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
+    if distill.stage == "transfer" and distill.lora_rank:
+        raise ConversionError("--lora_rank is for stage logits; stage transfer trains few weights as it is.")
+    if distill.stage == "transfer" and arguments.gradient_checkpointing:
+        raise ConversionError("--gradient_checkpointing is for stage logits; transfer keeps no long graph.")
     load_config(Path(distill.student))
     # Anything else that is no folder is looked for on the Hub, where a misspelt path is not either.
     if not Path(distill.teacher).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)", distill.teacher):
@@ -496,35 +352,81 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
             f"--teacher is {distill.teacher!r}; it must be the folder of a softmax model, which linearize makes of a "
             "GGUF file with --layers softmax."
         )
-    teacher = load_model(AutoModelForCausalLM, distill.teacher, f"--teacher {distill.teacher!r}", dtype=half)
-    student: Any = load_model(
-        ReBasedForCausalLM, distill.student, f"--student {distill.student!r}", dtype=torch.float32
-    )
+
+
+def load_pair(distill: DistillArguments, dtype: torch.dtype) -> tuple[PreTrainedModel, ReBasedForCausalLM]:
+    """Return the teacher, in `dtype`, and the student, in float32.
+
+    Raises:
+        ConversionError: weights are missing, or the two do not fit each other.
+    """
+    teacher = load_model(AutoModelForCausalLM, distill.teacher, f"--teacher {distill.teacher!r}", dtype=dtype)
+    config = load_config(Path(distill.student))
+    if distill.kernel_backend is not None:
+        config.kernel_backend = distill.kernel_backend
+    where = f"--student {distill.student!r}"
+    student = load_model(ReBasedForCausalLM, distill.student, where, config=config, dtype=torch.float32)
     check_pair(teacher, student)
-    for i in linear_layers(student) if distill.stage == "transfer" or distill.kernel_backend != "auto" else []:
-        student.model.layers[i].self_attn.backend = distill.kernel_backend
+    return teacher, student
+
+
+def run(distill: DistillArguments, arguments: TrainingArguments, command: str = "") -> list[dict[str, Any]]:
+    """Train one stage.
+
+    Args:
+        distill, arguments: what is trained and how.
+        command: what was typed, for the model's card.
+
+    Returns:
+        For each held-out file and length a row with the perplexities of the "teacher" (in the type in which it taught)
+        and of the "student" and what it was "before" (in float32, with TF32 products on a GPU), as
+        OUTPUT_DIR/perplexity.json has them.
+
+    Raises:
+        ConversionError: an argument cannot be, or OUTPUT_DIR holds another run.
+    """
+    set_seed(arguments.seed)
+    # Not the library's --tf32: torch.compile before 2.13 cannot read what that sets.
+    if arguments.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    else:
+        arguments.dataloader_pin_memory = False  # which would only warn
+    check_arguments(distill, arguments)
     tokenizer = AutoTokenizer.from_pretrained(distill.teacher)
-    train = Blocks(distill.train_file, tokenizer, distill.context_length)
+    train = read_blocks(distill.train_file, tokenizer, distill.context_length)
     held_out = {
-        (name, length): Blocks([name], tokenizer, length)
+        (name, length): read_blocks([name], tokenizer, length)
         for name in distill.eval_file or []
         for length in distill.eval_length or [distill.context_length]
     }
+    summary = Path(arguments.output_dir) / "perplexity.json"
+    record = RunRecord(arguments.output_dir, _identity(distill, tokenizer, train, arguments.seed))
+    with arguments.main_process_first(desc="reading the run's record"):
+        try:
+            record.check()
+        except ValueError as error:
+            raise ConversionError(f"{error}.") from error
+        if record.is_finished(arguments, distill.max_seconds) and summary.is_file():
+            print(record)
+            return json.loads(summary.read_text(encoding="utf-8"))["perplexity"]
+    teacher, student = load_pair(distill, torch.bfloat16 if arguments.bf16 else torch.float32)
+    if arguments.process_index == 0:
+        record.write()
 
+    trained: Any = student
     if distill.stage == "transfer":
-        if distill.lora_rank:
-            raise ConversionError("--lora_rank is for stage logits; stage transfer trains few weights as it is.")
-        if arguments.gradient_checkpointing:
-            raise ConversionError("--gradient_checkpointing is for stage logits; transfer keeps no long graph.")
-        freeze_all_but_transferred(student)
+        trained = without_mlps(student)
+        freeze_all_but_transferred(trained)
     elif distill.lora_rank:
         from peft import LoraConfig, get_peft_model
 
         adapters = LoraConfig(
             r=distill.lora_rank, lora_alpha=2 * distill.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        student = get_peft_model(student, adapters)
+        trained = get_peft_model(student, adapters)
 
+    if distill.max_seconds is not None and arguments.max_steps <= 0:
+        arguments.max_steps = 10**9
     arguments.remove_unused_columns = False
     arguments.label_names = ["labels"]
     arguments.prediction_loss_only = True
@@ -534,36 +436,31 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
     arguments.logging_nan_inf_filter = False
     if distill.compile:
         arguments.dataloader_drop_last = True  # a last, smaller batch would be compiled for by itself
-    rows = [{"file": Path(name).stem, "length": length} for name, length in held_out]
+    rows: list[dict[str, Any]] = [{"file": Path(name).stem, "length": length} for name, length in held_out]
     before = student.to(arguments.device)
     for row, blocks in zip(rows, held_out.values()):
         row["before"] = perplexity(before, blocks)
     trainer = DistillTrainer(
-        model=student,
+        model=trained,
         args=arguments,
         train_dataset=train,
         eval_dataset=next(iter(held_out.values()), None),
         teacher=teacher,
         distill=distill,
     )
-    newest = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=newest)
+    train_from(trainer, latest_complete_checkpoint(arguments.output_dir, arguments.world_size))
     seconds = time.monotonic() - started
 
     # Without what the library wrapped around it for mixed precision: what is measured below is float32.
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if distill.lora_rank:
-        trained = trained.merge_and_unload()
-    for layer in trained.model.layers:  # what the trainer replaced
-        for module in layer.children():
-            module.__dict__.pop("forward", None)
+    if distill.stage == "transfer":
+        student.load_state_dict(trained.state_dict(), strict=False)
+    else:
+        student = trained.merge_and_unload() if distill.lora_rank else trained
     if trainer.is_world_process_zero():
-        trained.requires_grad_(True)
-        with written(Path(arguments.output_dir) / "final", overwrite=True) as final:
-            trained.save_pretrained(final)
-            tokenizer.save_pretrained(final)
-        trainer.save_state()
+        student.requires_grad_(True)
+        student.config.kernel_backend = load_config(Path(distill.student)).kernel_backend
         steps = trainer.state.global_step
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         said = {
@@ -573,23 +470,93 @@ def run(distill: DistillArguments, arguments: TrainingArguments) -> list[dict[st
             "seconds": round(seconds, 1),
             "perplexity": rows,
         }
-        summary = Path(arguments.output_dir) / "perplexity.json"
+        final = Path(arguments.output_dir) / "final"
+        with written(final) as path:
+            save_model(path, student, tokenizer)
+        trainer.save_state()
         # Before anything is measured too: the model is complete, also where that is cut short.
         summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         for row, blocks in zip(rows, held_out.values()):
-            row |= {"teacher": perplexity(teacher, blocks), "student": perplexity(trained, blocks)}
+            row |= {"teacher": perplexity(teacher, blocks), "student": perplexity(student, blocks)}
         summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        _card(student, final, distill, arguments, command, said).save(final / "README.md")
+        clock = trainer.clock.spent if trainer.clock is not None else 0.0
+        record.write({"steps": steps, "epochs": trainer.state.epoch or 0.0, "seconds": clock})
     return rows
+
+
+def _identity(
+    distill: DistillArguments, tokenizer: PreTrainedTokenizerBase, train: TokenBlocks, seed: int
+) -> dict[str, Any]:
+    """Return what makes a run this run and no other."""
+    settings = ("stage", "context_length", "temperature", "text_weight", "lora_rank")
+    return {
+        "--student (a hash of its weights)": weights_identity(distill.student),
+        "--teacher (a hash of its weights)": weights_identity(distill.teacher),
+        "--teacher's tokenizer (a hash)": tokenizer_identity(tokenizer),
+        "--train_file (a hash of its text)": train.identity,
+        "--seed": seed,
+        **{f"--{name}": getattr(distill, name) for name in settings},
+    }
+
+
+def _card(
+    student: ReBasedForCausalLM,
+    folder: Path,
+    distill: DistillArguments,
+    arguments: TrainingArguments,
+    command: str,
+    said: dict[str, Any],
+) -> Any:
+    """Return the card of a distilled model."""
+    data = [(Path(name).name, "training", file_size(name)) for name in distill.train_file]
+    data += [(Path(name).name, "held out", file_size(name)) for name in distill.eval_file or []]
+    settings = [
+        ("stage", distill.stage),
+        ("teacher", Path(distill.teacher).name),
+        ("started from", Path(distill.student).name),
+        ("tokens per example", f"{distill.context_length:,}"),
+        ("tokens", f"{said['tokens']:,}"),
+        ("learning rate", f"{arguments.learning_rate:g}"),
+        ("warm-up", f"{arguments.warmup_steps:g} steps"),
+        ("precision", "bfloat16, mixed" if arguments.bf16 else "float32"),
+        ("seed", arguments.seed),
+    ]
+    if distill.stage == "logits":
+        adapters = f"of rank {distill.lora_rank}, merged" if distill.lora_rank else "none, all weights are trained"
+        settings += [
+            ("temperature", f"{distill.temperature:g}"),
+            ("share of the text's own loss", f"{distill.text_weight:g}"),
+            ("adapters", adapters),
+        ]
+    figures = [("training time", f"{said['seconds']:,} seconds"), ("steps", f"{said['steps']:,}")]
+    for row in said["perplexity"]:
+        where = f"perplexity per token of {row['file']}, {row['length']} tokens"
+        figures.append((where, f"{row['student']:.3f}; before {row['before']:.3f}, the teacher {row['teacher']:.3f}"))
+    section = training_section(
+        command=command,
+        data=data,
+        settings=settings,
+        hardware=hardware(arguments.device, arguments.world_size),
+        figures=figures,
+    )
+    return model_card(
+        student.config,
+        student.num_parameters(),
+        name=f"{Path(distill.teacher).name or 'A softmax model'} with ReBased attention, stage {distill.stage}",
+        folder=str(folder),
+        prompt="Once upon a time",
+        tags=["distillation"],
+        sections=[section],
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = HfArgumentParser((DistillArguments, TrainingArguments), description=__doc__.split("\n")[0])
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    given = ["--bf16", str(bf16), *(sys.argv[1:] if argv is None else argv)]
-    distill, arguments = parser.parse_args_into_dataclasses(given)
+    argv = sys.argv[1:] if argv is None else argv
+    distill, arguments = parse_arguments(argv)
     try:
-        found = run(distill, arguments)
+        found = run(distill, arguments, typed_command("conversion.distill", argv))
     except (ConversionError, OSError) as error:
         print(f"distill: error: {error}", file=sys.stderr)
         return 1

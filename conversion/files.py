@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,11 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.training import folders
 
 
 # What a conversion knows of its source beyond the weights: the names and their order, so that the way back gives the
@@ -356,34 +356,13 @@ def check_against(config: ReBasedConfig, state: State, where: str) -> None:
 
 @contextlib.contextmanager
 def written(destination: str | os.PathLike, overwrite: bool = False, source: Any = None) -> Iterator[Path]:
-    """A path to write to that becomes `destination`, a file or folder, when the block ends, and vanishes if it fails.
-
-    The path lies in a temporary folder beside `destination`, on the same file system, so the last step is a rename:
-    nobody ever sees half of an output.
+    """Give a path to write to that becomes `destination` when the block ends, and vanishes if the block fails.
 
     Raises:
         ConversionError: `destination` exists and `overwrite` is false, or writing it would replace `source`.
     """
-    path = check_destination(destination, overwrite, source)
-    made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    complete = False
-    try:
-        yield temporary / path.name
-        if path.exists() or path.is_symlink():
-            os.replace(path, temporary / f"{path.name}.old")
-        os.replace(temporary / path.name, path)
-        complete = True
-    finally:
-        old = temporary / f"{path.name}.old"
-        if not complete and (old.exists() or old.is_symlink()) and not path.exists():
-            os.replace(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not complete:
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+    with folders.written(check_destination(destination, overwrite, source)) as path:
+        yield path
 
 
 def check_destination(destination: str | os.PathLike, overwrite: bool = False, source: Any = None) -> Path:
@@ -414,6 +393,8 @@ def write_model(
     record: dict[str, Any] | None = None,
     unused: State | None = None,
     generation_config: GenerationConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: ModelCard | None = None,
     max_shard_size: int | str = "50GB",
 ) -> None:
     """Write a model's folder: weights bit for bit, configuration, the model's code, and the record of the conversion.
@@ -424,6 +405,7 @@ def write_model(
         state: every tensor that `model_shapes` lists.
         record, unused: what the way back needs; see `RECORD`.
         generation_config: instead of the one that follows from the configuration.
+        tokenizer, card: written beside the model.
         max_shard_size: in bytes, or as "5GB".
     """
     with torch.device("meta"):
@@ -435,7 +417,7 @@ def write_model(
     model.config.dtype = model.dtype
     if generation_config is not None:
         model.generation_config = generation_config
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    folders.save_model(folder, model, tokenizer, card, max_shard_size)
     write_record(folder, record, unused)
 
 

@@ -4,20 +4,19 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_rebased import ReBasedConfig
-from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
+from modeling_rebased.training.card import model_card, table
 
 from .files import ConversionError, Report, check_destination, load_folder, progress, write_model, written
 
@@ -141,7 +140,7 @@ def export(
     evaluation = read_results(results or [], parameters)
     said = _said_by_readme(folder)
     name = name or (push or Path(os.path.abspath(destination)).name).split("/")[-1]
-    card = model_card(
+    card = hub_card(
         config,
         parameters,
         name=name,
@@ -155,6 +154,7 @@ def export(
         evaluation=evaluation,
         text=_read_text(card_text),
         repository=push,
+        prompt=None if tokens is None else "Once upon a time",
     )
 
     report = Report(str(source), str(destination), dry_run=dry_run)
@@ -172,10 +172,15 @@ def export(
             report.notes.append(f"would be uploaded to {push}")
         return report
     with written(destination, overwrite, source) as path:
-        write_model(path, config, state, generation_config=settings, max_shard_size=max_shard_size)
-        if tokens is not None:
-            tokens.save_pretrained(path)
-        card.save(path / "README.md")
+        write_model(
+            path,
+            config,
+            state,
+            generation_config=settings,
+            tokenizer=tokens,
+            card=card,
+            max_shard_size=max_shard_size,
+        )
         report.notes.append("files: " + ", ".join(sorted(each.name for each in path.iterdir())))
     if push is not None:
         report.notes.append(f"uploaded to {upload(destination, push, private)}")
@@ -340,7 +345,7 @@ def _add_tasks(evaluation: Evaluation, loaded: dict[str, Any], tasks: dict[str, 
 # ---------------------------------------------------------------- the card
 
 
-def model_card(
+def hub_card(
     config: ReBasedConfig,
     parameters: int,
     *,
@@ -355,14 +360,16 @@ def model_card(
     evaluation: Evaluation | None = None,
     text: str = "",
     repository: str | None = None,
+    prompt: str | None = None,
 ) -> ModelCard:
-    """The card of a model, its metadata checked.
+    """Return the card of a model for the Hub, its metadata checked.
 
     Args:
         config, parameters: of the model.
         evaluation: from `read_results`.
         text: Markdown to stand after the description.
         repository: "user/name" on the Hub, for the example of its use.
+        prompt: text for the example to continue, if there is a tokenizer.
         others: as in `export`.
 
     Raises:
@@ -385,7 +392,20 @@ def model_card(
     for each in languages:
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", each):
             raise ConversionError(f"--language is {each!r}; it must be a code such as 'en'.")
-    data = ModelCardData(
+    links = ", ".join(f"[{each}](https://huggingface.co/datasets/{each})" for each in datasets)
+    results = "None were given."
+    if evaluation.rows:
+        rows = table(("task", "shots", "metric", "value", "standard error"), evaluation.rows)
+        results = f"{rows}\n\nMeasured with [lm-eval]({HARNESS}) {', '.join(sorted(evaluation.versions))}."
+    card = model_card(
+        config,
+        parameters,
+        name=name,
+        folder=repository or "FOLDER",
+        prompt=prompt,
+        text=text,
+        sections=["## Training data", links or "Not stated.", "## Results", results],
+        tags=tags or [],
         license=license,
         license_name=license_name,
         license_link=license_link,
@@ -393,14 +413,9 @@ def model_card(
         language=languages or None,
         base_model=base_model,
         metrics=sorted({result.metric_type for result in evaluation.results}) or None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["rebased", "linear-attention", *(tags or [])],
         model_name=name,
         eval_results=evaluation.results or None,
     )
-    body = _body(config, parameters, name, repository or "FOLDER", datasets, evaluation, text)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     check_card(card)
     return card
 
@@ -418,69 +433,6 @@ def check_card(card: ModelCard) -> None:
     for key, allowed in (("library_name", "transformers"), ("pipeline_tag", "text-generation")):
         if fields.get(key) != allowed:
             raise ConversionError(f"The model card's {key} is {fields.get(key)!r}; it must be {allowed!r}.")
-
-
-def _body(
-    config: ReBasedConfig,
-    parameters: int,
-    name: str,
-    repository: str,
-    datasets: list[str],
-    evaluation: Evaluation,
-    text: str,
-) -> str:
-    linear = set(LINEAR_LAYER_TYPES) & set(config.layer_types)
-    counts = ", ".join(f"{count} {layer_type}" for layer_type, count in Counter(config.layer_types).items())
-    rows = [
-        ("parameters", f"{parameters:,}"),
-        ("layers", f"{config.num_hidden_layers}: {counts}"),
-        ("hidden size", config.hidden_size),
-        ("MLP", config.mlp_type),
-        ("positions", config.position_embedding_type),
-        ("vocabulary", f"{config.vocab_size:,}"),
-        ("length trained on", config.max_position_embeddings),
-    ]
-    if linear:
-        rows += [
-            ("kernel", f"{config.kernel}, w = c0 + c1 s + c2 s² with {config.coefficients}"),
-            ("heads", f"{config.num_attention_heads}, of {config.head_dim}; queries and keys of {config.feature_dim}"),
-            (
-                "state of a linear layer",
-                f"{config.num_key_value_heads} x {config.n_features} x {config.head_dim + 1} numbers, at every length",
-            ),
-        ]
-    parts = [
-        f"# {name}",
-        "A causal language model with ReBased linear attention, a learnable quadratic kernel "
-        "([arXiv 2402.10644](https://arxiv.org/abs/2402.10644))."
-        if config.kernel == "rebased" and linear
-        else "A causal language model of the ReBased family ([arXiv 2402.10644](https://arxiv.org/abs/2402.10644)).",
-        text,
-        _table(("", ""), rows),
-        "## Use",
-        "The model's code is in this repository, so `transformers` and `torch` are all it needs:",
-        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repository}", trust_remote_code=True)\n```',
-        "## Training data",
-        ", ".join(f"[{each}](https://huggingface.co/datasets/{each})" for each in datasets) or "Not stated.",
-        "## Results",
-    ]
-    if evaluation.rows:
-        versions = ", ".join(sorted(evaluation.versions))
-        parts += [
-            _table(("task", "shots", "metric", "value", "standard error"), evaluation.rows),
-            f"Measured with [lm-eval]({HARNESS}) {versions}.",
-        ]
-    else:
-        parts.append("None were given.")
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    def line(cells: tuple[Any, ...]) -> str:
-        return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)])
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:

@@ -124,9 +124,7 @@ def linearize(
         report.notes.append(f"the linear layers are a start, not a model: train them ({how})")
     if not dry_run:
         with written(destination, overwrite, source) as path:
-            write_model(path, config, state, generation_config=teacher.generation_config)
-            if tokens is not None:
-                tokens.save_pretrained(path)
+            write_model(path, config, state, generation_config=teacher.generation_config, tokenizer=tokens)
     return report
 
 
@@ -510,7 +508,5 @@ def to_rebased(
     if not dry_run:
         tokens = _load_tokenizer(Path(source), None, new)
         with written(destination, overwrite, source) as path:
-            write_model(path, new, result)
-            if tokens is not None:
-                tokens.save_pretrained(path)
+            write_model(path, new, result, tokenizer=tokens)
     return report

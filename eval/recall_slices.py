@@ -7,6 +7,9 @@ language-model results the same way, section 5.2). Linear-attention models lose 
 Zoology leaves out bigrams that are frequent in the training text, since a model may know those by heart. Give that
 text with `--known-text` and a third slice, "known", takes them up.
 
+Documents are read and encoded as in training: `<|endoftext|>` separates them in a text file, each is scored by itself,
+and the end-of-text token stands before it.
+
     python -m modeling_rebased.eval.recall_slices --models DIR_A DIR_B --text book.txt --context 2048 \\
         --output eval/results/slices
 
@@ -29,6 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+
+from modeling_rebased.training.text import encode, read_documents
 
 from .plots import plot_slices
 
@@ -238,30 +243,6 @@ def markdown(results: dict[str, Slices]) -> str:
     return "\n".join(lines)
 
 
-def read_documents(paths: list[str]) -> Iterator[str]:
-    """Yield the documents of text files, and of JSON-lines files the field "text" of each line."""
-    for path in paths:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} must be text in UTF-8, at byte {error.start} it is not") from None
-        if path.endswith(".jsonl"):
-            # not splitlines, which also splits at U+2028 and others that JSON text may hold
-            for number, line in enumerate(text.split("\n"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: no JSON: {error}") from None
-                if not isinstance(entry, dict) or "text" not in entry:
-                    found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-                    raise ValueError(f'{path}, line {number}: no field "text", there is {found}')
-                yield entry["text"]
-        else:
-            yield text
-
-
 def main(argv: list[str] | None = None) -> None:
     """Score the models and write the table, the numbers and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="checkpoint folders or Hub names; NAME=DIR labels one",
     )
-    add("--text", nargs="+", required=True, metavar="FILE", help='text, a document each; or .jsonl, "text" a document')
+    add("--text", nargs="+", required=True, metavar="FILE", help='text files, or .jsonl with a "text" per document')
     add("--known-text", nargs="+", default=[], metavar="FILE", help="training text, whose frequent bigrams are known")
     add("--known-from", type=int, default=1250, help="how often a bigram occurs there to be known")
     add(
@@ -313,12 +294,12 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--models: two are called {label}, NAME=DIR gives one another name")
         models[label] = folder
     try:
-        documents, known_documents = list(read_documents(args.text)), list(read_documents(args.known_text))
+        documents, known_documents = read_documents(args.text), read_documents(args.known_text)
         if args.output:
             Path(args.output).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if not any(map(str.strip, documents)):
+    if not documents:
         parser.error(f"--text: no text in {', '.join(args.text)}")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -330,16 +311,13 @@ def main(argv: list[str] | None = None) -> None:
             folder, trust_remote_code=args.trust_remote_code, dtype=args.dtype
         ).to(args.device)
 
-        def encode(text: str, tokenizer=tokenizer) -> list[int]:
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
         known: dict[int, int] = {}
         for text in known_documents:
-            for bigram, count in count_bigrams(np.array(encode(text)), model.config.vocab_size).items():
+            for bigram, count in count_bigrams(np.array(encode(text, tokenizer)), model.config.vocab_size).items():
                 known[bigram] = known.get(bigram, 0) + count
         results[label] = evaluate(
             model,
-            [encode(text)[: args.max_tokens] for text in documents],
+            [encode(text, tokenizer)[: args.max_tokens] for text in documents],
             context=args.context,
             chunk=args.chunk,
             batch_size=args.batch_size,

@@ -5,6 +5,10 @@
 writes tokenizer.json and tokenizer_config.json, which `AutoTokenizer` loads without remote code. ByT5's tokenizer is
 byte-level too, but it is made for an encoder: it ends every text with </s>, so that a language model given
 `tokenizer(prompt)` would continue a text that has just ended. Here a text is encoded as its bytes and nothing else.
+
+A prompt is taken as the middle of a document: no end-of-text token is put before it, by the tokenizer, by the demo or
+by lm-eval. Write "<|endoftext|>" at the start of a prompt that begins a document. Where whole documents are scored
+(`heldout_english`, `rebased_ppl`, `recall_slices`) the token stands before each of them, as in training.
 """
 
 import sys
@@ -12,8 +16,9 @@ import sys
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .text import END_OF_TEXT  # id 256: stands before every document in training, and ends what the model writes
 
-END_OF_TEXT = "<|endoftext|>"  # id 256: stands before every document in training, and ends what the model writes
+
 PAD = "<|pad|>"  # id 257
 
 
@@ -32,6 +37,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
+        padding_side="left",  # what generate continues is the end of each row
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )

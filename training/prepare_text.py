@@ -23,8 +23,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .text import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 
 # Speeches from Lincoln to Obama, a book of verse and a novel; about 270 KB.
 HELD_OUT = (

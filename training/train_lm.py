@@ -1,37 +1,34 @@
 """Train a causal language model on text files, with the transformers Trainer.
 
-    python -m modeling_rebased.training.train_lm RECIPE.yaml --config english-6m --output_dir output/english-6m
+    rebased-train RECIPE.yaml --config english-6m --output_dir output/english-6m
+    rebased-train --model output/english-6m/final --train_file more.txt --output_dir output/more      # fine-tune
     accelerate launch -m modeling_rebased.training.train_lm RECIPE.yaml ...      # any number of GPUs
 
-RECIPE.yaml, which is optional, holds arguments, one per line, as `learning_rate: 1.0e-3`; those on the command line
-win over it. Besides the arguments below, every one of transformers' TrainingArguments can be given: --torch_compile,
---max_steps, --eval_steps, ...
+`rebased-train` is `python -m modeling_rebased.training.train_lm`. RECIPE.yaml, which is optional, holds arguments, one
+per line, as `learning_rate: 1.0e-3`; those on the command line win over it. Besides the arguments below, every one of
+transformers' TrainingArguments can be given: --torch_compile, --max_steps, --eval_steps, ...
 
 A run that was stopped, also by kill -9, goes on from its newest complete checkpoint when the same command is given
-again, and ends with the weights it would have had without the stop. The finished model goes to OUTPUT_DIR/final:
-bf16 safetensors, tokenizer, generation settings, model card, and the code that `trust_remote_code=True` needs.
+again, and ends with the weights it would have had without the stop. A finished run is left as it is, and a folder that
+holds another run is refused. The finished model goes to OUTPUT_DIR/final: bf16 safetensors, tokenizer, generation
+settings, model card, and the code that `trust_remote_code=True` needs.
 """
 
-import hashlib
+from __future__ import annotations
+
 import json
 import math
-import os
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    HfArgumentParser,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -40,13 +37,21 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import modeling_rebased  # noqa: F401  registers the configuration and the model with the Auto classes
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.configuration import config_names, config_path
 
+from .arguments import parse_dataclasses
 from .byte_tokenizer import byte_tokenizer
+from .card import file_size, hardware, model_card, training_section, typed_command
+from .folders import save_model, written
+from .resume import RunRecord, latest_complete_checkpoint, train_from, weights_identity
+from .text import TokenBlocks, tokenizer_identity
 
 
 logger = logging.get_logger(__name__)
-CONFIGURATIONS = Path(__file__).resolve().parent.parent / "configuration"
+
+# What a configuration says of how it was written or is computed, and not of the model.
+NOT_OF_THE_MODEL = ("architectures", "auto_map", "dtype", "kernel_backend", "transformers_version", "_name_or_path")
 
 
 # ---------------------------------------------------------------- arguments
@@ -56,9 +61,22 @@ CONFIGURATIONS = Path(__file__).resolve().parent.parent / "configuration"
 class ModelArguments:
     """What is trained."""
 
-    config: str = field(metadata={"help": "Folder with a config.json, or the name of one under configuration/."})
-    tokenizer: str = field(
-        default="bytes", metadata={"help": "'bytes' (one token a byte), or a tokenizer that AutoTokenizer loads."}
+    config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train a new model of this configuration: a folder with a config.json, or one of "
+            f"{', '.join(config_names())}."
+        },
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Train the model in this folder further, instead of a new one."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "'bytes' (one token per byte), or the folder or name of a tokenizer. By default that of --model, "
+            "or 'bytes' for a new model."
+        },
     )
     kernel_backend: str | None = field(
         default=None, metadata={"help": "Overrides the configuration's kernel_backend: auto, eager or triton."}
@@ -67,10 +85,15 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What it is trained on. In a text file `<|endoftext|>` stands between documents."""
+    """What it is trained on."""
 
-    train_file: list[str] = field(metadata={"help": "Text files to train on."})
-    eval_file: list[str] | None = field(default=None, metadata={"help": "Held-out text files."})
+    train_file: list[str] = field(
+        metadata={
+            "help": "Files to train on: text, in which <|endoftext|> separates documents, .jsonl with a 'text' per "
+            "line, or .npy with token ids."
+        }
+    )
+    eval_file: list[str] | None = field(default=None, metadata={"help": "Held-out files, of the same kinds."})
     context_length: int | None = field(
         default=None, metadata={"help": "Tokens in a training example; default: max_position_embeddings."}
     )
@@ -100,65 +123,84 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, LMT
         for name, value in yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")).items():
             recipe += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
         argv = argv[1:]
-    parser = HfArgumentParser((ModelArguments, DataArguments, LMTrainingArguments), description=__doc__.split("\n")[0])
-    return parser.parse_args_into_dataclasses(recipe + argv)
+    classes = (ModelArguments, DataArguments, LMTrainingArguments)
+    return parse_dataclasses("rebased-train", __doc__, classes, [*recipe, *argv])
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- model and tokenizer
 
 
-def read_documents(files: list[str]) -> list[str]:
-    """Return the documents of some text files, in order."""
-    texts = (Path(name).read_bytes().decode("utf-8") for name in files)
-    return [document for text in texts for document in text.split("<|endoftext|>") if document]
+def load_config(model_args: ModelArguments) -> ReBasedConfig:
+    """Return the configuration of the model to train.
 
-
-def encode(documents: list[str], tokenizer: PreTrainedTokenizerBase, cache_dir: str) -> np.memmap:
-    """Encode documents into one flat file of token ids, once, and return it memory-mapped.
-
-    The file (uint16, or uint32 for a vocabulary above 65,536) is named after a hash of text and tokenizer, and appears
-    under that name only when it is complete. Each document is preceded by the end-of-text token.
+    Raises:
+        ValueError: neither or both of --config and --model are given, or what is given is no ReBased model.
     """
-    identity = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    for document in documents:
-        identity.update(b"<|endoftext|>" + document.encode())
-    path = Path(cache_dir) / f"tokens-{identity.hexdigest()[:16]}.bin"
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(unfinished, "wb") as out:
-            for document in documents:
-                ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-                np.array([tokenizer.eos_token_id, *ids], dtype=dtype).tofile(out)
-        os.replace(unfinished, path)
-    return np.memmap(path, dtype=dtype, mode="r")
+    if (model_args.config is None) == (model_args.model is None):
+        raise ValueError("give either --config, to train a new model, or --model, to train one further")
+    if model_args.config in config_names() and not Path(model_args.config).exists():
+        folder = config_path(model_args.config)
+    else:
+        name, folder = ("--model", model_args.model) if model_args.config is None else ("--config", model_args.config)
+        if not Path(folder).exists():
+            known = f", nor one of the configurations {', '.join(config_names())}" if name == "--config" else ""
+            raise ValueError(f"{name} {folder} is no folder{known}")
+        has_weights = Path(folder).is_dir() and any(Path(folder).glob("*.safetensors"))
+        if name == "--model" and not has_weights:
+            raise ValueError(f"--model {folder} holds no .safetensors; --config {folder} would train a new model")
+        if name == "--config" and has_weights:
+            logger.warning(
+                f"--config {folder} trains a new model; --model {folder} would start from the weights there"
+            )
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, ReBasedConfig):
+        raise ValueError(
+            f"{folder} holds a model of type {config.model_type!r}; it must be {ReBasedConfig.model_type!r} "
+            "(`rebased-convert linearize` makes one of a Llama-like model)"
+        )
+    if model_args.kernel_backend is not None:
+        config.kernel_backend = model_args.kernel_backend
+    return config
 
 
-class TokenBlocks(torch.utils.data.Dataset):
-    """The tokens of some text files as consecutive blocks of `length`; memory-mapped, so the size does not matter.
+def load_tokenizer(model_args: ModelArguments, config: ReBasedConfig, length: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, and put its special tokens into the configuration.
 
-    The tokens after the last whole block are left out. Item: {"input_ids": [length], "labels": [length]}, int64; the
-    model itself shifts the labels by one.
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
     """
+    name = model_args.tokenizer or model_args.model or "bytes"
+    tokenizer = byte_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is only {config.vocab_size}")
+    if config.vocab_size > 2 * len(tokenizer):
+        logger.warning(
+            f"vocab_size is {config.vocab_size}, but the tokenizer {name!r} has only {len(tokenizer)} tokens: the "
+            "other embeddings are never trained"
+        )
+    tokenizer.model_max_length = length
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, token, getattr(tokenizer, token))
+    return tokenizer
 
-    def __init__(self, files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, cache_dir: str) -> None:
-        documents = read_documents(files)
-        self.tokens = encode(documents, tokenizer, cache_dir)
-        self.num_bytes = sum(len(document.encode()) for document in documents)
-        self.length = length
-        if len(self.tokens) < length:
-            raise ValueError(f"context_length is {length}, but {files} hold only {len(self.tokens)} tokens")
 
-    def __len__(self) -> int:
-        return len(self.tokens) // self.length
+def load_model(model_args: ModelArguments, config: ReBasedConfig) -> ReBasedForCausalLM:
+    """Return a new model, or the one in --model with all of its weights, in float32.
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
-        block = self.tokens[index * self.length : (index + 1) * self.length]
-        input_ids = torch.from_numpy(block.astype(np.int64))
-        return {"input_ids": input_ids, "labels": input_ids}
+    Raises:
+        ValueError: the weights in --model are not those that its configuration asks for.
+    """
+    if model_args.model is None:
+        return ReBasedForCausalLM(config)
+    model, found = ReBasedForCausalLM.from_pretrained(
+        model_args.model, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    if found["missing_keys"] or found["unexpected_keys"]:
+        raise ValueError(
+            f"--model {model_args.model} does not fit its configuration: missing "
+            f"{sorted(found['missing_keys'])[:5]}, unknown {sorted(found['unexpected_keys'])[:5]}"
+        )
+    return model
 
 
 # ---------------------------------------------------------------- training
@@ -168,57 +210,40 @@ class LMTrainer(Trainer):
     """A Trainer that also reports bits per byte, which compares models whatever their tokenizers."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the library's, with `eval_bits_per_byte` beside `eval_loss`."""
+        """Log as the library does, with `eval_bits_per_byte` beside `eval_loss`."""
         if "eval_loss" in logs:
             tokens_per_byte = len(self.eval_dataset.tokens) / self.eval_dataset.num_bytes
             logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) * tokens_per_byte
         super().log(logs, *args, **kwargs)
 
 
-def latest_complete_checkpoint(output_dir: str, world_size: int = 1) -> str | None:
-    """Return the newest checkpoint folder in `output_dir` that was written to its end, or None.
-
-    Trainer writes into the folder's final name, trainer_state.json after the weights, the optimizer and the schedule.
-    A process killed meanwhile leaves a folder without that file or with a torn one: it is passed over, with a warning.
-    """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            if len(list(folder.glob("rng_state*.pth"))) < world_size:
-                raise ValueError("the states of some processes' random number generators are missing")
-        except (OSError, ValueError) as error:
-            logger.warning(f"{folder} is incomplete and is ignored: {error}")
-            continue
-        if state["global_step"] == int(folder.name.split("-")[1]):
-            return str(folder)
-    return None
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate, and write the finished model."""
-    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_arguments(argv)
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # which would only warn
     set_seed(args.seed)
-
-    tokenizer = (
-        byte_tokenizer() if model_args.tokenizer == "bytes" else AutoTokenizer.from_pretrained(model_args.tokenizer)
-    )
-    folder = Path(model_args.config)
-    config = AutoConfig.from_pretrained(folder if folder.exists() else CONFIGURATIONS / model_args.config)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is only {config.vocab_size}")
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    if model_args.kernel_backend is not None:
-        config.kernel_backend = model_args.kernel_backend
-    model = AutoModelForCausalLM.from_config(config)
-
-    length = data_args.context_length or config.max_position_embeddings
-    with args.main_process_first(desc="tokenizing"):
-        train_data = TokenBlocks(data_args.train_file, tokenizer, length, args.output_dir)
-        eval_data = None
-        if data_args.eval_file:
-            eval_data = TokenBlocks(data_args.eval_file, tokenizer, length, args.output_dir)
+    try:
+        config = load_config(model_args)
+        length = data_args.context_length or config.max_position_embeddings
+        tokenizer = load_tokenizer(model_args, config, length)
+        with args.main_process_first(desc="tokenizing"):
+            train_data = TokenBlocks(data_args.train_file, tokenizer, length, args.output_dir)
+            eval_data = None
+            if data_args.eval_file:
+                eval_data = TokenBlocks(data_args.eval_file, tokenizer, length, args.output_dir)
+            record = RunRecord(args.output_dir, _identity(model_args, config, tokenizer, train_data, args.seed))
+            record.check()
+            if record.is_finished(args):
+                print(record)
+                return
+            if args.process_index == 0:
+                record.write()
+        set_seed(args.seed)
+        model = load_model(model_args, config)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"rebased-train: error: {error}") from error
 
     trainer = LMTrainer(
         model=model,
@@ -234,10 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{model.num_parameters() / 1e6:.2f}M parameters, {len(train_data.tokens):,} training tokens in blocks of "
         f"{length}, {args.world_size} process(es) on {args.device.type}"
     )
-    checkpoint = args.resume_from_checkpoint or latest_complete_checkpoint(args.output_dir, args.world_size)
-    if checkpoint is not None:
-        logger.warning(f"Resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, args.resume_from_checkpoint or latest_complete_checkpoint(args.output_dir, args.world_size))
 
     figures = {
         "parameters": model.num_parameters(),
@@ -250,46 +272,93 @@ def main(argv: list[str] | None = None) -> None:
         figures |= {name: round(metrics[name], 4) for name in ("eval_loss", "eval_bits_per_byte")}
     if trainer.is_world_process_zero():
         trainer.save_state()
-        export(model, tokenizer, figures, Path(args.output_dir) / "final")
+        settings = _settings(args, figures["tokens_per_step"], length, config)
+        write_final(model, tokenizer, figures, Path(args.output_dir) / "final", argv, data_args, settings, args)
+        record.write({"steps": trainer.state.global_step, "epochs": trainer.state.epoch or 0.0})
         print(json.dumps(figures, indent=2))
 
 
-# ---------------------------------------------------------------- export
+def _identity(
+    model_args: ModelArguments,
+    config: ReBasedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: TokenBlocks,
+    seed: int,
+) -> dict[str, Any]:
+    """Return what makes a run this run and no other."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_THE_MODEL}
+    return {
+        "configuration": fields,
+        "--model (a hash of its weights)": None if model_args.model is None else weights_identity(model_args.model),
+        "--tokenizer (a hash)": tokenizer_identity(tokenizer),
+        "--train_file (a hash of its text)": train_data.identity,
+        "--context_length": train_data.length,
+        "--seed": seed,
+    }
 
 
-def export(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, figures: dict[str, float], folder: Path
+# ---------------------------------------------------------------- the finished model
+
+
+def _settings(args: TrainingArguments, tokens_per_step: int, length: int, config: ReBasedConfig) -> list[tuple]:
+    """Return the rows of the card's table of hyperparameters."""
+    return [
+        ("tokens per step", f"{tokens_per_step:,}"),
+        ("tokens per example", f"{length:,}"),
+        ("optimizer", f"{getattr(args.optim, 'value', args.optim)}, betas {args.adam_beta1} and {args.adam_beta2}"),
+        (
+            "learning rate",
+            f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+        ),
+        ("warm-up", f"{args.warmup_steps:g} {'steps' if args.warmup_steps >= 1 else 'of all steps'}"),
+        ("weight decay", f"{args.weight_decay:g}"),
+        ("dropout", f"{config.embedding_dropout:g} of embeddings, {config.residual_dropout:g} of what layers add"),
+        ("gradient clipping", f"{args.max_grad_norm:g}"),
+        ("precision", "bfloat16, mixed" if args.bf16 else "float16, mixed" if args.fp16 else "float32"),
+        ("seed", args.seed),
+    ]
+
+
+def write_final(
+    model: ReBasedForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    figures: dict[str, Any],
+    folder: Path,
+    argv: list[str],
+    data_args: DataArguments,
+    settings: list[tuple],
+    args: TrainingArguments,
 ) -> None:
-    """Write the folder that `from_pretrained(folder, trust_remote_code=True)` loads: all that the Hub would get."""
+    """Write the finished model: bf16 weights, tokenizer, generation settings, code, figures and card."""
     model = model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.85,
-        top_p=0.9,
-        max_new_tokens=400,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    data = [(Path(name).name, "training", file_size(name)) for name in data_args.train_file]
+    data += [(Path(name).name, "held out", file_size(name)) for name in data_args.eval_file or []]
+    units = {
+        "steps": "steps",
+        "training_bytes": "bytes of text",
+        "eval_loss": "nats per token of the held-out text",
+        "eval_bits_per_byte": "bits per byte of the held-out text",
+    }
+    section = training_section(
+        command=typed_command("training.train_lm", argv),
+        data=data,
+        settings=settings,
+        hardware=hardware(args.device, args.world_size),
+        figures=[(name, f"{figures[name]:,} {unit}") for name, unit in units.items() if name in figures],
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "training_figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    card = f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [rebased, linear-attention]
----
-# {folder.resolve().parent.name}
-
-A causal language model trained with training/train_lm.py. Load it with
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
-
-| figure | value |
-| --- | --- |
-{rows}
-"""
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card = model_card(
+        model.config,
+        figures["parameters"],
+        name=folder.resolve().parent.name,
+        folder=str(folder),
+        prompt="Once upon a time",
+        sections=[section],
+    )
+    with written(folder) as path:
+        save_model(path, model, tokenizer, card)
+        (path / "training_figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

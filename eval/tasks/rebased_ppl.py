@@ -1,12 +1,21 @@
 """Documents and scores of the two perplexity tasks in this folder, for lm-eval's YAML files."""
 
+import importlib.util
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+
+# lm-eval loads this file by its path. Its console script does not find a checkout that is not installed.
+if importlib.util.find_spec("modeling_rebased") is None:
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from modeling_rebased.training.text import read_documents
 
 
 def _dataset(documents: list[dict[str, str]]) -> dict[str, Dataset]:
@@ -22,8 +31,8 @@ def load_heldout(**_: Any) -> dict[str, Dataset]:
 def load_text(text_file: str | None = None, **_: Any) -> dict[str, Dataset]:
     """Return the user's own text: `--metadata '{"text_file": "my.txt"}'`, or the variable REBASED_PPL_TEXT.
 
-    A .jsonl file holds one document a line, under the key "text". Any other file is plain text, documents separated
-    by <|endoftext|> where there are several.
+    The file is read as in training: a .jsonl file holds one document per line, under the key "text"; any other file is
+    plain text, in which <|endoftext|> separates documents.
 
     Raises:
         ValueError: no file is named, it cannot be read as UTF-8 or as JSON lines with a "text", or it is empty.
@@ -36,22 +45,11 @@ def load_text(text_file: str | None = None, **_: Any) -> dict[str, Dataset]:
     if not isinstance(name, str):
         raise ValueError(f"text_file of the task rebased_ppl must be a path, got {name!r}")
     try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text_file {name} of the task rebased_ppl must be a text file in UTF-8: {error}") from error
-    if name.endswith(".jsonl"):
-        texts = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    texts.append(json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f'text_file {name} of the task rebased_ppl, line {number}: must be JSON with a field "text"'
-                    ) from error
-    else:
-        texts = text.split("<|endoftext|>")
-    documents = [{"title": f"{Path(name).stem}-{i}", "text": part} for i, part in enumerate(texts) if part.strip()]
+        texts = read_documents([name])
+    except (OSError, ValueError) as error:
+        kind = 'JSON lines with a "text" each' if name.endswith(".jsonl") else "a text file in UTF-8"
+        raise ValueError(f"text_file {name} of the task rebased_ppl must be {kind}: {error}") from error
+    documents = [{"title": f"{Path(name).stem}-{i}", "text": part} for i, part in enumerate(texts)]
     if not documents:
         raise ValueError(f"the text file {name} of the task rebased_ppl holds no text")
     return _dataset(documents)

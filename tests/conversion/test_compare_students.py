@@ -20,9 +20,10 @@ from modeling_rebased.conversion.compare_students import (
     repeated,
     stages_of,
 )
-from modeling_rebased.conversion.distill import Blocks, perplexity
 from modeling_rebased.conversion.distill import main as distill
+from modeling_rebased.conversion.distill import perplexity
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.training.text import TokenBlocks
 
 
 TEMPLATE = (
@@ -88,7 +89,7 @@ def test_everything_is_measured_and_written(folder, tmp_path):
     for (name, stage, length), value in found.items():
         path = folder / name / {"": "", "start": "start"}.get(stage, f"{stage}/final")
         model = load(path, torch.float32, "eager", "cpu")
-        blocks = Blocks([str(folder / "text.txt")], byte_tokenizer(), length)
+        blocks = TokenBlocks([str(folder / "text.txt")], byte_tokenizer(), length)
         assert value == pytest.approx(perplexity(model, blocks), rel=1e-4)
     assert list(results["answers"]) == ["teacher", "pure", "window"] and results["prompts"] == list(PROMPTS)
     assert all(len(row["texts"]) == 20 and row["judged"] > 1 for row in results["answers"].values())
@@ -180,7 +181,7 @@ def test_answers_are_dialogues_in_the_teachers_format(folder):
     end = tokenizer.eos_token_id
     dialogues = bytes(ids).split(bytes([end])) if end < 256 else None
     text = tokenizer.decode(ids)
-    assert ids[-1] == end and ids.count(end) == 2
+    assert ids[0] == end and ids.count(end) == 2  # before each dialogue, as before each document
     for prompt in prompts:
         assert f"<user>{prompt}<a>" in text
     assert dialogues is None or len(dialogues) == 3

@@ -13,20 +13,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, linearize
 from modeling_rebased.conversion.distill import (
-    Blocks,
     DistillArguments,
     DistillTrainer,
-    _LogitsLoss,
-    _loss_part,
     check_pair,
     freeze_all_but_transferred,
-    logits_loss,
     main,
+    parse_arguments,
     perplexity,
-    relative_error,
-    token_ids,
+    without_mlps,
 )
+from modeling_rebased.conversion.losses import _LogitsLoss, _loss_part, logits_loss, relative_error
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.training.text import TokenBlocks, read_token_ids
 
 
 TEXT = "the cat sat on the mat and the dog sat on the log <|endoftext|>" * 40
@@ -49,10 +47,10 @@ def folder(tmp_path_factory):
     )
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(config)
-    blocks = Blocks([folder / "text.txt"], byte_tokenizer(), 32)
+    blocks = TokenBlocks([folder / "text.txt"], byte_tokenizer(), 32)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)
     for step in range(40):
-        ids = blocks.ids[step % 4 :: 4].long()
+        ids = blocks.blocks(0, len(blocks))[step % 4 :: 4]
         teacher(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -75,14 +73,17 @@ def start_of(folder):
     return ReBasedForCausalLM.from_pretrained(folder / "start").eval()
 
 
-def error_of(student, folder):
-    """The loss of stage transfer."""
+def error_of(student, folder, watch=None):
+    """The loss of stage transfer; `watch` is called with the model that is trained."""
     teacher = LlamaForCausalLM.from_pretrained(folder / "teacher")
     distill = DistillArguments("transfer", "", "", [])
     arguments = TrainingArguments(str(folder / "unused"), report_to="none", use_cpu=True)
-    trainer = DistillTrainer(model=student, args=arguments, teacher=teacher, distill=distill)
-    ids = Blocks([folder / "text.txt"], byte_tokenizer(), 32).ids[:4].long()
-    return trainer.compute_loss(student, {"input_ids": ids, "labels": ids})
+    model = without_mlps(student)
+    if watch is not None:
+        watch(model)
+    trainer = DistillTrainer(model=model, args=arguments, teacher=teacher, distill=distill)
+    ids = TokenBlocks([folder / "text.txt"], byte_tokenizer(), 32).blocks(0, 4)
+    return trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
 
 
 def test_transfer_trains_the_maps_alone_and_lowers_the_error(folder, tmp_path):
@@ -107,11 +108,14 @@ def test_in_transfer_each_layer_learns_by_itself(folder):
     """With an MLP spoilt the error stays: layers hear the teacher. And nothing is kept for gradients across layers."""
     student = start_of(folder)
     crossing = []
-    student.lm_head.register_forward_hook(lambda module, inputs, output: crossing.append(output.requires_grad))
-    freeze_all_but_transferred(student)
+
+    def watch(model):
+        model.lm_head.register_forward_hook(lambda module, inputs, output: crossing.append(output.requires_grad))
+        freeze_all_but_transferred(model)
+
     losses = []
     for _ in range(2):
-        trainer_loss = error_of(student, folder)
+        trainer_loss = error_of(student, folder, watch)
         losses.append(trainer_loss.item())
         with torch.no_grad():
             student.model.layers[0].mlp.down_proj.weight.normal_(std=10)
@@ -124,7 +128,7 @@ def test_in_transfer_each_layer_learns_by_itself(folder):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_logits_bring_the_student_to_the_teacher(folder, tmp_path, lora_rank):
     assert main(command(folder, "logits", tmp_path / "out", "--lora_rank", str(lora_rank))) == 0
-    blocks = Blocks([folder / "text.txt"], byte_tokenizer(), 32)
+    blocks = TokenBlocks([folder / "text.txt"], byte_tokenizer(), 32)
     student = ReBasedForCausalLM.from_pretrained(tmp_path / "out" / "final")
     said = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     (row,) = said["perplexity"]
@@ -152,7 +156,7 @@ class Ticks:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("modeling_rebased.conversion.distill.time.monotonic", self)
+        monkeypatch.setattr("modeling_rebased.conversion.clock.time.monotonic", self)
 
     def __call__(self):
         self.now += 1.0
@@ -185,7 +189,7 @@ def test_in_bfloat16_the_perplexity_is_still_that_of_the_saved_model(folder, tmp
     """Training's mixed precision does not reach into the measurement."""
     assert main(command(folder, "logits", tmp_path / "out", "--bf16", "True", steps=5)) == 0
     (row,) = json.loads((tmp_path / "out" / "perplexity.json").read_text())["perplexity"]
-    blocks = Blocks([folder / "text.txt"], byte_tokenizer(), 32)
+    blocks = TokenBlocks([folder / "text.txt"], byte_tokenizer(), 32)
     student = ReBasedForCausalLM.from_pretrained(tmp_path / "out" / "final")
     assert next(student.parameters()).dtype == torch.float32
     assert row["student"] == pytest.approx(perplexity(student, blocks), rel=1e-5)
@@ -193,17 +197,17 @@ def test_in_bfloat16_the_perplexity_is_still_that_of_the_saved_model(folder, tmp
 
 def test_tokens_in_an_array_are_those_of_the_text(folder, tmp_path, capsys):
     tokenizer = byte_tokenizer()
-    ids = token_ids(str(folder / "text.txt"), tokenizer)
-    np.save(tmp_path / "ids.npy", ids.numpy().astype(np.uint16))
-    both = Blocks([str(folder / "text.txt"), str(tmp_path / "ids.npy")], tokenizer, 1)
-    assert torch.equal(both.ids[:, 0], torch.cat([ids, ids]))
+    ids = TokenBlocks([str(folder / "text.txt")], tokenizer, 1).tokens
+    np.save(tmp_path / "ids.npy", ids)
+    both = TokenBlocks([str(folder / "text.txt"), str(tmp_path / "ids.npy")], tokenizer, 1)
+    assert np.array_equal(both.tokens, np.concatenate([ids, ids]))
     for bad in (np.array([[1, 2]]), np.array([1.0, 2.0]), np.array([1, 258])):
         np.save(tmp_path / "bad.npy", bad)
-        with pytest.raises(ConversionError, match=r"must be a vector of token ids below 258, but is"):
-            token_ids(str(tmp_path / "bad.npy"), tokenizer)
+        with pytest.raises(ValueError, match=r"must be a vector of token ids below 258, but is"):
+            read_token_ids(tmp_path / "bad.npy", tokenizer)
     np.save(tmp_path / "bad.npy", np.array([{}]), allow_pickle=True)
-    with pytest.raises(ConversionError, match="is no array of numbers"):
-        token_ids(str(tmp_path / "bad.npy"), tokenizer)
+    with pytest.raises(ValueError, match="is no array of numbers"):
+        read_token_ids(tmp_path / "bad.npy", tokenizer)
 
 
 @pytest.mark.parametrize("stage", ["transfer", "logits"])
@@ -217,9 +221,7 @@ def test_compiled_layers_learn_the_same(folder, tmp_path, stage, monkeypatch):
 
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_with(*args, **kwargs, backend=backend))
-    monkeypatch.setattr(
-        "modeling_rebased.conversion.distill._compiled_part", compile_with(_loss_part, backend=backend)
-    )
+    monkeypatch.setattr("modeling_rebased.conversion.losses._compiled_part", compile_with(_loss_part, backend=backend))
     torch.compiler.reset()
     for name, compiled in (("plain", "False"), ("compiled", "True")):
         assert main(command(folder, stage, tmp_path / name, "--compile", compiled, steps=4)) == 0
@@ -313,7 +315,7 @@ def test_wrong_arguments(folder, tmp_path, capsys):
     assert main(command(folder, "transfer", tmp_path / "out", "--lora_rank", "2")) == 1
     assert "--lora_rank is for stage logits" in capsys.readouterr().err
     assert main(command(folder, "logits", tmp_path / "out", "--context_length", "99999")) == 1
-    assert "fewer than --context_length 99999" in capsys.readouterr().err
+    assert "--context_length is 99999" in capsys.readouterr().err
     for name in ("teacher", "student"):
         arguments = command(folder, "logits", tmp_path / "out")
         arguments[arguments.index(f"--{name}") + 1] = str(tmp_path / "nowhere")
@@ -324,3 +326,61 @@ def test_wrong_arguments(folder, tmp_path, capsys):
     other = ReBasedForCausalLM(ReBasedConfig(vocab_size=11, hidden_size=32, num_hidden_layers=2))
     with pytest.raises(ConversionError, match="vocab_size must be the same"):
         check_pair(LlamaForCausalLM.from_pretrained(folder / "teacher"), other)
+
+
+def test_a_finished_run_says_so_and_another_is_refused(folder, tmp_path, capsys):
+    arguments = command(folder, "transfer", tmp_path / "out", steps=2)
+    assert main(arguments) == 0
+    before = (tmp_path / "out" / "final" / "model.safetensors").stat()
+    first = capsys.readouterr().out
+    assert main(arguments) == 0
+    again = capsys.readouterr().out
+    assert "is finished, after 2 steps: nothing is left to do" in again
+    assert first.splitlines()[-1] == again.splitlines()[-1]  # the perplexities once more
+    assert (tmp_path / "out" / "final" / "model.safetensors").stat() == before
+    (tmp_path / "other.txt").write_text("another text " * 99)
+    for more, words in (
+        (["--stage", "logits"], "--stage was 'transfer' and is 'logits' now"),
+        (["--train_file", str(tmp_path / "other.txt")], "--train_file (a hash of its text) was "),
+        (["--student", str(tmp_path / "out" / "final")], "--student (a hash of its weights) was "),
+    ):
+        assert main([*arguments, *more]) == 1
+        said = capsys.readouterr().err
+        assert "holds another run: " in said and words in said
+
+
+def test_a_torn_checkpoint_is_passed_over(folder, tmp_path):
+    saving = ("--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "constant")
+    main(command(folder, "logits", tmp_path / "whole", *saving, steps=4))
+    main(command(folder, "logits", tmp_path / "torn", *saving, steps=2))
+    torn = tmp_path / "torn" / "checkpoint-4"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
+    assert main(command(folder, "logits", tmp_path / "torn", *saving, steps=4)) == 0
+    whole, parts = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "torn"))
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], msg=name)
+
+
+def test_the_defaults_are_the_published_recipe(tmp_path):
+    for stage, rate, length, batch in (("transfer", 1e-2, 512, 24), ("logits", 6e-4, 1024, 12)):
+        given = ["--stage", stage, "--teacher", "t", "--student", "s", "--train_file", "x", "--output_dir", "o"]
+        distill, arguments = parse_arguments([*given, "--max_steps", "1000"])
+        assert (arguments.learning_rate, distill.context_length) == (rate, length)
+        assert (arguments.per_device_train_batch_size, arguments.warmup_steps) == (batch, 30)
+        assert (distill.temperature, distill.text_weight, arguments.adam_beta2) == (1.0, 0.4, 0.95)
+        assert parse_arguments([*given, "--learning_rate", "1e-3"])[1].learning_rate == 1e-3
+
+
+def test_the_card_of_a_student(folder, tmp_path):
+    assert main(command(folder, "logits", tmp_path / "out", steps=1)) == 0
+    card = (tmp_path / "out" / "final" / "README.md").read_text()
+    for words in (
+        "python -m modeling_rebased.conversion.distill --stage logits",
+        "| text.txt | training |",
+        "| teacher | teacher |",
+        "perplexity per token of text, 32 tokens",
+        "model.generate(",
+    ):
+        assert words in card, words
+    assert "license" not in card and "kernel_backend" in (tmp_path / "out" / "final" / "config.json").read_text()

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, export, verify
 from modeling_rebased.conversion.files import same_bytes
-from modeling_rebased.conversion.hub import LICENSES, model_card, read_results
+from modeling_rebased.conversion.hub import LICENSES, hub_card, read_results
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 
@@ -249,7 +249,7 @@ def test_odd_names_do_not_break_the_card(name):
     from modeling_rebased.conversion.hub import _add_tasks
 
     _add_tasks(evaluation, results, results["results"])
-    card = model_card(ReBasedConfig(**SMALL), 5, name="m", license="mit", license_name=name, evaluation=evaluation)
+    card = hub_card(ReBasedConfig(**SMALL), 5, name="m", license="mit", license_name=name, evaluation=evaluation)
     again = ModelCard(str(card))
     assert again.data.eval_results[0].dataset_type == name and again.data.license_name == name
     assert {"apache-2.0", "mit", "other"} <= LICENSES
@@ -271,7 +271,7 @@ for _name in ("modeling_rebased", "conversion", "tests", "accelerate", "peft", "
 def test_the_card_states_the_size_of_the_state():
     """The kernel (0.5, 0, 1) has 36 quadratic features and a constant; it has no linear ones."""
     config = ReBasedConfig(**SMALL | {"kernel_coefficients": [0.5, 0, 1], "feature_dim": 8, "head_dim": 4})
-    card = model_card(config, 5, name="m", license="mit")
+    card = hub_card(config, 5, name="m", license="mit")
     assert f"{config.num_key_value_heads} x 37 x 5 numbers" in str(card)
 
 

@@ -62,8 +62,8 @@ def test_a_text_of_ones_own(tmp_path, monkeypatch):
     [
         ("missing.txt", None, "must be a text file in UTF-8.*No such file"),
         ("latin.txt", b"caf\xe9", "must be a text file in UTF-8.*0xe9"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": ', 'line 2: must be JSON with a field "text"'),
-        ("other.jsonl", b'{"body": "a"}\n', 'line 1: must be JSON with a field "text"'),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2: no JSON"),
+        ("other.jsonl", b'{"body": "a"}\n', 'line 1: no field "text", there is body'),
     ],
 )
 def test_a_text_that_cannot_be_read_is_named(tmp_path, name, content, words):

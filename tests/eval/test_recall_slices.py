@@ -154,18 +154,6 @@ def test_command_line_writes_table_and_plot(tmp_path, capsys):
     assert (tmp_path / "out" / "slices.md").read_text().startswith("| model | slice |")
 
 
-def test_documents_of_json_lines(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"title": "x", "text": "one"}\n{"text": "two\\nlines"}\n')
-    (tmp_path / "b.txt").write_text("three")
-    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
-    assert list(recall_slices.read_documents(paths)) == ["one", "two\nlines", "three"]
-    (tmp_path / "c.jsonl").write_text('{"body": "x"}')
-    with pytest.raises(ValueError, match="line 1: no field"):
-        list(recall_slices.read_documents([str(tmp_path / "c.jsonl")]))
-    (tmp_path / "d.jsonl").write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
-    assert list(recall_slices.read_documents([str(tmp_path / "d.jsonl")])) == ["a\u2028b", "c"]
-
-
 def test_wrong_arguments_are_named_before_a_model_is_loaded(tmp_path, capsys):
     for name, content in (("good.txt", b"some text"), ("empty.txt", b"\n"), ("latin.txt", b"caf\xe9")):
         (tmp_path / name).write_bytes(content)

@@ -39,5 +39,5 @@ def test_every_byte_decodes_even_where_it_is_no_utf8(tokenizer):
 
 def test_padding(tokenizer):
     batch = tokenizer(["abc", "d"], padding=True)
-    assert batch["input_ids"] == [[97, 98, 99], [100, 257, 257]]
-    assert batch["attention_mask"] == [[1, 1, 1], [1, 0, 0]]
+    assert batch["input_ids"] == [[97, 98, 99], [257, 257, 100]]
+    assert batch["attention_mask"] == [[1, 1, 1], [0, 0, 1]]

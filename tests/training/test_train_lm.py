@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from modeling_rebased.training import train_lm
-from modeling_rebased.training.train_lm import TokenBlocks, latest_complete_checkpoint, parse_arguments, read_documents
+from modeling_rebased.training.resume import latest_complete_checkpoint
+from modeling_rebased.training.text import TokenBlocks, read_documents
+from modeling_rebased.training.train_lm import parse_arguments
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -200,3 +203,122 @@ def test_the_model_is_given_blocks_and_no_mask(recipe, tmp_path, monkeypatch):
         train_lm.main([str(recipe), "--output_dir", str(tmp_path)])
     assert sorted(given[0]) == ["input_ids", "labels"]  # a mask of ones would cost time in every layer
     assert given[0]["input_ids"].shape == (2, 64)
+
+
+def _again(recipe: Path, output: Path, *more: str) -> None:
+    """Give the command once more, in this process."""
+    train_lm.main([str(recipe), "--output_dir", str(output), *more])
+
+
+def test_a_finished_run_says_so_and_is_left_alone(recipe, finished, capsys):
+    before = (finished / "final" / "model.safetensors").stat()
+    for more in ([], ["--max_steps", str(STEPS - 1)]):
+        _again(recipe, finished, *more)
+        assert f"is finished, after {STEPS} steps: nothing is left to do" in capsys.readouterr().out
+    assert (finished / "final" / "model.safetensors").stat() == before
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(recipe, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "more")
+    _again(recipe, tmp_path / "more", "--max_steps", str(STEPS + 2))
+    assert list(_losses(tmp_path / "more")) == list(range(1, STEPS + 3))
+
+
+def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(recipe, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "final")
+    _again(recipe, tmp_path / "killed")
+    assert _losses(tmp_path / "killed") == _losses(finished)
+    expected, got = (load_file(folder / "final" / "model.safetensors") for folder in (finished, tmp_path / "killed"))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_folder_of_another_run_is_refused(recipe, finished, tmp_path):
+    (tmp_path / "other.txt").write_text("Another text. " * 40)
+    config = json.loads((recipe.parent / "config.json").read_text()) | {"hidden_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for more, words in (
+        (
+            ["--train_file", str(tmp_path / "other.txt")],
+            r"--train_file \(a hash of its text\) was '\w+' and is '\w+' now",
+        ),
+        (["--config", str(tmp_path)], "configuration.hidden_size was 32 and is 48 now"),
+        (["--context_length", "32"], "--context_length was 64 and is 32 now"),
+        (["--seed", "1"], "--seed was 42 and is 1 now"),
+        (["--tokenizer", str(finished / "final")], None),  # the same one, from a folder
+    ):
+        if words is None:
+            _again(recipe, finished, *more)
+            continue
+        with pytest.raises(SystemExit, match=f"holds another run: .*{words}"):
+            _again(recipe, finished, *more)
+
+
+def test_a_model_is_trained_further(recipe, finished, tmp_path, caplog):
+    without_config = tmp_path / "recipe.yaml"
+    without_config.write_text(recipe.read_text().replace(f"config: {recipe.parent}\n", ""))
+    _again(without_config, tmp_path / "out", "--model", str(finished / "final"), "--max_steps", "1")
+    # its first loss is that of a trained model: all but the dropout and bfloat16's rounding
+    assert _losses(tmp_path / "out")[1] == pytest.approx(_losses(finished)[STEPS], abs=0.5)
+    assert _losses(tmp_path / "out")[1] < _losses(finished)[1] - 0.5
+
+
+def test_arguments_that_cannot_be(recipe, finished, tmp_path):
+    without_config = tmp_path / "recipe.yaml"
+    without_config.write_text(recipe.read_text().replace(f"config: {recipe.parent}\n", ""))
+    for arguments, words in (
+        ([], "give either --config, to train a new model, or --model"),
+        (["--config", "nope"], "--config nope is no folder, nor one of the configurations 1.3b-rebased, .*english-6m"),
+        (["--model", "nope"], "--model nope is no folder"),
+        (["--model", str(recipe.parent)], r"holds no \.safetensors; --config .* would train a new model"),
+        (["--config", str(recipe.parent), "--context_length", "99999"], "--context_length is 99999"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            _again(without_config, tmp_path / "out", *arguments)
+
+
+def test_what_may_be_a_mistake_is_said(recipe, finished, monkeypatch):
+    said = []
+    monkeypatch.setattr(train_lm.logger, "warning", said.append)
+    config = train_lm.load_config(train_lm.ModelArguments(config=str(finished / "final")))
+    assert f"--model {finished / 'final'} would start from the weights there" in said[0]
+    config.vocab_size = 50257
+    train_lm.load_tokenizer(train_lm.ModelArguments(config="x"), config, 64)
+    assert "vocab_size is 50257, but the tokenizer 'bytes' has only 258 tokens" in said[1]
+
+
+def test_the_card_says_how_the_model_was_trained(recipe, finished):
+    card = (finished / "final" / "README.md").read_text(encoding="utf-8")
+    assert f"python -m modeling_rebased.training.train_lm {recipe}" in card
+    for words in (
+        "| train.txt | training |",
+        "| learning rate | 0.01, cosine |",
+        f"torch {torch.__version__}",
+        "bits per byte of the held-out text",
+        "model.generate(**inputs, max_new_tokens=50)",
+        f'AutoTokenizer.from_pretrained("{finished / "final"}", trust_remote_code=True)',
+    ):
+        assert words in card, words
+    assert "license" not in card
+
+
+def test_generation_settings_are_the_tokens_alone(finished):
+    settings = json.loads((finished / "final" / "generation_config.json").read_text())
+    settings.pop("transformers_version")
+    assert settings == {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+
+
+def test_the_tokenizer_pads_left_and_knows_the_length(finished):
+    tokenizer = AutoTokenizer.from_pretrained(finished / "final")
+    assert tokenizer.padding_side == "left" and tokenizer.model_max_length == 64
+
+
+def test_help_shows_the_scripts_own_options_first(capsys):
+    for argument, hidden in (("--help", True), ("--help-all", False)):
+        with pytest.raises(SystemExit, match="0"):
+            parse_arguments([argument])
+        said = capsys.readouterr().out
+        assert said.index("\n  --config CONFIG") < said.index("\n  --output_dir")
+        assert "english-6m" in said and "(default: 0.001)" in said
+        assert ("\n  --ddp_timeout" not in said) is hidden
+        assert len(said.splitlines()) < 120 or not hidden

@@ -1,0 +1,85 @@
+"""Command lines of scripts on transformers' Trainer: their own options first, the Trainer's on request."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+
+# Of the Trainer's options, those that nearly every run sets.
+COMMON = (
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "save_steps",
+    "logging_steps",
+    "bf16",
+    "seed",
+)
+
+
+def parse_dataclasses(program: str, description: str, classes: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+    """Read a command line into dataclasses, of which the last is a `TrainingArguments`.
+
+    `--help` shows the options of the other classes, those that the last one overrides and those in `COMMON`, each with
+    its default. `--help-all` shows the rest of the Trainer's options too. A dash in an option's name counts as `_`.
+
+    Args:
+        program: name for messages.
+        description: text above the options.
+        classes: dataclasses with a help text in each field's metadata.
+        argv: the command line.
+    """
+    parser = HfArgumentParser(
+        classes,
+        prog=program,
+        description=description,
+        formatter_class=_Formatter,
+        epilog="--help-all also shows the other options of transformers' TrainingArguments.",
+    )
+    if "--help-all" in argv or "--help_all" in argv:
+        parser.epilog = None
+        parser.print_help()
+        sys.exit(0)
+    if "-h" in argv or "--help" in argv:
+        shown = {"help", *COMMON, *classes[-1].__annotations__}
+        shown |= {
+            field.name
+            for each in classes
+            if not issubclass(each, TrainingArguments)
+            for field in dataclasses.fields(each)
+        }
+        for action in parser._actions:
+            if action.dest not in shown:
+                action.help = argparse.SUPPRESS
+        # Its usage would list every option once more, with both spellings of each.
+        parser.usage = f"{program} [options]"
+        parser.print_help()
+        sys.exit(0)
+    return parser.parse_args_into_dataclasses(list(argv))
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after each option, and the description as it was written."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # the library adds each option with dashes in its name too
+        if len(action.option_strings) > 1 and action.option_strings[0].startswith("--"):
+            return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+        return super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.default in (None, argparse.SUPPRESS, "") or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
