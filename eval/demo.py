@@ -24,6 +24,8 @@ from .tasks import tasks_path
 
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+# The checkpoint's own settings are greedy; at temperatures below this one it repeats itself.
+SAMPLING = {"do_sample": True, "temperature": 0.85, "top_p": 0.9}
 PROMPTS = ("The old man looked at the sea, and", "My fellow citizens, ")
 
 
@@ -41,7 +43,7 @@ def write(checkpoint: Path, prompts: list[str], new_tokens: int) -> None:
         inputs = tokenizer(prompt, return_tensors="pt")
         started = time.perf_counter()
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-        output = model.generate(**inputs, streamer=streamer, max_new_tokens=new_tokens)
+        output = model.generate(**inputs, streamer=streamer, max_new_tokens=new_tokens, **SAMPLING)
         produced = output.shape[1] - inputs["input_ids"].shape[1]
         print(f"[{produced} bytes, {produced / (time.perf_counter() - started):.0f} a second]\n")
 

@@ -83,3 +83,21 @@ print(repr(write("It was", max_new_tokens=12)[0]["generated_text"]))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith(("'It was", '"It was'))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_batch_is_greedy_and_continues_each_row_as_it_would_alone(folder):
+    """The tokenizer pads on the left, and no setting of a demonstration samples or overrules a length."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+    prompts = ["It was", "My fellow citizens, "] if folder == ENGLISH else ["7 5000 7", "9 6000 8 5001 9"]
+    rows = [
+        model.generate(**tokenizer(each, return_tensors="pt"), max_length=len(tokenizer(each)["input_ids"]) + 5)[
+            0, -5:
+        ]
+        for each in prompts
+    ]
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    batch = model.generate(**inputs, max_new_tokens=5)
+    assert torch.equal(batch[:, -5:], torch.stack(rows))
