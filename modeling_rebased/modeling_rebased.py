@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -46,6 +47,7 @@ from .cache_rebased import (
 )
 from .configuration_rebased import ReBasedConfig
 from .eager_rebased import segment_ids_of
+from .loss_rebased import can_fuse_loss, linear_cross_entropy
 
 
 class ReBasedRMSNorm(nn.Module):
@@ -1005,6 +1007,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -1014,9 +1017,15 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
                 where there is nothing to learn.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): compute the logits of the last so many
                 tokens only, or of the tokens at these indices; 0 is all.
+            skip_logits (`bool`, *optional*): compute the loss without storing all logits, which takes a GPU less time
+                and much less memory; the output's `logits` are `None` then. By default the model does so when it is
+                in training mode on a GPU and gets `labels`.
 
         Returns:
             `CausalLMOutputWithPast`: logits [B, T or kept, vocab_size], and the loss if there are labels.
+
+        Raises:
+            `ValueError`: `skip_logits=True` where the loss needs the logits; the message says why.
 
         Example:
 
@@ -1042,17 +1051,62 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if skip_logits is None:
+            skip_logits = self.training and hidden_states.is_cuda
+            skip_logits = skip_logits and self._why_logits_are_needed(hidden_states, labels, logits_to_keep) is None
+        elif skip_logits and (reason := self._why_logits_are_needed(hidden_states, labels, logits_to_keep)):
+            raise ValueError(f"`skip_logits=True` is not possible: {reason}.")
+        loss = logits = None
+        if skip_logits:
+            loss = self._fused_loss(hidden_states, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+    def _why_logits_are_needed(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor
+    ) -> str | None:
+        """Return why this call cannot compute the loss without the logits, `None` if it can."""
+        head = self.lm_head
+        if labels is None:
+            return "there are no `labels`"
+        if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
+            return "`logits_to_keep` asks for some of the logits"
+        if self.loss_function is not ForCausalLMLoss:
+            return "the model's loss function is not ForCausalLMLoss"
+        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+            return "`lm_head` is wrapped, adapted or hooked"
+        if not can_fuse_loss(hidden_states, head.weight):
+            return "it takes a GPU, Triton and an output layer that is not sharded"
+        return None
+
+    def _fused_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return what `ForCausalLMLoss` gives, whose arguments these are, from the hidden states."""
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+        return linear_cross_entropy(
+            hidden_states.flatten(0, 1),
+            self.lm_head.weight,
+            shift_labels.reshape(-1).to(hidden_states.device),
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
         )
 
 
