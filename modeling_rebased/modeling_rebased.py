@@ -30,6 +30,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
@@ -989,6 +990,10 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         self._is_stateful = self.model._is_stateful
         self.post_init()
 
+    def _get_name(self) -> str:
+        """Return the name by which Trainer finds the class, also where FSDP has made a subclass of another name."""
+        return ReBasedForCausalLM.__name__
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -1138,6 +1143,17 @@ class ReBasedForQuestionAnswering(ReBasedGenericHead, GenericForQuestionAnswerin
     """ReBased with the start and end of a span as outputs."""
 
     forward = either_cache_name(GenericForQuestionAnswering.forward)
+
+
+# transformers finds the task of a model by the name of its class in these tables. Trainer, for one, shifts the labels
+# for label smoothing only if the name is in the first.
+for _names, _head in (
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ReBasedForCausalLM),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, ReBasedForSequenceClassification),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ReBasedForTokenClassification),
+    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, ReBasedForQuestionAnswering),
+):
+    _names[ReBasedConfig.model_type] = _head.__name__
 
 
 __all__ = [

@@ -16,6 +16,7 @@ settings, model card, and the code that `trust_remote_code=True` needs.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -207,7 +208,21 @@ def load_model(model_args: ModelArguments, config: ReBasedConfig) -> ReBasedForC
 
 
 class LMTrainer(Trainer):
-    """A Trainer that also reports bits per byte, which compares models whatever their tokenizers."""
+    """A Trainer that also reports bits per byte, which compares models whatever their tokenizers.
+
+    With `label_smoothing_factor` only the training loss is smoothed, so that the evaluation stays one in bits.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The library's own way does not shift the labels of a compiled model.
+        smoother, self.label_smoother = self.label_smoother, None
+        self.smoothed_loss = None if smoother is None else functools.partial(smoother, shift_labels=True)
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as the library does, smoothed in training if asked for."""
+        self.compute_loss_func = self.smoothed_loss if model.training else None
+        return super().compute_loss(model, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the library does, with `eval_bits_per_byte` beside `eval_loss`."""

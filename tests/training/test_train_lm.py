@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training import train_lm
+from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.resume import latest_complete_checkpoint
 from modeling_rebased.training.text import TokenBlocks, read_documents
-from modeling_rebased.training.train_lm import parse_arguments
+from modeling_rebased.training.train_lm import LMTrainer, LMTrainingArguments, parse_arguments
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -322,3 +324,38 @@ def test_help_shows_the_scripts_own_options_first(capsys):
         assert "english-6m" in said and "(default: 0.001)" in said
         assert ("\n  --ddp_timeout" not in said) is hidden
         assert len(said.splitlines()) < 120 or not hidden
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_label_smoothing_in_training_only(tmp_path, recipe, compiled):
+    """The training loss is that of the shifted labels, also of a compiled model; bits per byte are not smoothed."""
+    data = TokenBlocks([str(recipe.parent / "heldout.txt")], byte_tokenizer(), 64, str(tmp_path))
+    torch.manual_seed(0)
+    model = ReBasedForCausalLM(ReBasedConfig(vocab_size=264, hidden_size=32, num_attention_heads=2, feature_dim=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        batch = [data[i] for i in range(len(data))]
+        log = model(torch.stack([row["input_ids"] for row in batch])).logits[:, :-1].double().log_softmax(-1)
+        nll = -torch.stack([log[i].gather(-1, row["labels"][1:, None])[:, 0] for i, row in enumerate(batch)]).mean()
+        smoothed = 0.9 * nll - 0.1 * log.mean()
+    arguments = LMTrainingArguments(
+        str(tmp_path),
+        label_smoothing_factor=0.1,
+        max_steps=1,
+        learning_rate=0.0,
+        logging_steps=1,
+        per_device_train_batch_size=len(data),
+        use_cpu=True,
+        report_to=[],
+        torch_compile=compiled,
+        torch_compile_backend="eager" if compiled else None,
+    )
+    trainer = LMTrainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(smoothed.item(), abs=2e-4)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(nll.item(), abs=1e-4)
+    assert trainer.state.log_history[-1]["eval_bits_per_byte"] == pytest.approx(
+        nll.item() / math.log(2) * len(data.tokens) / data.num_bytes, abs=1e-3
+    )
