@@ -213,8 +213,9 @@ class ReBasedCausalConv(nn.Module):
         Returns:
             `torch.Tensor`: [B, T, size].
         """
+        apply = self._taps if self._is_plain() else self._call
         if segment_ids is not None:
-            return self._taps(F.pad(hidden_states, (0, 0, self.kernel_size, 0)), segment_ids)
+            return apply(F.pad(hidden_states, (0, 0, self.kernel_size, 0)), segment_ids)
         x = hidden_states
         state, _ = previous_state(cache, self.layer_idx)
         if attention_mask is not None:
@@ -226,7 +227,7 @@ class ReBasedCausalConv(nn.Module):
             window = F.pad(x, (0, 0, self.kernel_size, 0))  # [B, kernel_size + T, size]
         else:
             window = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
-        out = self._taps(window)
+        out = apply(window)
         if cache is not None:
             if attention_mask is None:
                 state = window[:, -self.kernel_size :]
@@ -239,6 +240,22 @@ class ReBasedCausalConv(nn.Module):
             position = (kept.long().cumsum(1) - 1).clamp_min(0)
             out = out.gather(1, position[..., None].expand_as(out))
         return out
+
+    def _is_plain(self) -> bool:
+        """Return whether reading the weights of `conv` does all that calling it would: no adapter, no hooks."""
+        conv = self.conv
+        hooked = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
+        return type(conv) is nn.Conv1d and not hooked
+
+    def _call(self, window: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what `_taps` does, by a call of `conv`, which may be a module that an adapter has put there."""
+        if segment_ids is None:
+            return self.conv(window[:, 1:].transpose(1, 2)).transpose(1, 2).to(window.dtype)
+        # Each token's window by itself, without what belongs to other sequences: [B, T, size, kernel_size]
+        windows = window.unfold(1, self.kernel_size, 1)[:, 1:]
+        before = F.pad(segment_ids, (self.kernel_size, 0), value=-1).unfold(1, self.kernel_size, 1)[:, 1:]
+        windows = windows * (before == segment_ids[..., None])[:, :, None]
+        return self.conv(windows.flatten(0, 1)).view(*segment_ids.shape, -1).to(window.dtype)
 
     def _taps(self, window: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
         """The convolution of [B, kernel_size + T, size] tap by tap, [B, T, size].
