@@ -1,0 +1,578 @@
+"""Write the tables of README.md and docs/ from the files under eval/results.
+
+    python -m docs.tables            # rewrites what stands between the markers of each table
+    python -m docs.tables --check    # changes nothing, and fails if a page is stale
+
+A page says `<!-- table: NAME -->` where the table NAME begins and `<!-- end of table -->` where it ends. A sentence
+that quotes a figure is listed in `sentences`, and must stand in its page word for word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from modeling_rebased.eval.plot_mqar import cells, differences, markdown, read_runs, seed_accuracies, welch
+from modeling_rebased.eval.plots import label_of, read_csv
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "eval" / "results"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def table(head: list[str], rows: list[list[Any]], words: int = 1) -> str:
+    """Return a table in Markdown, its first `words` columns flush left and the others flush right."""
+    rule = ["---" if i < words else "--:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, rule, *rows])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number with so many significant digits, thousands apart; nothing for `None`."""
+    if value is None:
+        return ""
+    places = digits - len(f"{abs(value):.0f}") if abs(value) >= 1 else digits
+    return f"{value:,.{max(0, places)}f}"
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def kernel_times(folder: str, kind: str) -> dict[str, dict[int, float]]:
+    """Return milliseconds by method and length; `kind` is "forward" or "training"."""
+    times: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in read_csv(RESULTS / "kernels" / folder):
+        times[row["method"]][row["T"]] = row[f"{kind}_ms"]
+    return times
+
+
+def kernels(folder: str, kind: str, floor: bool = False) -> str:
+    """Return the times of all methods by length."""
+    times = kernel_times(f"{folder}/kernels.csv", kind)
+    if folder == "h100-f64":
+        for name, found in kernel_times("h100-f64/retention.csv", kind).items():
+            if name != "rebased":
+                times[name] = found
+    lengths = list(times["rebased"])
+    rows = [[label_of(name), *(number(found.get(length)) for length in lengths)] for name, found in times.items()]
+    if floor:
+        first = read_csv(RESULTS / "kernels" / folder / "kernels.csv")[0][f"floor_{kind}_ms"]
+        rows.append(["inputs and outputs moved once", *[number(first)] * len(lengths)])
+    return table(["T", *(f"{length:,}" for length in lengths)], rows)
+
+
+def kernel_ratios() -> str:
+    """Return how many times as fast ReBased is as the others, and its extra memory, for F = 16."""
+    rows = []
+    lengths = list(kernel_times("h100/kernels.csv", "forward")["rebased"])
+    for kind, name in (("forward", "forward"), ("training", "forward and backward")):
+        times = kernel_times("h100/kernels.csv", kind)
+        for other in ("softmax", "fla parallel_rebased", "fla chunk_simple_gla"):
+            ratios = [number(times[other][n] / times["rebased"][n], 2) if n in times[other] else "" for n in lengths]
+            rows.append([f"{name}, {label_of(other)}", *ratios])
+    memory = {row["T"]: row["extra_gib"] for row in read_csv(RESULTS / "kernels/h100/kernels.csv")[: len(lengths)]}
+    rows.append(["extra memory of ReBased, GiB", *(f"{memory[n]:.2f}" for n in lengths)])
+    return table(["T", *(f"{length:,}" for length in lengths)], rows)
+
+
+def extra_memory_64() -> str:
+    """Return the extra memory for F = 64."""
+    rows = [row for row in read_csv(RESULTS / "kernels/h100-f64/kernels.csv") if row["method"] == "rebased"]
+    return table(
+        ["T", *(f"{row['T']:,}" for row in rows)],
+        [["extra memory of ReBased, GiB", *(f"{row['extra_gib']:.2f}" for row in rows)]],
+    )
+
+
+def decode() -> str:
+    """Return the time of one token of one layer."""
+    rows = read_csv(RESULTS / "generation/h100/decode.csv")
+    return table(
+        ["batch", *(row["batch"] for row in rows)],
+        [
+            ["one token, µs", *(f"{row['us']:.1f}" for row in rows)],
+            ["reading and writing the state once, µs", *(f"{row['floor_us']:.1f}" for row in rows)],
+        ],
+    )
+
+
+def model_speed() -> dict[str, dict[str, float]]:
+    """Return tokens per second of the 150M models, by column and model, and the peak memory of generation."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in read_csv(RESULTS / "generation/h100/training.csv"):
+        name = f"training, T = {row['T']:,}" + (", compiled" if row["compiled"] == "True" else "")
+        found[name][row["model"]] = row["tokens_per_s"]
+    for row in read_csv(RESULTS / "generation/h100/generation.csv"):
+        name = f"generation after {row['context']:,} tokens"
+        found[name][row["model"]] = row["tokens_per_s"]
+        found[f"{name}, peak GiB"][row["model"]] = row["peak_gib"]
+    return found
+
+
+def models() -> str:
+    """Return training and generation of whole models."""
+    rows = []
+    for name, values in model_speed().items():
+        ours, softmax = values["150m-rebased"], values["150m-softmax"]
+        if name.endswith("GiB"):
+            rows.append([name, f"{ours:.2f}", f"{softmax:.2f}", f"{softmax / ours:.2f} times less"])
+        else:
+            rows.append([name, f"{ours:,.0f}", f"{softmax:,.0f}", f"{number(ours / softmax)} times faster"])
+    return table(["tokens per second", "150m-rebased", "150m-softmax", "ReBased is"], rows)
+
+
+def counters() -> str:
+    """Return the hardware counters by kernel."""
+    names = ["state sums of keys", "scan of key states", "forward", "dq", "state sums of queries"]
+    names += ["scan of query states", "dk and dv"]
+    rows = []
+    for name, row in zip(names, read_csv(RESULTS / "kernels/h100/counters.csv"), strict=True):
+        keys = (
+            "us",
+            "l1_pct",
+            "l2_pct",
+            "dram_pct",
+            "matrix_units_pct",
+            "issue_slots_pct",
+            "warps_an_sm",
+            "registers",
+        )
+        rows.append([name, *("" if row[key] is None else f"{row[key]:.0f}" for key in keys)])
+    head = ["kernel", "µs", "shared memory and L1, %", "L2, %", "device memory, %", "matrix units, %"]
+    return table([*head, "issue slots, %", "warps per multiprocessor", "registers per thread"], rows)
+
+
+def versions() -> str:
+    """Return the time of all kernels of forward and backward together, by version of the kernels."""
+    total: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for row in read_csv(RESULTS / "kernels/h100-versions/kernels.csv"):
+        total[row["version"]][row["T"]] += row["us"]
+    rows = [[name, *(f"{found[n]:,.0f}" for n in (2048, 8192, 131072))] for name, found in total.items()]
+    return table(["version", "T = 2,048", "8,192", "131,072"], rows)
+
+
+def eager() -> str:
+    """Return the times of the PyTorch backend on a CPU."""
+    rows = read_csv(RESULTS / "eager/eager.csv")
+    names = {
+        "chunked": "forward, linear form",
+        "quadratic": "forward, quadratic form",
+        "chunked fwd+bwd": "forward and backward, linear form",
+        "quadratic fwd+bwd": "forward and backward, quadratic form",
+    }
+    return table(
+        ["T", *(f"{row['tokens']:,}" for row in rows)],
+        [[name, *(number(row[key], 2) for row in rows)] for key, name in names.items()],
+    )
+
+
+# ---------------------------------------------------------------- associative recall
+
+
+def mqar_runs() -> list[dict[str, Any]]:
+    """Return all runs, as the figure takes them."""
+    return read_runs(sorted((RESULTS / "mqar").glob("*.jsonl")))
+
+
+def mqar_rates() -> str:
+    """Return the accuracy of every finished run of the 12-head models, by rate and seed."""
+    rows = []
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for run in mqar_runs():
+        if run["model"] in ("rebased", "based") and not run.get("stopped"):
+            groups[run["length"], run["hidden"], -len(run["model"]), run["lr"]].append(run)
+    for (length, hidden, _, lr), runs in sorted(groups.items()):
+        by_seed = defaultdict(list)
+        for run in runs:
+            by_seed[run["seed"]].append(f"{run['accuracy']:.3f}")
+        gpus = defaultdict(list)
+        for run in runs:
+            gpus["H200" if "H200" in run["device"] else "H100"].append(run["seed"])
+        seen = "; ".join(f"{gpu}: {', '.join(map(str, sorted(set(seeds))))}" for gpu, seeds in sorted(gpus.items()))
+        mean = statistics.fmean(seed_accuracies(runs).values())
+        values = [" and ".join(by_seed.get(seed, [])) for seed in range(5)]
+        rows.append([f"{length:,}", hidden, label_of(runs[0]["model"]), f"{lr:g}", *values, f"{mean:.3f}", seen])
+    head = ["length", "hidden", "model", "rate", *(f"seed {seed}" for seed in range(5)), "mean", "GPU: seeds"]
+    return table(head, rows, 3)
+
+
+def mqar_ablation() -> str:
+    """Return the ablation of the normalisation beside the paper's Table 1."""
+    paper = {
+        "x2": ("x", 0.54, 0.44),
+        "normalized": ("norm(x)", 0.57, 0.58),
+        "gamma": ("γ x", 0.51, 0.48),
+        "gamma_beta": ("γ x + β", 0.61, 0.60),
+        "rebased": ("γ norm(x) + β", 0.63, 0.61),
+        "based": ("x, in 1 + q·k + (q·k)²/2", 0.58, 0.51),
+    }
+    runs = [run for run in mqar_runs() if run["length"] == 512 and run["lr"] == 3e-3]
+    rows = []
+    for model, (formula, *theirs) in paper.items():
+        seeds = seed_accuracies([run for run in runs if run["model"] == model])
+        values = [f"{seeds[seed]:.3f}" for seed in (0, 1)]
+        mean = statistics.fmean(seeds.values())
+        rows.append([f"`{model}`", formula, *values, f"{mean:.3f}", *(f"{each:.2f}" for each in theirs)])
+    return table(["model", "q and k", "seed 0", "seed 1", "mean", "paper, T = 256", "paper, T = 2,048"], rows, 2)
+
+
+def mqar_heads() -> str:
+    """Return the runs with wider heads beside those with the paper's."""
+    state = {"rebased": 9792, "rebased_3_heads": 131040, "based": 11016, "based_3_heads": 135135}
+    shape = {"rebased": "12 of 16", "based": "12 of 16", "rebased_3_heads": "3 of 64", "based_3_heads": "3 of 64"}
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for run in mqar_runs():
+        if run["length"] == 1024 and run["model"] in state and not run.get("stopped"):
+            groups[run["model"], run["lr"], run["seed"]].append(run)
+    rows = []
+    for (model, lr, seed), runs in sorted(groups.items(), key=lambda item: (list(state).index(item[0][0]), item[0])):
+        for run in runs:
+            kind = label_of(model).split(",")[0]
+            sizes = [f"{run['parameters']:,}", f"{state[model]:,}"]
+            rows.append([kind, shape[model], *sizes, f"{lr:g}", seed, f"{run['accuracy']:.3f}", run["epochs_trained"]])
+    return table(["model", "heads", "parameters", "numbers in the state", "rate", "seed", "accuracy", "epochs"], rows)
+
+
+def mqar_speed() -> str:
+    """Return how long whole trainings took, by GPU."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted((RESULTS / "mqar").glob("triton-*.jsonl")):
+        for run in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            alone = run["tokens_per_second"] > 2e7  # slower ones shared their GPU with other trainings
+            if run["epochs_trained"] == 64 and alone:
+                gpu = "H200" if "H200" in run["device"] else "H100"
+                groups[run["length"], run["hidden"], run["model"], gpu].append(run)
+    rows = []
+    for (length, hidden, model, gpu), runs in sorted(groups.items()):
+        seconds = sorted(run["seconds"] for run in runs)
+        rates = sorted(run["tokens_per_second"] / 1e6 for run in runs)
+        ranges = [
+            f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
+            for low, high in ((seconds[0], seconds[-1]), (rates[0], rates[-1]))
+        ]
+        rows.append([label_of(model), f"{length:,}", hidden, gpu, len(runs), *ranges])
+    head = ["model", "length", "hidden", "GPU", "runs", "seconds for 64 epochs", "million tokens per second"]
+    return table(head, rows)
+
+
+def mqar_steps() -> str:
+    """Return the time of one training step beside its floor."""
+    rows = []
+    lines = (RESULTS / "mqar/steps.jsonl").read_text(encoding="utf-8").splitlines()
+    for step in map(json.loads, lines):
+        model, hidden, length = re.match(r"(\w+)-h(\d+)-l(\d+)", step["name"]).groups()
+        floor = max(step["floor"]["operations_seconds"], step["floor"]["bytes_seconds"])
+        seconds = step["step_seconds"]
+        rows.append(
+            [
+                label_of(model),
+                f"{int(length):,}",
+                hidden,
+                f"{1e3 * seconds:.1f}",
+                f"{1e3 * floor:.2f}",
+                f"{floor / seconds:.0%}",
+                f"{step['tokens_per_second'] / 1e6:.1f}",
+                f"{64 * 195 * seconds:.0f}",
+            ]
+        )
+    head = ["model", "length", "hidden", "step, ms", "floor, ms", "floor / step", "million tokens per second"]
+    return table([*head, "64 epochs, s"], rows)
+
+
+def mqar_checkpoint() -> str:
+    """Return the curve of the run that made checkpoints/mqar-d128."""
+    run = json.loads((RESULTS / "mqar/checkpoint.jsonl").read_text(encoding="utf-8"))
+    shown = [entry for entry in run["history"] if entry["epoch"] in (1, 5, 6, 7, 8, 9, 10, 12, 17)]
+    return table(
+        ["epoch", *(entry["epoch"] for entry in shown)],
+        [
+            ["loss", *(f"{entry['loss']:.3f}" for entry in shown)],
+            ["accuracy", *(f"{entry['accuracy']:.3f}" for entry in shown)],
+        ],
+    )
+
+
+# ---------------------------------------------------------------- language models
+
+
+def small_models() -> str:
+    """Return the figures of the three byte-level models of 6.65 million parameters."""
+    figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
+    parameters = {"english-6m": figures["parameters"], **figures["twins_parameters"]}
+    rows = []
+    for name, label in (("english-6m", "ReBased"), ("english-6m-based", "Based"), ("english-6m-softmax", "softmax")):
+        found = figures["heldout_english"][name]
+        values = [
+            f"{found['bits_per_byte']:.3f}",
+            f"{found['byte_perplexity']:.3f}",
+            f"{found['word_perplexity']:,.0f}",
+        ]
+        rows.append([label, f"{parameters[name]:,}", *values])
+    return table(["model", "parameters", "bits per byte", "byte perplexity", "word perplexity"], rows)
+
+
+def slices() -> str:
+    """Return the losses by slice."""
+    found = json.loads((RESULTS / "recall_slices/slices.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            label_of(model),
+            row["slice"],
+            f"{row['tokens']:,}",
+            f"{row['share']:.1%}",
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['accuracy']:.1%}",
+        ]
+        for model, slices in found.items()
+        for row in slices["slices"]
+    ]
+    return table(["model", "slice", "bytes", "share", "loss, nats per byte", "perplexity", "accuracy"], rows, 2)
+
+
+# ---------------------------------------------------------------- conversion
+
+
+def students() -> dict[str, Any]:
+    """Return results.json of the comparison of students with their teacher."""
+    return json.loads((RESULTS / "conversion/smollm2-h100/results.json").read_text(encoding="utf-8"))
+
+
+def perplexities() -> dict[tuple[str, str, str, int], float]:
+    """Return perplexities by model, stage, file and length."""
+    rows = students()["perplexity"]
+    return {(row["model"], row["stage"], row["file"], row["length"]): row["perplexity"] for row in rows}
+
+
+def stages() -> str:
+    """Return held-out perplexity by stage at 1,024 tokens."""
+    found, training = perplexities(), students()["training"]
+    teacher = found["teacher", "", "heldout", 1024]
+    rows = [["teacher", *["", ""] * 2, f"{teacher:.1f}", "1.00", ""]]
+    for model, goal in (("pure", "1.60"), ("window", "1.25"), ("hybrid", "1.10")):
+        row = [model]
+        for stage in ("start", "transfer", "logits"):
+            value = found[model, stage, "heldout", 1024]
+            row += [number(value), f"{value / teacher:.2f}"]
+        rows.append([*row, goal])
+    rows[0] = ["teacher", "", "", "", "", f"{teacher:.1f}", "1.00", ""]
+    tokens = {(row["model"], row["stage"]): row["tokens"] / 1e6 for row in training}
+    head = [
+        "model",
+        "start",
+        "times teacher",
+        "after transfer",
+        "times teacher",
+        "after logits",
+        "times teacher",
+        "goal",
+    ]
+    head += ["million tokens of transfer", "of logits"]
+    rows = [
+        [*row, *("" if row[0] == "teacher" else f"{tokens[row[0], stage]:.1f}" for stage in ("transfer", "logits"))]
+        for row in rows
+    ]
+    return table(head, rows)
+
+
+def registers() -> str:
+    """Return the finished students' perplexity by text and length, as a multiple of the teacher's."""
+    found = perplexities()
+    columns = [(file, length) for file in ("heldout", "linux-process") for length in (1024, 2048)]
+    names = {"heldout": "held-out text", "linux-process": "Linux documentation"}
+    rows = [
+        [
+            model,
+            *(
+                f"{found[model, 'logits', file, length] / found['teacher', '', file, length]:.2f}"
+                for file, length in columns
+            ),
+        ]
+        for model in ("pure", "window", "hybrid")
+    ]
+    return table(["model", *(f"{names[file]}, {length:,} tokens" for file, length in columns)], rows)
+
+
+def answers() -> str:
+    """Return how the teacher judges the answers."""
+    found = students()["answers"]
+    head = ["model", "teacher's perplexity of the answers", "four-word runs said before"]
+    return table(head, [[name, f"{row['judged']:.1f}", f"{row['repeated']:.1%}"] for name, row in found.items()])
+
+
+def students_decoding() -> str:
+    """Return memory and time of decoding after 32,768 tokens."""
+    by_model: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for row in students()["speed"]:
+        by_model[row["model"]][row["batch"]] = row
+    rows = []
+    for model, found in by_model.items():
+        one, many = found[1], found[32]
+        rows.append(
+            [
+                model,
+                f"{one['cache_mib']:.0f}",
+                f"{many['cache_mib'] / 1024:.1f}",
+                f"{many['peak_gib']:.1f}",
+                f"{one['ms']:.0f}",
+                f"{many['ms']:.0f}",
+            ]
+        )
+    head = ["model", "cache at batch 1, MiB", "cache at batch 32, GiB", "peak at batch 32, GiB"]
+    return table([*head, "ms per step, batch 1", "ms per step, batch 32"], rows)
+
+
+# ---------------------------------------------------------------- the README
+
+
+def recall_512() -> tuple[Any, Any]:
+    """Return the cells of ReBased and Based at length 512 and hidden size 64."""
+    found = {(cell.model, cell.length, cell.hidden): cell for cell in cells(mqar_runs())}
+    return found["rebased", 512, 64], found["based", 512, 64]
+
+
+def overview() -> str:
+    """Return the one table of results of the README."""
+    training = kernel_times("h100/kernels.csv", "training")
+    speed = model_speed()
+    figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
+    bits = {name: row["bits_per_byte"] for name, row in figures["heldout_english"].items()}
+    ours, based = recall_512()
+    found = perplexities()
+    spread = [f"{cell.mean:.2f} ± {statistics.stdev(cell.accuracies):.2f}" for cell in (ours, based)]
+    generation = speed["generation after 32,768 tokens"]
+    peak = speed["generation after 32,768 tokens, peak GiB"]
+    hybrid, teacher = (
+        found[model, stage, "heldout", 1024] for model, stage in (("hybrid", "logits"), ("teacher", ""))
+    )
+    rows = [
+        [
+            "attention kernels, forward and backward at T = 32,768, ms",
+            number(training["rebased"][32768], 2),
+            f"softmax {number(training['softmax'][32768])}",
+            "[kernels](docs/kernels.md)",
+        ],
+        [
+            "generation of 64 texts after 32,768 tokens, 150M parameters, tokens per second",
+            f"{generation['150m-rebased']:,.0f}",
+            f"softmax {generation['150m-softmax']:,.0f}",
+            "[kernels](docs/kernels.md#whole-models)",
+        ],
+        [
+            "its peak memory, GiB",
+            f"{peak['150m-rebased']:.1f}",
+            f"softmax {peak['150m-softmax']:.1f}",
+            "[kernels](docs/kernels.md#whole-models)",
+        ],
+        [
+            "byte-level model of 6.65M parameters, bits per byte of held-out text",
+            f"{bits['english-6m']:.3f}",
+            f"Based {bits['english-6m-based']:.3f}, softmax {bits['english-6m-softmax']:.3f}",
+            "[results](docs/results.md#language-models)",
+        ],
+        [
+            f"associative recall, length 512, hidden size 64, accuracy of {len(ours.accuracies)} seeds",
+            spread[0],
+            f"Based {spread[1]}",
+            "[results](docs/results.md#associative-recall-mqar)",
+        ],
+        [
+            "SmolLM2-135M-Instruct converted (hybrid), perplexity of held-out text",
+            f"{hybrid:.1f}",
+            f"the original {teacher:.1f}",
+            "[conversion](docs/conversion.md#smollm2-135m-instruct)",
+        ],
+    ]
+    return table(["what was measured", "ReBased", "compared with", "details"], rows, 4)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "overview": overview,
+    "kernels-forward": lambda: kernels("h100", "forward", floor=True),
+    "kernels-training": lambda: kernels("h100", "training", floor=True),
+    "kernels-ratios": kernel_ratios,
+    "kernels-64-forward": lambda: kernels("h100-f64", "forward"),
+    "kernels-64-training": lambda: kernels("h100-f64", "training"),
+    "kernels-64-memory": extra_memory_64,
+    "decode": decode,
+    "models": models,
+    "counters": counters,
+    "versions": versions,
+    "eager": eager,
+    "mqar-cells": lambda: markdown(cells(mqar_runs())),
+    "mqar-differences": lambda: differences(cells(mqar_runs())),
+    "mqar-rates": mqar_rates,
+    "mqar-ablation": mqar_ablation,
+    "mqar-heads": mqar_heads,
+    "mqar-speed": mqar_speed,
+    "mqar-steps": mqar_steps,
+    "mqar-checkpoint": mqar_checkpoint,
+    "small-models": small_models,
+    "slices": slices,
+    "stages": stages,
+    "registers": registers,
+    "answers": answers,
+    "students-decoding": students_decoding,
+}
+
+
+def sentences() -> dict[str, list[str]]:
+    """Return sentences with figures by page; each must stand in its page, whatever its line breaks."""
+    generation = model_speed()["generation after 32,768 tokens"]
+    times = generation["150m-rebased"] / generation["150m-softmax"]
+    ours, based = recall_512()
+    gap = welch(ours.accuracies, based.accuracies)
+    return {
+        "docs/kernels.md": [f"generates {times:.1f} times as many tokens per second as its softmax twin"],
+        "docs/conversion.md": [f"generates {times:.1f} times as many tokens per second as its softmax twin"],
+        "docs/results.md": [
+            f"Based is ahead by {-gap.mean:.3f}, and the 95% interval of the difference reaches from "
+            f"{-gap.high:.2f} to {-gap.low:.2f}",
+        ],
+    }
+
+
+def pages() -> list[Path]:
+    """Return the pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rewritten(text: str) -> str:
+    """Return a page with its tables made anew."""
+
+    def fill(match: re.Match) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Rewrite the tables, or with --check tell which pages are stale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is stale")
+    check = parser.parse_args(argv).check
+    problems = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        made = rewritten(text)
+        if made != text and check:
+            problems.append(f"{page.name} has stale tables: run python -m docs.tables")
+        elif made != text:
+            page.write_text(made, encoding="utf-8")
+            print(f"{page.name} was rewritten")
+    for name, quoted in sentences().items():
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        problems += [f'{name} does not say "{sentence}"' for sentence in quoted if sentence not in text]
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()
