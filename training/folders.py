@@ -9,8 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_rebased import ReBasedForCausalLM
 
 
 @contextlib.contextmanager
@@ -40,6 +44,27 @@ def written(destination: str | os.PathLike) -> Iterator[Path]:
             for parent in made:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
+
+
+def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> ReBasedForCausalLM | None:
+    """Return a plain copy of a trained model on the main process, and `None` on the others.
+
+    Every process must call it. FSDP2 and tensor parallelism keep a part of each weight on each process, and FSDP2
+    gives the model another class, whose code is torch's. The copy has whole weights on the CPU and the class of this
+    package. The weights are gathered one at a time, so a GPU never holds the whole model.
+
+    Args:
+        model: a ReBasedForCausalLM, wrapped, compiled or sharded in any way that torch and accelerate know.
+        dtype: of the copy's weights.
+    """
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return None
+    with torch.device("meta"):
+        copy = ReBasedForCausalLM(model.config)
+    copy.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, assign=True)
+    copy.tie_weights()
+    return copy
 
 
 def save_model(

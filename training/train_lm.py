@@ -44,7 +44,7 @@ from modeling_rebased.configuration import config_names, config_path
 from .arguments import parse_dataclasses
 from .byte_tokenizer import byte_tokenizer
 from .card import file_size, hardware, model_card, training_section, typed_command
-from .folders import save_model, written
+from .folders import gathered_model, save_model, written
 from .resume import RunRecord, latest_complete_checkpoint, train_from, weights_identity
 from .text import TokenBlocks, tokenizer_identity
 
@@ -285,10 +285,11 @@ def main(argv: list[str] | None = None) -> None:
     if eval_data is not None:
         metrics = trainer.evaluate()
         figures |= {name: round(metrics[name], 4) for name in ("eval_loss", "eval_bits_per_byte")}
-    if trainer.is_world_process_zero():
+    finished = gathered_model(trainer.accelerator.unwrap_model(trainer.model))
+    if finished is not None:
         trainer.save_state()
         settings = _settings(args, figures["tokens_per_step"], length, config)
-        write_final(model, tokenizer, figures, Path(args.output_dir) / "final", argv, data_args, settings, args)
+        write_final(finished, tokenizer, figures, Path(args.output_dir) / "final", argv, data_args, settings, args)
         record.write({"steps": trainer.state.global_step, "epochs": trainer.state.epoch or 0.0})
         print(json.dumps(figures, indent=2))
 
@@ -345,7 +346,6 @@ def write_final(
     args: TrainingArguments,
 ) -> None:
     """Write the finished model: bf16 weights, tokenizer, generation settings, code, figures and card."""
-    model = model.to(torch.bfloat16)
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
     data = [(Path(name).name, "training", file_size(name)) for name in data_args.train_file]

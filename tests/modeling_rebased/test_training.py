@@ -1,10 +1,5 @@
 """Training: everything that Trainer, PEFT, accelerate and torch.compile do to a model."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -12,9 +7,9 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_rebased import ReBasedForCausalLM
 from tests.modeling_rebased.cases import BASE, MODELS, make_ids, make_model
+from tests.processes import run_with_two_processes
 
 
-ROOT = Path(__file__).parents[2]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -208,16 +203,6 @@ def test_device_map_through_accelerate(tmp_path):
     torch.testing.assert_close(offloaded(ids).logits, expected)
     out = offloaded.generate(ids, max_new_tokens=3, do_sample=False)
     assert torch.equal(out, model.generate(ids, max_new_tokens=3, do_sample=False))
-
-
-def run_with_two_processes(script, *arguments):
-    """torchrun on the CPU, gloo between two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 TENSOR_PARALLEL = ["paper", "softmax_first", "every_type", "based"]
