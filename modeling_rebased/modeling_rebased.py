@@ -1011,6 +1011,20 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         """Return the name by which Trainer finds the class, also where FSDP has made a subclass of another name."""
         return ReBasedForCausalLM.__name__
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse transformers' continuous batching, on which `generate_batch` is built.
+
+        It keeps keys and values for each request and has no place for a state.
+
+        Raises:
+            `ValueError`: always; names the layer types and what to use.
+        """
+        raise ValueError(
+            "`generate_batch` and continuous batching of transformers cannot serve a ReBased model, here with layers "
+            f"of the types {sorted(set(self.config.layer_types))}. Use `generate`, or serve the model with vLLM: "
+            "`pip install modeling-rebased[vllm]`, then `vllm serve FOLDER`."
+        )
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:

