@@ -11,7 +11,8 @@ import pytest
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+CARDS = sorted((REPOSITORY / "checkpoints").glob("*/README.md"))
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")), *CARDS]
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -41,7 +42,7 @@ def test_readme_is_short():
     assert len(text_of(REPOSITORY / "README.md").splitlines()) <= 200
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if target.startswith("http"):
@@ -55,16 +56,18 @@ def test_links_lead_somewhere(page):
 
 def test_python_blocks_run_as_they_stand():
     """Each page's blocks one after another, with names of their own; all pages in one process, in the checkout."""
-    pages = {page.name: "\n".join(PYTHON.findall(text_of(page))) for page in PAGES if page.parent.name == "docs"}
-    pages = {
-        name: code for name, code in pages.items() if code and name != "api.md"
-    }  # that has doctests, run elsewhere
-    assert {"getting-started.md", "model.md", "kernels.md", "training.md"} <= pages.keys()
+    others = ("README.md", "CONTRIBUTING.md", "docs/api.md")  # README has a test of its own, api.md has doctests
+    names = [page.relative_to(REPOSITORY).as_posix() for page in PAGES]
+    pages = {name: "\n".join(PYTHON.findall(text_of(REPOSITORY / name))) for name in names if name not in others}
+    pages = {name: code for name, code in pages.items() if code}
+    assert {"docs/getting-started.md", "docs/model.md", "docs/kernels.md", "docs/training.md"} <= pages.keys()
+    assert len([name for name in pages if name.startswith("checkpoints")]) == len(CARDS)
     code = "\n".join(f"exec(compile({code!r}, {name!r}, 'exec'), {{}})" for name, code in pages.items())
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "\n5000\n" in done.stdout  # what the card of mqar-d128 says that its model answers
 
 
 def test_tables_are_those_of_the_results():
