@@ -1,1 +1,1 @@
-"""Evaluation: lm-eval tasks, speed and quality measurements, and the demo."""
+"""Evaluate models: lm-eval tasks, measurements of speed and quality, pictures of results, and the demo."""

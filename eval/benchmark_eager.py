@@ -1,9 +1,9 @@
-"""Time the PyTorch backend on this machine's CPU against the quadratic form, and see that it is linear in T.
+"""Time the PyTorch backend on this machine's CPU against the quadratic form, and show that it is linear in T.
 
     python -m modeling_rebased.eval.benchmark_eager --output eval/results/eager
 
-Prints a table and writes `eager.csv`, `machine.json` and `eager.png` to the output folder. Every time is a median; the
-chunked result is compared with the quadratic one in float64 before it is timed.
+Prints a table and writes `eager.csv`, `machine.json` and `eager.png` to the output folder. Every time is a median.
+Before anything is timed, the backend's result is compared with the quadratic form in float64.
 """
 
 import argparse
@@ -29,12 +29,12 @@ TRAINING_LIMIT = 16384
 
 
 def make_inputs(length: int, heads: int, feature_dim: int, head_dim: int) -> list[torch.Tensor]:
-    """q, k [1, T, H, F] and v [1, T, H, D], fp32."""
+    """Return random q, k [1, T, H, F] and v [1, T, H, D] in float32."""
     return [torch.randn(1, length, heads, size) for size in (feature_dim, feature_dim, head_dim)]
 
 
 def check(heads: int, feature_dim: int, head_dim: int) -> None:
-    """Refuse to time what is wrong: relative Frobenius error against float64 below 1e-5."""
+    """Raise an error unless the backend agrees with float64 to 1e-5 (relative Frobenius norm)."""
     inputs = make_inputs(700, heads, feature_dim, head_dim)
     expected = naive_rebased_attention(*(x.double() for x in inputs))
     actual, _ = rebased_attention(*inputs, backend="eager")
@@ -44,7 +44,7 @@ def check(heads: int, feature_dim: int, head_dim: int) -> None:
 
 
 def time_length(length: int, heads: int, feature_dim: int, head_dim: int, repeats: int) -> dict[str, float | None]:
-    """Milliseconds of both forms at one length, `None` where the form is left out."""
+    """Return the milliseconds of both forms at one length, `None` where a form is left out."""
     inputs = make_inputs(length, heads, feature_dim, head_dim)
 
     def train(function: Callable[..., torch.Tensor]) -> None:
@@ -79,7 +79,7 @@ def print_row(row: dict[str, float | None]) -> None:
 
 
 def main() -> None:
-    """Time every length, and write the table and the plot."""
+    """Time every length, and write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--feature_dim", type=int, default=16)

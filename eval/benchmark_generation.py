@@ -4,11 +4,15 @@
 
     python -m modeling_rebased.eval.benchmark_generation --output eval/results/generation/h100
 
-Three tables: the one-token kernel at several batch sizes, with the time that its state's bytes take at the copy
-bandwidth; tokens per second of a training step of configuration/150m-rebased and 150m-softmax (bfloat16, forward and
-backward of the loss, no optimizer), as they are and with torch.compile of each layer; tokens per second and peak
-memory of greedy steps after a context, at one batch size for both models, with a static cache, compiled. The context
-is fed in pieces. Writes decode.csv, training.csv and generation.csv.
+Writes three tables to the output folder:
+
+    decode.csv        time of the one-token kernel by batch size, and of moving its state at the copy bandwidth
+    training.csv      tokens per second of a training step of the 150m-rebased and 150m-softmax configurations
+    generation.csv    tokens per second and peak memory of greedy steps after a context
+
+A training step is the forward and backward pass of the loss in bfloat16, without an optimizer. It is timed as it is
+and with torch.compile of each layer. Generation uses one batch size for both models and a compiled static cache. The
+context is fed in pieces.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ MODELS = ("150m-rebased", "150m-softmax")
 
 
 def load(name: str, length: int) -> ReBasedForCausalLM:
-    """A model with random weights in bfloat16 on the GPU, its positions stretched to `length`."""
+    """Return a model with random bfloat16 weights on the GPU, with positions up to `length`."""
     config = ReBasedConfig.from_pretrained(ROOT / name, kernel_backend="triton")
     config.max_position_embeddings = max(config.max_position_embeddings, length)
     with torch.device("cuda"):
@@ -41,7 +45,7 @@ def load(name: str, length: int) -> ReBasedForCausalLM:
 
 
 def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) -> None:
-    """The one-token kernel inside a CUDA graph, over enough states that none stays in the cache."""
+    """Time the one-token kernel inside a CUDA graph, over so many states that none stays in the GPU's cache."""
     from triton.testing import do_bench
 
     from modeling_rebased.attention_rebased import rebased_attention_decode
@@ -70,7 +74,7 @@ def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) 
 
 
 def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
-    """Tokens per second of a training step at each length; appends to `rows`."""
+    """Append the tokens per second of a training step at each length to `rows`."""
     for length, compiled, name in product(lengths, (False, True), MODELS):
         model = load(name, length).train()
         if compiled:
@@ -92,7 +96,7 @@ def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
 
 
 def compiled_step(model: ReBasedForCausalLM, cache: StaticCache) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One greedy step, as generate() runs it with a static cache: compiled, in a CUDA graph."""
+    """Return one greedy step as generate() runs it with a static cache: compiled, in a CUDA graph."""
 
     def step(token: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
@@ -109,7 +113,7 @@ def compiled_step(model: ReBasedForCausalLM, cache: StaticCache) -> Callable[[to
 
 @torch.no_grad()
 def generation_table(rows: list[dict], batch: int, contexts: list[int], steps: int, piece: int) -> None:
-    """Tokens per second and peak memory of greedy steps after each context; appends to `rows`."""
+    """Append the tokens per second and the peak memory of greedy steps after each context to `rows`."""
     for context in contexts:
         for name in MODELS:
             torch.cuda.reset_peak_memory_stats()

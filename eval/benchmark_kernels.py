@@ -4,18 +4,23 @@
 
     python -m modeling_rebased.eval.benchmark_kernels --output eval/results/kernels/h100
 
-For every length: forward, forward and backward (medians of triton.testing.do_bench) and the memory that the latter
-takes on top of inputs, outputs and gradients, and the time the host takes to issue the latter: where that is longer
-than the GPU's work, it is what do_bench shows. The tokens stay the same in all (--tokens): B = tokens / T, and fewer
-heads where one sequence is longer than that. Each result is compared with float64 before it is timed, ours at every
-length, and the copy and matrix-product ceilings are measured in the same run. Writes kernels.csv, machine.json and
-kernels.png.
+For every method and length the benchmark measures:
 
---profile T instead calls forward and backward once at that length, between the profiler's start and stop, for
-`ncu --profile-from-start off`.
+    forward_ms           the forward pass, the median of triton.testing.do_bench
+    training_ms          the forward and the backward pass
+    training_host_ms     the time that the host needs to issue both; if the GPU is faster, training_ms shows this
+    extra_gib            the memory of both passes on top of inputs, outputs and gradients
+    floor_..._ms         the time that moving inputs and outputs once takes at the copy bandwidth
 
-Peers, timed where installed: flash-linear-attention (`pip install modeling-rebased[kernels-peers]`), and `retention`
-with --feature-dim equal to --head-dim.
+The number of tokens is the same at every length (--tokens), so B = tokens / T. A sequence that is longer than that has
+fewer heads. Every method is compared with float64 before it is timed, and ReBased at every length. The copy bandwidth
+and the rate of a large matrix product are measured in the same run. Writes kernels.csv, machine.json and kernels.png.
+
+--profile T measures nothing. It calls forward and backward once at that length, between the profiler's start and stop,
+for `ncu --profile-from-start off`.
+
+Other libraries are timed where they are installed: flash-linear-attention
+(`pip install modeling-rebased[kernels-peers]`), and `retention` if --feature-dim equals --head-dim.
 """
 
 from __future__ import annotations
@@ -48,20 +53,20 @@ QUADRATIC_LIMIT = 8192  # peers that are quadratic in T are timed up to here
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal scaled_dot_product_attention with heads of the values' size, through cuDNN where it can."""
+    """Return causal scaled_dot_product_attention with heads of the values' size, by cuDNN where possible."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def rebased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The kernels that are timed."""
+    """Return ReBased attention by the Triton kernels."""
     from modeling_rebased import rebased_attention
 
     return rebased_attention(q, k, v, eps=1e-12, backend="triton")[0]
 
 
 def methods(feature_dim: int, head_dim: int) -> Iterator[tuple[str, Callable, int, bool, bool]]:
-    """(name, function of q, k, v, its feature_dim, whether it computes ReBased, whether it is quadratic in T)."""
+    """Yield (name, function of q, k, v, its feature_dim, whether it is ReBased, whether it is quadratic in T)."""
     yield "rebased", rebased, feature_dim, True, False
     yield "softmax", softmax, head_dim, False, False
     if importlib.util.find_spec("fla") is not None:
@@ -88,7 +93,7 @@ def methods(feature_dim: int, head_dim: int) -> Iterator[tuple[str, Callable, in
 
 
 def make_inputs(length: int, tokens: int, heads: int, feature_dim: int, head_dim: int) -> list[Tensor]:
-    """q, k [B, T, H, F], normalised as the model's are, v [B, T, H, D] and a gradient for o: bfloat16."""
+    """Return q, k [B, T, H, F], normalised as in the model, v [B, T, H, D] and a gradient of o, in bfloat16."""
     batch = max(1, tokens // length)
     heads = heads * batch * tokens // (batch * max(tokens, length))
     q, k = (torch.randn(batch, length, heads, feature_dim, device="cuda") for _ in range(2))
@@ -98,30 +103,30 @@ def make_inputs(length: int, tokens: int, heads: int, feature_dim: int, head_dim
 
 
 def train(function: Callable, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward: the output and the gradients of q, k and v."""
+    """Return the output and the gradients of q, k and v."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     output = function(*leaves)
     return (output, *torch.autograd.grad(output, leaves, grad))
 
 
 def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """ReBased by the PyTorch backend, linear in T."""
+    """Return ReBased attention by the PyTorch backend, linear in T."""
     from modeling_rebased import rebased_attention
 
     return rebased_attention(q, k, v, eps=1e-12, backend="eager")[0]
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """ReBased as it is defined, quadratic in T."""
+    """Return ReBased attention by its definition, quadratic in T."""
     s = torch.einsum("bihf,bjhf->bhij", q, k) * q.shape[-1] ** -0.5
     w = s.square().tril()
     return torch.einsum("bhij,bjhd->bihd", w, v) / (w.sum(-1).transpose(1, 2)[..., None] + 1e-12)
 
 
 def compare(name: str, function: Callable, reference: Callable, inputs: list[Tensor], bar: float) -> None:
-    """Refuse to time what is wrong: o, dq, dk and dv against `reference` in float64.
+    """Raise an error unless o, dq, dk and dv agree with `reference` in float64.
 
-    All numbers must be finite; compared are two heads of the first, the middle and the last sequence, since the
+    All numbers must be finite. Only two heads of the first, the middle and the last sequence are compared, because the
     reference needs much memory.
     """
     q, k, v, grad = inputs
@@ -144,7 +149,7 @@ def compare(name: str, function: Callable, reference: Callable, inputs: list[Ten
 
 
 def check(name: str, function: Callable, feature_dim: int, head_dim: int, quadratic_kernel: bool) -> None:
-    """`compare` with the definition: of ReBased where the method has its kernel, else of softmax attention."""
+    """Compare a method with its definition, that of ReBased or of softmax attention."""
     length = CHECKED_LENGTH if name == "rebased" else 2048  # peers may take whole chunks only
     inputs = make_inputs(length, length, 2, feature_dim, head_dim)
     compare(name, function, exact if quadratic_kernel else softmax, inputs, BAR if name == "rebased" else PEER_BAR)
@@ -152,7 +157,7 @@ def check(name: str, function: Callable, feature_dim: int, head_dim: int, quadra
 
 @contextmanager
 def extra_memory() -> Iterator[list[float]]:
-    """GiB allocated at the peak on top of what was there before and what is there after."""
+    """Return the GiB at the peak of a call on top of what exists before or after it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, result = torch.cuda.memory_allocated(), []
@@ -162,14 +167,14 @@ def extra_memory() -> Iterator[list[float]]:
 
 
 def time_ms(function: Callable[[], object]) -> float:
-    """Median time of a call in milliseconds, by triton's own timer."""
+    """Return the median time of a call in milliseconds, by Triton's own timer."""
     from triton.testing import do_bench
 
     return do_bench(function, warmup=10, rep=50, return_mode="median")
 
 
 def host_ms(function: Callable[[], object], calls: int = 20) -> float:
-    """Milliseconds until a call returns, the GPU being behind: the median of `calls`."""
+    """Return the milliseconds until a call returns while the GPU still has work: the median of `calls`."""
     times = []
     torch.cuda.synchronize()
     for _ in range(calls):
@@ -181,7 +186,7 @@ def host_ms(function: Callable[[], object], calls: int = 20) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """Copy bandwidth in TB/s, read plus written, and the rate of a large bfloat16 matrix product in TFLOP/s."""
+    """Measure the copy bandwidth (TB/s, read plus written) and a large bfloat16 matrix product (TFLOP/s)."""
     x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     copy = 2 * x.nbytes / time_ms(lambda: y.copy_(x)) / 1e9
@@ -190,7 +195,7 @@ def ceilings() -> dict[str, float]:
 
 
 def time_one(function: Callable, inputs: list[Tensor], rates: dict[str, float]) -> dict[str, float]:
-    """Times, memory and the memory floor of one method at one size."""
+    """Return the times, the memory and the memory floor of one method at one size."""
     with torch.no_grad():
         forward = time_ms(lambda: function(*inputs[:3]))
     training = time_ms(lambda: train(function, *inputs))
@@ -213,7 +218,7 @@ def time_one(function: Callable, inputs: list[Tensor], rates: dict[str, float]) 
 
 
 def run(arguments: argparse.Namespace, rates: dict[str, float], rows: list[dict]) -> list[str]:
-    """Add one row a method and length to `rows`; returns what is wrong with ours."""
+    """Add one row per method and length to `rows`, and return the errors of ReBased."""
     wrong = []
     tokens, heads, head_dim = arguments.tokens, arguments.heads, arguments.head_dim
     for name, function, feature_dim, same_kernel, quadratic in methods(arguments.feature_dim, head_dim):
@@ -251,7 +256,7 @@ def run(arguments: argparse.Namespace, rates: dict[str, float], rows: list[dict]
 
 
 def profile(arguments: argparse.Namespace) -> None:
-    """One forward and backward of ReBased for a profiler that waits for cudaProfilerStart."""
+    """Run forward and backward of ReBased once, for a profiler that waits for cudaProfilerStart."""
     sizes = (arguments.tokens, arguments.heads, arguments.feature_dim, arguments.head_dim)
     inputs = make_inputs(arguments.profile, *sizes)
     for _ in range(3):  # compile, and fill the allocator

@@ -1,6 +1,6 @@
-"""The main job in one command: load the small trained model, let it write English, score it with lm-eval.
+"""Load the small trained model, let it write English, and score it with lm-eval.
 
-Then the paper's own task: how much a model of two layers, trained on MQAR, recalls from its context.
+The demo then scores a model of two layers on the paper's own task, associative recall.
 
     python -m modeling_rebased.eval.demo                 # `make demo` installs what it needs first
     python -m modeling_rebased.eval.demo --checkpoint FOLDER --prompt "It was"
@@ -30,7 +30,7 @@ PROMPTS = ("The old man looked at the sea, and", "My fellow citizens, ")
 
 
 def write(checkpoint: Path, prompts: list[str], new_tokens: int) -> None:
-    """Load the checkpoint as any user would, and stream a continuation of each prompt to the terminal."""
+    """Load the checkpoint as any user would, and print a continuation of each prompt while it is generated."""
     torch.set_num_threads(1)  # a step of one token is too small to share out: threads would only wait for each other
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)

@@ -5,8 +5,8 @@
 A cell is one model at one length and hidden size. Of its learning rates those with the most seeds are compared, and
 the one with the highest mean accuracy counts. A seed that was trained again, in another file, counts once, with the
 mean of its runs. A run that was cut off before it reached the paper's goal of 99% is drawn nowhere. Values read off
-the authors' figure stand beside ours. Runs that were planned for fewer epochs than the paper's 64 and did not reach
-the goal are marked: they do not reproduce a cell.
+the authors' figure stand beside these results. Runs that were planned for fewer epochs than the paper's 64 and did not
+reach the goal are marked: they do not reproduce a cell.
 
 Writes figure_1.png and figure_1.md (every cell), curves.png (accuracy by epoch) and differences.md (ReBased against
 Based with a confidence interval).
@@ -172,7 +172,7 @@ def cells(runs: list[dict[str, Any]]) -> list[Cell]:
 
 
 def _place(model: str) -> tuple[int, str]:
-    """Return what models are sorted by."""
+    """Return the sorting key of a model: its place in `ORDER`, then its name."""
     return (ORDER.index(model) if model in ORDER else len(ORDER), model)
 
 

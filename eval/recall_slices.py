@@ -1,21 +1,20 @@
-"""Perplexity by slice: tokens that can be recalled from the context, against all others.
+"""Measure perplexity by slice: tokens that can be recalled from the context, against all others.
 
-A token is a recall token if it completes a bigram that occurred before in its context: the token before it was there
-already, and was followed by the same token then (Zoology, arXiv 2312.04927, section 3.1; the ReBased paper splits its
-language-model results the same way, section 5.2). Linear-attention models lose most of what they lose there.
+A token is a recall token if it completes a bigram that occurred earlier in its context (Zoology, arXiv 2312.04927,
+section 3.1). The ReBased paper splits its language-model results in the same way (section 5.2). Linear-attention
+models lose most on recall tokens.
 
-Zoology leaves out bigrams that are frequent in the training text, since a model may know those by heart. Give that
-text with `--known-text` and a third slice, "known", takes them up.
+Zoology leaves out bigrams that are frequent in the training text, because a model may know those by heart. If you give
+that text with `--known-text`, such tokens form a third slice, "known".
 
-Documents are read and encoded as in training: `<|endoftext|>` separates them in a text file, each is scored by itself,
-and the end-of-text token stands before it.
+Documents are read and encoded as in training: `<|endoftext|>` separates them in a text file. Each is scored by itself,
+with the end-of-text token before it.
 
     python -m modeling_rebased.eval.recall_slices --models DIR_A DIR_B --text book.txt --context 2048 \\
         --output eval/results/slices
 
-Memory does not grow with the length of a document's window times the vocabulary: a window goes through the model in
-chunks that continue a cache, or, where a model has none (`--mode hidden`), its last hidden states go through the
-output layer in chunks.
+The logits of a whole window are never stored. A window goes through the model in chunks that continue a cache. For a
+model without a cache (`--mode hidden`), the last hidden states go through the output layer in chunks.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ SLICES = ("recall", "known", "other")
 
 
 def last_occurrence(tokens: np.ndarray, order: int = 2) -> np.ndarray:
-    """For each token, how far back its n-gram occurred last, 0 if it did not: [T] int64.
+    """Return how far back each token's n-gram occurred last, and 0 if it did not: int64 [T].
 
     Entry t is the smallest d > 0 such that the `order` tokens that end at t are those that end at t - d.
     """
@@ -72,7 +71,7 @@ def count_bigrams(tokens: np.ndarray, vocab_size: int) -> dict[int, int]:
 
 @dataclass
 class Slices:
-    """Sums over the tokens of each slice, and over recall tokens by the distance to the bigram's last occurrence."""
+    """Hold sums over the tokens of each slice, and over recall tokens by the distance to the last occurrence."""
 
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SLICES, 0))
     loss: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SLICES, 0.0))
@@ -95,7 +94,7 @@ class Slices:
             entry[1] += float(losses[mask][bins == b].sum())
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a slice that holds tokens, and "all"."""
+        """Return one row per slice that holds tokens, and a row "all"."""
         total = sum(self.tokens.values())
         rows = [(name, self.tokens[name], self.loss[name], self.correct[name]) for name in SLICES]
         rows.append(("all", total, sum(self.loss.values()), sum(self.correct.values())))
@@ -114,7 +113,7 @@ class Slices:
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Losses in float32 and whether the best token is right, for logits [N, V] and targets [N]."""
+    """Return float32 losses and whether the best token is right, for logits [N, V] and targets [N]."""
     logits = logits.float()
     losses = F.cross_entropy(logits, targets, reduction="none")
     return losses.cpu().numpy().astype(np.float64), (logits.argmax(-1) == targets).cpu().numpy()
@@ -124,7 +123,7 @@ def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.
 def score_windows(
     model: torch.nn.Module, windows: torch.Tensor, *, chunk: int = 512, mode: str = "auto"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score every token of some windows but the first, each window with all of itself as its context.
+    """Score every token of each window but the first, with all earlier tokens of the window as its context.
 
     Args:
         model: any causal language model of transformers.
@@ -134,7 +133,8 @@ def score_windows(
             if the model returns one, else hidden.
 
     Returns:
-        losses [B, T - 1] float64 and correct [B, T - 1] bool; column t is about token t + 1.
+        The losses, float64 [B, T - 1], and whether the best token was right, bool [B, T - 1]. Column t is about token
+        t + 1.
     """
     if mode not in ("auto", "cache", "hidden"):
         raise ValueError(f"mode must be auto, cache or hidden, got {mode!r}")
@@ -173,7 +173,7 @@ def score_windows(
 
 
 def windows_of(tokens: list[int], context: int) -> Iterator[list[int]]:
-    """Cut a document into consecutive windows of `context` tokens; a rest of one token is left out."""
+    """Cut a document into consecutive windows of `context` tokens, and drop a rest of one token."""
     for first in range(0, len(tokens), context):
         if len(window := tokens[first : first + context]) > 1:
             yield window
@@ -229,7 +229,7 @@ def evaluate(
 
 
 def markdown(results: dict[str, Slices]) -> str:
-    """The table of all models and slices, in Markdown."""
+    """Return the table of all models and slices in Markdown."""
     lines = [
         "| model | slice | tokens | share | loss | perplexity | accuracy |",
         "| --- | --- | --: | --: | --: | --: | --: |",
@@ -244,7 +244,7 @@ def markdown(results: dict[str, Slices]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Score the models and write the table, the numbers and the plot."""
+    """Score the models, and write the table, the numbers and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(

@@ -1,6 +1,6 @@
 # Copyright 2026 The ReBased for Hugging Face authors
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What the benchmarks share: a median over wall clock, and tables as CSV."""
+"""Time calls and write tables as CSV, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 
 
 def median_ms(function: Callable[[], Any], repeats: int) -> float:
-    """Median wall clock of `repeats` calls, after one that is not counted, in milliseconds.
+    """Return the median wall-clock time of `repeats` calls in milliseconds, after one call that is not counted.
 
-    A GPU is waited for, so that host time counts as it does for a user.
+    The timer waits for a GPU, so that host time counts as it does for a user.
     """
 
     def wait() -> None:
@@ -36,7 +36,7 @@ def median_ms(function: Callable[[], Any], repeats: int) -> float:
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows of one kind under the names of their fields; the folder is made. Floats keep four decimals."""
+    """Write rows with equal fields as CSV, with four decimals. The folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -1,4 +1,4 @@
-"""Results of the `rebased_zeroshot` tasks: lm-eval's own metrics, and the one of them that papers print as "score"."""
+"""Compute the metrics of the `rebased_zeroshot` tasks: lm-eval's own, and as "score" the one that papers print."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def _multiple_choice(results: Results, choices: Sequence[str], gold: int, score:
 
 
 def lambada(doc: dict[str, Any], results: Results) -> dict[str, float]:
-    """LAMBADA: whether the last word is the model's greedy choice."""
+    """Score LAMBADA by whether the last word is the model's greedy choice."""
     likelihood, greedy = results[0]
     return {"score": float(greedy), "acc": float(greedy), "perplexity": float(likelihood)}
 
 
 def hellaswag(doc: dict[str, Any], results: Results) -> dict[str, float]:
-    """HellaSwag: accuracy by likelihood for each character."""
+    """Score HellaSwag by accuracy, with the likelihood per character."""
     return _multiple_choice(results, doc["choices"], int(doc["label"]), "acc_norm")
 
 
 def piqa(doc: dict[str, Any], results: Results) -> dict[str, float]:
-    """PIQA: accuracy."""
+    """Score PIQA by accuracy."""
     return _multiple_choice(results, [doc["sol1"], doc["sol2"]], int(doc["label"]), "acc")
 
 
@@ -45,17 +45,17 @@ def _arc(doc: dict[str, Any], results: Results, score: str) -> dict[str, float]:
 
 
 def arc_easy(doc: dict[str, Any], results: Results) -> dict[str, float]:
-    """ARC-easy: accuracy."""
+    """Score ARC-easy by accuracy."""
     return _arc(doc, results, "acc")
 
 
 def arc_challenge(doc: dict[str, Any], results: Results) -> dict[str, float]:
-    """ARC-challenge: accuracy by likelihood for each character."""
+    """Score ARC-challenge by accuracy, with the likelihood per character."""
     return _arc(doc, results, "acc_norm")
 
 
 def winogrande(doc: dict[str, Any], results: Results) -> dict[str, float]:
-    """WinoGrande: accuracy."""
+    """Score WinoGrande by accuracy."""
     # The options stand in the context and the end of the sentence is scored after each, so no length differs.
     likelihoods = [float(likelihood) for likelihood, _ in results]
     acc = float(_best(likelihoods) == {"1": 0, "2": 1}[doc["answer"]])
