@@ -1,4 +1,4 @@
-"""A byte-level tokenizer without a vocabulary to learn: token i is byte i, and two special tokens follow.
+"""Make a byte-level tokenizer, which has no vocabulary to learn: token i is byte i, and two special tokens follow.
 
     python -m modeling_rebased.training.byte_tokenizer tokenizer/
 

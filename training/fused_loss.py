@@ -1,11 +1,13 @@
-"""Mean cross entropy of a linear output layer, without storing the logits.
+"""Compute the mean cross entropy of a linear output layer without storing the logits.
 
-MQAR asks 131,072 questions a step at length 1,024 (batch 512) over a vocabulary of 8,192, so the logits alone are
-2.1 GB in bf16, written once and read several times. Here a tile of logits lives in registers. The forward pass makes
-it once, for the loss and the gradient of the hidden states alike; the backward pass makes it again for the gradient of
-the weight. With hidden size 64 that is four products of 137 GFLOP instead of three, and next to no memory traffic.
+At length 1,024 and batch 512, MQAR asks 131,072 questions per step over a vocabulary of 8,192. The logits alone would
+take 2.1 GB in bfloat16, written once and read several times. Here a tile of logits stays in registers:
 
-No atomics: two runs give the same bits.
+- The forward pass makes each tile once, for the loss and for the gradient of the hidden states.
+- The backward pass makes it again, for the gradient of the weight.
+
+With hidden size 64 this takes four products of 137 GFLOP instead of three, and almost no memory traffic. The kernels
+use no atomic additions, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ if triton is not None:
 
 
 def _tiles(hidden_size: int) -> tuple[int, int]:
-    """Rows and columns of a tile of logits."""
+    """Return the rows and columns of a tile of logits."""
     return (128, 128) if hidden_size <= 128 else (64, 64)
 
 
@@ -135,9 +137,10 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, target: tor
     Args:
         hidden: [N, D], any float type. Under autocast the products run in autocast's type.
         weight: [V, D].
-        target: [N], int64, each in [0, V): there is no ignored index here.
+        target: [N], int64, each in [0, V). No index is ignored.
 
-    On a GPU with D a power of two from 16 to 256 and 16-bit products this is the fused version, elsewhere PyTorch's.
+    On a GPU the fused version runs if D is a power of two from 16 to 256 and the products are in 16 bits. Otherwise
+    PyTorch's own version runs.
     """
     kind = hidden.device.type
     d = hidden.shape[-1]

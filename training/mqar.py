@@ -1,12 +1,11 @@
-"""Multi-query associative recall (MQAR): the generator, the leakage check and the direct evaluation.
+"""Generate multi-query associative recall (MQAR), check it for leakage, and score a model on it directly.
 
-An example is `num_pairs` key-value pairs, then the keys again, each once, at even offsets drawn without
-replacement from a power law; the label at a repeated key is its value (Zoology, arXiv 2312.04927, section 3;
-the ReBased paper, arXiv 2402.10644, section 5.1, uses the sizes of `figure_1_spec`).
+An example starts with `num_pairs` key-value pairs. Each key then comes again once, at an even offset that is drawn
+without replacement from a power law. The label at a repeated key is its value (Zoology, arXiv 2312.04927, section 3).
+The ReBased paper (arXiv 2402.10644, section 5.1) uses the sizes of `figure_1_spec`.
 
-Every number is a hash of (seed, split, example, draw) and not the next state of a generator. So example 77 is
-the same whether it is made alone, in a batch or among 100,000, on a CPU or on a GPU, and two processes agree
-without talking.
+Every number is a hash of (seed, split, example, draw) and not the next state of a generator. So example 77 is the same
+whether it is made alone, in a batch or among 100,000, on a CPU or on a GPU. Two processes agree without communication.
 
     python -m modeling_rebased.training.mqar --length 2048 --examples 100000 --leakage
 """
@@ -45,12 +44,12 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 @dataclass(frozen=True)
 class MQARSpec:
-    """The sizes of one MQAR task.
+    """Hold the sizes of one MQAR task.
 
     Args:
         length: tokens in a sequence.
-        num_pairs: key-value pairs a sequence starts with; every key is asked for once.
-        vocab_size: 0 is the filler, keys are 1 .. vocab_size/2 - 1, values vocab_size/2 .. vocab_size - 1.
+        num_pairs: key-value pairs at the start of a sequence. Every key is asked for once.
+        vocab_size: 0 is the filler, 1 .. vocab_size/2 - 1 are keys, and vocab_size/2 .. vocab_size - 1 are values.
         power_a: the power law of the gaps, p(gap) proportional to gap**(power_a - 1).
 
     Raises:
@@ -88,12 +87,12 @@ class MQARSpec:
 
     @property
     def context(self) -> int:
-        """Tokens the key-value pairs take."""
+        """Return the number of tokens of the key-value pairs."""
         return 2 * self.num_pairs
 
     @property
     def num_gaps(self) -> int:
-        """Even offsets after the pairs at which a key may come again."""
+        """Return the number of even offsets after the pairs at which a key may come again."""
         return (self.length - self.context) // 2
 
 
@@ -106,13 +105,13 @@ def figure_1_spec(length: int) -> MQARSpec:
 
 @dataclass
 class MQARExamples:
-    """N examples in compact form. Pair j of example n is (keys[n, j], values[n, j]), asked for at positions[n, j].
+    """Hold N examples. Pair j of example n is (keys[n, j], values[n, j]) and is asked for at positions[n, j].
 
     Attributes:
         spec: the task.
         keys: [N, num_pairs], int16 where the vocabulary fits, else int32.
         values: [N, num_pairs], the same type.
-        positions: [N, num_pairs], where the key comes again, int32.
+        positions: [N, num_pairs], int32, where the key comes again.
     """
 
     spec: MQARSpec
@@ -139,16 +138,16 @@ class MQARExamples:
     def labels(self) -> torch.Tensor:
         """Return labels as transformers models take them, [N, length], int64, -100 where nothing is asked.
 
-        Models shift: the logits at position t are held against labels[t + 1]. So the value stands one place after
-        the repeated key, and the logits that count are those at the key itself, as in the authors' code, which does
-        not shift and puts the label at the key.
+        Models shift the labels: the logits at position t are compared with labels[t + 1]. The value therefore stands
+        one place after the repeated key, and the logits that count are those at the key itself. The authors' code does
+        not shift and puts the label at the key, which is the same.
         """
         labels = torch.full((len(self), self.spec.length), -100, dtype=torch.long, device=self.keys.device)
         return labels.scatter_(1, self.positions.long() + 1, self.values.long())
 
 
 def _mix(z: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64, in place. int64 multiplication wraps, on the CPU as on a GPU."""
+    """Apply the finaliser of splitmix64 in place. int64 products wrap on a CPU and on a GPU alike."""
     z ^= (z >> 30) & 0x3FFFFFFFF  # >> carries the sign along, the mask takes it off again
     z *= _MIX_1
     z ^= (z >> 27) & 0x1FFFFFFFFF
@@ -178,8 +177,8 @@ def _sort_rows(x: torch.Tensor) -> torch.Tensor:
 def _distinct(rows: torch.Tensor, count: int, n: int, stream: int) -> torch.Tensor:
     """Draw `count` distinct integers in [0, n) for each row, in uniformly random order: [R, count] int32.
 
-    Draw them all, then draw again those that repeat an earlier place, until none does. The rule looks at places
-    only, so any renaming of the n symbols commutes with it, and all ordered draws of distinct symbols are
+    All are drawn, and those that repeat an earlier place are drawn again, until none does. The rule looks only at
+    places, so any renaming of the n symbols commutes with it. All ordered draws of distinct symbols are therefore
     equally likely.
     """
     lanes = torch.arange(count, device=rows.device)
@@ -206,7 +205,7 @@ def _distinct(rows: torch.Tensor, count: int, n: int, stream: int) -> torch.Tens
 def _ordered_gaps(rows: torch.Tensor, spec: MQARSpec, stream: int) -> torch.Tensor:
     """Draw num_pairs of the gaps 0 .. num_gaps - 1 without replacement, with p ∝ (gap + 1)**(a - 1): [R, num_pairs].
 
-    Waiting times with rates p, in the order in which they end, are such a draw, and in that order.
+    Waiting times with rates p make such a draw, in the order in which they end.
     """
     lanes = torch.arange(spec.num_gaps, device=rows.device)
     bits = _numbers(rows[:, None], lanes[None, :], stream)
@@ -239,10 +238,10 @@ def make_examples(
         seed: any integer; another seed is another data set.
         split: "train" or "test".
         start: the index of the first example.
-        device: where they are made and stay. All devices give the same examples.
+        device: where the examples are made and stay. All devices give the same examples.
 
     Returns:
-        `MQARExamples`, 2 or 4 bytes a number: 100,000 examples of length 2,048 take 0.4 GB.
+        `MQARExamples`, with 2 or 4 bytes per number: 100,000 examples of length 2,048 take 0.4 GB.
 
     Raises:
         ValueError: an unknown split or a negative count.
@@ -279,9 +278,10 @@ def check_leakage(train: MQARExamples, test: MQARExamples) -> dict[str, float]:
     Returns:
         identical_sequences: test sequences that are also training sequences. Must be 0.
         identical_contexts: test examples whose key-value pairs, in order, are those of a training example. Must be 0.
-        seen_pairs: the fraction of test pairs (key, value) that occur in some training example, and
-        seen_pairs_by_chance: what independent draws give. The task has only num_keys * num_values pairs, so at
-            100,000 long examples nearly all are seen; a pair holds within its own sequence only, so this helps nobody.
+        seen_pairs: the fraction of test pairs (key, value) that occur in some training example.
+        seen_pairs_by_chance: the fraction that independent draws give. The task has only num_keys * num_values pairs,
+            so 100,000 long examples contain nearly all. A pair holds only within its own sequence, so this helps no
+            model.
     """
     if train.spec != test.spec:
         raise ValueError(f"train and test must be of one task, got {train.spec} and {test.spec}")
@@ -314,10 +314,11 @@ def check_leakage(train: MQARExamples, test: MQARExamples) -> dict[str, float]:
 
 
 def query_subset(spec: MQARSpec, examples: int, queries: int, *, seed: int = 0) -> torch.Tensor:
-    """Choose `queries` of the num_pairs queries of each example, uniformly, all of them if there are no more.
+    """Choose `queries` of the num_pairs queries of each example uniformly, or all if there are no more.
 
     Returns:
-        [examples, queries] int64, in rising order. Example n's choice does not depend on how many examples there are.
+        int64 [examples, queries], in rising order. The choice for an example does not depend on the number of
+        examples.
     """
     if queries < 1:
         raise ValueError(f"queries must be positive, got {queries}")
@@ -345,11 +346,11 @@ def count_correct(
     Args:
         model: any causal language model of transformers.
         examples: the test set; batches move to the model's device.
-        batch_size: sequences a forward pass.
-        queries: [N, Q] which queries of each example count; all if None.
+        batch_size: sequences per forward pass.
+        queries: [N, Q], which queries of each example count. `None` counts all.
 
     Returns:
-        (correct, asked). The logits are made at the repeated keys only.
+        The number of right answers and of queries. The logits are made only at the repeated keys.
     """
     training = model.training
     model.eval()
@@ -372,7 +373,7 @@ def count_correct(
 
 
 def accuracy(model: torch.nn.Module, examples: MQARExamples, **kwargs: Any) -> float:
-    """`count_correct` as a fraction."""
+    """Return the share of queries that `count_correct` counts as right."""
     correct, asked = count_correct(model, examples, **kwargs)
     return correct / asked
 
@@ -386,10 +387,10 @@ def symbols(vocab_size: int = 8192) -> list[str]:
 
 
 def build_tokenizer(vocab_size: int = 8192, model_max_length: int = 2048) -> PreTrainedTokenizerFast:
-    """Return the WordLevel tokenizer of MQAR checkpoints: a symbol a token, split at spaces, no special tokens added.
+    """Return the WordLevel tokenizer of MQAR checkpoints: one token per symbol, split at spaces, nothing added.
 
-    A word that is no symbol raises an error when encoded. The filler doubles as the end-of-text and padding token,
-    because lm-eval asks every tokenizer for one; it cannot be part of another symbol.
+    A word that is not a symbol raises an error when it is encoded. The filler is also the end-of-text and padding
+    token, because lm-eval asks every tokenizer for one. It cannot be part of another symbol.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -407,12 +408,12 @@ def build_tokenizer(vocab_size: int = 8192, model_max_length: int = 2048) -> Pre
 
 
 def to_text(token_ids: list[int]) -> str:
-    """Write token ids as the tokenizer of `build_tokenizer` reads them."""
+    """Return token ids as text that the tokenizer of `build_tokenizer` reads."""
     return " ".join(FILLER if i == 0 else str(i) for i in token_ids)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the examples, time it, and print what was asked for."""
+    """Make the examples, time their generation, and print what was asked for."""
     parser = argparse.ArgumentParser(description="Generate MQAR data, time it, and look for leakage.")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--pairs", type=int, help="default: Figure 1's number for the length")

@@ -1,13 +1,13 @@
 """Turn English text that is in the public domain into a training file and a held-out file, always the same ones.
 
     apt-get install bible-kjv dict-gcide            # two optional sources; both come as Debian packages
-    bible -f 'gen1:1-rev22:21' > kjv.txt            # the King James Bible, one verse a line
+    bible -f 'gen1:1-rev22:21' > kjv.txt            # the King James Bible, one verse per line
     python -m modeling_rebased.training.prepare_text --text corpus.tar.xz --bible kjv.txt \\
         --dictionary /usr/share/dictd/gcide.dict.dz --output_dir data/english
 
 writes
     data/english/train.txt        all documents that are not held out, each preceded by <|endoftext|>
-    data/english/heldout.jsonl    the held-out documents, one JSON object a line: title, text
+    data/english/heldout.jsonl    the held-out documents, one JSON object per line: title, text
     data/english/heldout.txt      the same documents in train.txt's form, for the evaluation during training
 
 Whole documents are held out, never parts of one, so nothing of a held-out text is seen in training.
@@ -40,7 +40,7 @@ HELD_OUT = (
 
 
 def decode(raw: bytes) -> str:
-    """Decode UTF-8, or Latin-1 where it is not UTF-8."""
+    """Decode bytes as UTF-8, or as Latin-1 if they are not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -67,7 +67,7 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def unwrap(paragraph: str) -> str:
-    """Join the lines of a paragraph that was broken at a fixed width; leave verse, lists and headings as they are."""
+    """Join the lines of a paragraph that was broken at a fixed width, and leave verse, lists and headings alone."""
     lines = paragraph.split("\n")
     indented = any(line.startswith((" ", "\t")) for line in lines[1:])
     if len(lines) < 2 or indented or statistics.median(map(len, lines[:-1])) < 55:
@@ -76,7 +76,7 @@ def unwrap(paragraph: str) -> str:
 
 
 def clean(text: str) -> str:
-    """One newline style, no trailing blanks, no runs of empty lines, no title in brackets, prose unwrapped."""
+    """Normalise newlines, remove trailing blanks, empty lines in a row and titles in brackets, and unwrap prose."""
     text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"\A\s*\[[^\]\n]{1,120}\]", "", text)
     text = re.sub(r"[ \t\u00a0]+\n", "\n", text)
@@ -85,7 +85,7 @@ def clean(text: str) -> str:
 
 
 def read_bible(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (book, text) from `bible -f` output, lines such as `Ge1:1 In the beginning ...`; a paragraph a chapter."""
+    """Yield (book, text) from `bible -f` output (`Ge1:1 In the beginning ...`), with one paragraph per chapter."""
     books: dict[str, dict[str, list[str]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         verse = re.match(r"(\d?[A-Za-z]+)(\d+):\d+ (.+)", line)
@@ -101,9 +101,9 @@ def read_bible(path: Path) -> Iterator[tuple[str, str]]:
 def read_dictionary(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (letter, text) from a dictd file of GCIDE: the definitions of Webster's dictionary of 1913.
 
-    Entries from other, younger sources are left out (each definition carries its source), as are pronunciations,
-    etymologies and anything with markup left in it. Only the first usable definition of an entry is kept, so that
-    the dictionary does not outweigh the prose. One line an entry: `Lark: A frolic; a jolly time.`
+    Each definition carries its source, and entries from younger sources are left out. So are pronunciations,
+    etymologies, and anything that still has markup. Only the first usable definition of an entry is kept, so that the
+    dictionary does not outweigh the prose. Each entry is one line: `Lark: A frolic; a jolly time.`
     """
     raw = gzip.decompress(path.read_bytes()) if path.suffix in (".dz", ".gz") else path.read_bytes()
     letters: dict[str, list[str]] = {}
