@@ -15,7 +15,7 @@ BACKENDS = ("auto", "eager", "triton")
 
 
 class Backend(NamedTuple):
-    """The two functions of an implementation: `attention` for whole sequences, `decode` for one token."""
+    """Hold the two functions of an implementation: `attention` for whole sequences, `decode` for one token."""
 
     attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     decode: Callable[..., torch.Tensor]
@@ -90,7 +90,7 @@ def _check_mask(attention_mask: torch.Tensor | None, batch: int, length: int) ->
 
 
 def _is_readable(x: torch.Tensor) -> bool:
-    """Whether the values may be read here: they are in host memory, and nobody traces or fakes this call."""
+    """Return whether the values may be read here: they are in host memory, and the call is not traced or faked."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not tracing and type(x) is torch.Tensor and x.device.type == "cpu"
 
@@ -128,11 +128,11 @@ def rebased_attention(
     output_final_state: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Causal linear attention with a kernel of degree two (Aksenov et al., 2024, section 4).
+    r"""Compute causal linear attention with a kernel of degree two (Aksenov et al., 2024, section 4).
 
-    With `s_ij = (q_i . k_j) * scale` and `w_ij = c0 + c1 s_ij + c2 s_ij**2`:
-    `o_i = sum_{j<=i} w_ij v_j / (sum_{j<=i} w_ij + eps)`, in time linear in T. Sums and division are in float32
-    (float64 for float64 inputs), whatever the inputs' dtype. Differentiable in q, k, v and initial_state.
+    With `s_ij = (q_i . k_j) * scale` and `w_ij = c0 + c1 s_ij + c2 s_ij**2`: `o_i = sum_{j<=i} w_ij v_j / (sum_{j<=i}
+    w_ij + eps)`, in time linear in T. Sums and the division are in float32, or in float64 for float64 inputs. The
+    result is differentiable in q, k, v and initial_state.
 
     Args:
         q (`torch.Tensor`): Queries [B, T, H_q, F]; T >= 1, 1 <= F <= 128, H_q a multiple of H_kv.
@@ -142,16 +142,17 @@ def rebased_attention(
             (c0, c1, c2): (0, 0, 1) is ReBased, (1, 1, 0.5) is Based.
         scale (`float`, *optional*, defaults to `F**-0.5`): Factor of the dot product.
         eps (`float`, *optional*, defaults to 1e-12): Added to the normaliser.
-        attention_mask (`torch.Tensor`, *optional*): [B, T], zero or False where a key is padding: such a token is seen
-            by no query and leaves no trace in the state.
-        cu_seqlens (`torch.Tensor`, *optional*): int32 or int64 [N + 1], from 0 to T and never decreasing: N sequences
-            packed one after another, B = 1. States then have N rows instead of B.
+        attention_mask (`torch.Tensor`, *optional*): [B, T], zero or False where a key is padding. No query sees
+            such a token, and it leaves no trace in the state.
+        cu_seqlens (`torch.Tensor`, *optional*): int32 or int64 [N + 1], from 0 to T and never decreasing: the bounds
+        of
+            N sequences packed one after another. B is then 1, and states have N rows instead of B.
         segment_ids (`torch.Tensor`, *optional*): int64 [B, T], never decreasing along T: packed sequences by number
             instead of by bounds, for traced code that cannot tell how many there are. Eager backend only, no states.
-        initial_state (`torch.Tensor`, *optional*): [B, H_kv, n_features, D + 1], what a former call returned.
-        output_final_state (`bool`, *optional*, defaults to `False`): Return the state after the last token.
-        backend (`str`, *optional*, defaults to `"auto"`): "eager" is PyTorch, on any device; "triton" the kernels for
-            GPUs; "auto" is "triton" on a GPU where the kernels can run, else "eager".
+        initial_state (`torch.Tensor`, *optional*): [B, H_kv, n_features, D + 1], the state that an earlier call
+        returned. output_final_state (`bool`, *optional*, defaults to `False`): Return the state after the last token.
+        backend (`str`, *optional*, defaults to `"auto"`): "eager" is PyTorch, on any device. "triton" is the kernels
+            for GPUs. "auto" is "triton" on a GPU where the kernels can run, and "eager" elsewhere.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: the output [B, T, H_q, D] in q's dtype, and the state or `None`.
@@ -243,7 +244,7 @@ def rebased_attention_decode(
     attention_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """One token of generation: `rebased_attention` with T = 1, the state changed in place, no gradients.
+    """Compute one token of generation: `rebased_attention` with T = 1, without gradients. Changes the state in place.
 
     Args:
         q (`torch.Tensor`): [B, 1, H_q, F].

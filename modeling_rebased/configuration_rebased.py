@@ -1,5 +1,5 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
-"""ReBased model configuration."""
+"""Hold the configuration of a ReBased model."""
 
 from typing import Any, ClassVar, Literal
 
@@ -45,9 +45,9 @@ def n_features(feature_dim: int, coefficients: tuple[float, float, float] = (0.0
 @strict
 class ReBasedConfig(PreTrainedConfig):
     r"""
-    Configuration of a ReBased model (Aksenov et al., "Linear Transformers with Learnable Kernel Functions are Better
-    In-Context Models", ACL 2024). The paper's models, Based, hybrids with softmax layers and the softmax baseline are
-    all configurations of the one model class.
+    Hold the configuration of a ReBased model (Aksenov et al., "Linear Transformers with Learnable Kernel Functions are
+    Better In-Context Models", ACL 2024). The paper's models, Based, hybrids with softmax layers and the softmax
+    baseline are all configurations of one model class.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 32000):
@@ -64,11 +64,11 @@ class ReBasedConfig(PreTrainedConfig):
         num_attention_heads (`int`, *optional*, defaults to 12):
             Number of query heads.
         num_key_value_heads (`int`, *optional*, defaults to `num_attention_heads`):
-            Number of key and value heads; divides `num_attention_heads`.
+            Number of key and value heads. It must divide `num_attention_heads`.
         feature_dim (`int`, *optional*, defaults to 16):
-            Size F of a query or key of the linear layers, per head. Their state has F(F+1)/2 rows for ReBased.
+            Size F of a query or key of the linear layers per head. Their state has F(F+1)/2 rows for ReBased.
         head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
-            Size of a value, per head, and of the queries and keys of softmax layers. `head_dim *
+            Size D of a value per head, and of the queries and keys of softmax layers. `head_dim *
             num_attention_heads` need not be `hidden_size`.
         kernel (`str`, *optional*, defaults to `"rebased"`):
             "rebased" (w = s^2) or "based" (w = 1 + s + s^2/2).
@@ -76,66 +76,66 @@ class ReBasedConfig(PreTrainedConfig):
             (c0, c1, c2) of w = c0 + c1 s + c2 s^2 instead of those of `kernel`. The polynomial must never be
             negative: c2 >= 0 and c1^2 <= 4 c0 c2.
         normalize (`bool`, *optional*, defaults to `True` for "rebased", `False` for "based"):
-            Bring queries and keys to zero mean and unit variance.
+            Whether to bring queries and keys to zero mean and unit variance.
         use_gamma (`bool`, *optional*, defaults to `True` for "rebased", `False` for "based"):
-            Multiply them by a learnt gamma.
+            Whether to multiply queries and keys by a learnt gamma.
         use_beta (`bool`, *optional*, defaults to `True` for "rebased", `False` for "based"):
-            Add a learnt beta.
+            Whether to add a learnt beta to queries and keys.
         qk_norm_scope (`str`, *optional*, defaults to `"all_heads"`):
-            What one normalisation spans: "all_heads" (a vector of heads * feature_dim, as the authors) or "head" (one
-            head, its parameters shared by all heads, as flash-linear-attention).
+            What one normalisation spans: "all_heads" (a vector of heads * feature_dim, as in the authors' code) or
+            "head" (one head, with parameters that all heads share, as in flash-linear-attention).
         qk_norm_shared (`bool`, *optional*, defaults to `False`):
             Whether queries and keys share gamma and beta.
         qk_norm_eps (`float`, *optional*, defaults to 1e-5):
-            Added to the variance.
+            Number that the normalisation adds to the variance.
         attention_eps (`float`, *optional*, defaults to 1e-12):
-            Added to the normaliser of the linear attention. 1e-12 in the authors' code, 1e-5 in
-            flash-linear-attention.
+            Number that is added to the normaliser of the linear attention. It is 1e-12 in the authors' code and 1e-5
+            in flash-linear-attention.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the query, key and value projections have biases.
         softmax_qk_norm (`bool`, *optional*, defaults to `False`):
-            RMSNorm of each head's queries and keys in softmax layers, before they are rotated, as in Qwen3. All heads
-            of a layer share its gains; its epsilon is `norm_eps`.
+            Whether softmax layers apply RMSNorm to each head's queries and keys before they rotate them, as in Qwen3.
+            All heads of a layer share the gains. The epsilon is `norm_eps`.
         conv_type (`str`, *optional*, defaults to `"residual"`):
             What "conv" layers do: "residual", the paper's BaseConv, conv(u) * (W u + b) + u, or "gated", the short
             convolution of Based's released models, W_o (silu(conv(u_1)) * u_2) with u_1, u_2 = W_i u.
         conv_kernel_size (`int`, *optional*, defaults to 3):
-            Tokens that the convolution of "conv" layers sees, its own included.
+            Number of tokens that the convolution of "conv" layers sees, its own included.
         conv_intermediate_size (`int`, *optional*):
-            Width of u_1 and u_2. Defaults to 2 * hidden_size for "gated"; "residual" has none.
+            Width of u_1 and u_2. The default for "gated" is 2 * hidden_size; "residual" has none.
         conv_bias (`bool`, *optional*, defaults to `True`):
-            Whether the convolution itself has a bias; the linear maps around it always have one.
+            Whether the convolution itself has a bias. The linear maps around it always have one.
         mlp_type (`str`, *optional*, defaults to `"gelu"`):
             "gelu" (two linear maps with `hidden_act` between), "swiglu" (gated) or "none": the identity, so that the
             second half of a layer is x + norm(x), as in the authors' MQAR runs.
         intermediate_size (`int`, *optional*):
-            Width of the MLP. Defaults to 4 * hidden_size for "gelu" and 8/3 of it, rounded up to a multiple of 64, for
-            "swiglu".
+            Width of the MLP. The default is 4 * hidden_size for "gelu". For "swiglu" it is 8/3 * hidden_size, rounded
+            up to a multiple of 64.
         hidden_act (`str`, *optional*, defaults to `"gelu"` or, for "swiglu", `"silu"`):
             Activation of the MLP.
         mlp_bias (`bool`, *optional*, defaults to `True` for "gelu", `False` for "swiglu"):
             Whether the MLP's linear maps have biases.
         norm_type (`str`, *optional*, defaults to `"layernorm"`):
-            "layernorm" or "rmsnorm", for the norms of the residual stream.
+            Kind of the norms of the residual stream: "layernorm" or "rmsnorm".
         norm_eps (`float`, *optional*, defaults to 1e-5):
-            Their epsilon.
+            Epsilon of the norms of the residual stream.
         max_position_embeddings (`int`, *optional*, defaults to 2048):
-            Longest sequence that learned positions can number; for all others the length trained on.
+            Longest sequence that learned positions can number. For other models, the length of training.
         position_embedding_type (`str`, *optional*, defaults to `"none"`):
             "none", "learned" (added to the word embedding) or "rope" (rotary, in softmax layers).
         rope_parameters (`dict`, *optional*):
-            transformers' rotary parameters; `rope_theta` defaults to 10000.
+            Rotary parameters, as transformers has them. `rope_theta` is 10000 by default.
         rope_linear_attention (`bool`, *optional*, defaults to `False`):
-            With "rope", rotate the queries and keys of the linear layers too, after their normalisation.
+            Whether "rope" also rotates the queries and keys of the linear layers, after their normalisation.
         sliding_window (`int`, *optional*, defaults to 64):
-            Tokens that "sliding_attention" and the window of "hybrid_sliding" see, their own included.
+            Number of tokens that "sliding_attention" and the window of "hybrid_sliding" see, their own included.
         embedding_dropout (`float`, *optional*, defaults to 0.0):
             Dropout after the embedding.
         residual_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout of each mixer's and MLP's output.
+            Dropout of the output of each mixer and each MLP.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the initial weights; those of `mlp.down_proj`, and of a "gated" convolution's
-            `out_proj`, are divided by sqrt(2 * num_hidden_layers), as by the authors.
+            Standard deviation of the initial weights. For `mlp.down_proj` and the `out_proj` of a "gated" convolution
+            it is divided by sqrt(2 * num_hidden_layers), as in the authors' code.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the output layer is the word embedding.
         use_cache (`bool`, *optional*, defaults to `True`):
@@ -237,27 +237,27 @@ class ReBasedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Part of the library's initialisation: leaves `rope_parameters` alone where nothing is rotated."""
+        """Leave `rope_parameters` alone where nothing is rotated. The library calls this to initialise them."""
         return super().convert_rope_params_to_dict(**kwargs) if self.position_embedding_type == "rope" else kwargs
 
     def validate_rope(self) -> None:
-        """Part of `@strict`-powered validation. The library's checks are about softmax layers' `head_dim`."""
+        """Check the rotary parameters of models with softmax layers, whose `head_dim` the library checks."""
         if self.position_embedding_type == "rope" and set(self.layer_types) & set(SOFTMAX_LAYER_TYPES):
             super().validate_rope()
 
     @property
     def coefficients(self) -> tuple[float, float, float]:
-        """(c0, c1, c2) of the kernel."""
+        """Return (c0, c1, c2) of the kernel."""
         return tuple(float(c) for c in self.kernel_coefficients or KERNEL_COEFFICIENTS[self.kernel])
 
     @property
     def n_features(self) -> int:
-        """Rows of the state of a linear layer, per key-value head."""
+        """Return the number of rows of a linear layer's state per key-value head."""
         return n_features(self.feature_dim, self.coefficients)
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether any layer carries a state from token to token."""
+        """Return whether any layer carries a state from token to token."""
         return any(layer_type in RECURRENT_LAYER_TYPES for layer_type in self.layer_types)
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
@@ -288,7 +288,7 @@ class ReBasedConfig(PreTrainedConfig):
         return {f"layers.*.{module}": style for module, style in plan.items()}
 
     def validate_layer_type(self) -> None:
-        """Part of `@strict`-powered validation. The library's own, in 5.17, renames "conv" to "linear_attention"."""
+        """Check `layer_types`. The library's own check, in 5.17, renames "conv" to "linear_attention"."""
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown:
             raise ValueError(f"`layer_types` must be of {LAYER_TYPES}, but holds {unknown}.")
@@ -299,7 +299,7 @@ class ReBasedConfig(PreTrainedConfig):
             )
 
     def validate_architecture(self) -> None:
-        """Part of `@strict`-powered validation: refuses what cannot work, and names the fields at odds."""
+        """Refuse a configuration that cannot work, and name the fields that contradict each other."""
 
         def require(condition: bool, message: str) -> None:
             if not condition:
