@@ -6,12 +6,13 @@ is exact and what is not.
 
 from .authors import from_authors, to_authors
 from .based import from_based
-from .files import ConversionError, Report
 from .fla import from_fla, load_attention, to_fla
 from .hub import export
 from .kernels import export_kernels
-from .softmax import linearize, to_rebased
-from .stranger import verify
+from .linearize import linearize
+from .report import ConversionError, Report
+from .to_rebased import to_rebased
+from .verify import verify
 
 
 __all__ = [

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Pre
 
 from modeling_rebased.training.text import TokenBlocks
 
-from .files import progress
+from .report import progress
 
 
 REQUESTS = (

@@ -15,29 +15,17 @@ import torch
 
 from modeling_rebased import ReBasedConfig
 
-from .files import (
-    ConversionError,
-    Report,
-    State,
-    _some,
-    check_against,
-    check_destination,
-    from_record,
-    load_folder,
-    make_config,
-    progress,
-    read_record,
-    read_state_dict,
-    same_bytes,
-    write_model,
-    write_state_dict,
-    written,
-)
+from .layout import State, by_layer, check_against, find_prefix, make_config, matrix_size, same_bytes, set_same_size
+from .reading import load_folder, read_state_dict
+from .record import from_record, read_record
+from .report import ConversionError, Report, progress, some
+from .writing import check_destination, write_model, write_state_dict, written
 
 
 EMBEDDING = "backbone.embeddings.word_embeddings.weight"
 POSITIONS = "backbone.embeddings.position_embeddings.weight"
 HEAD = "lm_head.weight"
+OUTSIDE = (EMBEDDING, POSITIONS, HEAD, "backbone.ln_f.weight", "backbone.ln_f.bias")
 LAYER = re.compile(r"backbone\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 # Names inside a layer, theirs to ours.
@@ -116,7 +104,7 @@ def from_authors(
     """
     check_destination(destination, overwrite, source)
     theirs, wrapper, beside = read_state_dict(source)
-    prefix = find_prefix(theirs)
+    prefix = find_prefix(theirs, EMBEDDING, "a checkpoint of the authors' code")
     names = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
     config, mapping, notes = read_layout(
         names,
@@ -129,7 +117,7 @@ def from_authors(
         max_position_embeddings=max_position_embeddings,
     )
     if beside:
-        notes.append(f"left out, beside the weights in {wrapper!r}: {_some(beside)}")
+        notes.append(f"left out, beside the weights in {wrapper!r}: {some(beside)}")
     report = Report(str(source), str(destination), notes=notes, dry_run=dry_run)
     state, unused = {}, {}
     for name, ours in progress(mapping.items(), "converting"):
@@ -148,28 +136,6 @@ def from_authors(
         with written(destination, overwrite, source) as folder:
             write_model(folder, config, state, record, unused)
     return report
-
-
-def find_prefix(state: State) -> str:
-    """What stands before all of the authors' names: "" or, say, "model.".
-
-    Raises:
-        ConversionError: these are not the authors' names, or some names lack the prefix.
-    """
-    found = [name for name in state if name.endswith(EMBEDDING)]
-    if len(found) != 1:
-        raise ConversionError(
-            f"SOURCE is not a checkpoint of the authors' code: {len(found)} of its names end in {EMBEDDING!r}, and "
-            f"one must. It has {_some(sorted(state))}."
-        )
-    prefix = found[0].removesuffix(EMBEDDING)
-    others = sorted(name for name in state if not name.startswith(prefix))
-    if others:
-        raise ConversionError(
-            f"All names in SOURCE must start as the word embedding's does, with {prefix!r}; these do not: "
-            f"{_some(others)}."
-        )
-    return prefix
 
 
 def read_layout(
@@ -192,8 +158,9 @@ def read_layout(
     if kernel not in (None, "rebased", "based"):
         raise ConversionError(f"--kernel is {kernel!r}; it must be 'rebased' or 'based'.")
     notes: list[str] = []
-    layers, mapping = _sort_by_layer(state)
-    vocab_size, hidden_size = _matrix(state, EMBEDDING)
+    layers = by_layer(state, LAYER, OUTSIDE, "ReBased, Based or BaseConv model")
+    mapping: dict[str, str | None] = {}
+    vocab_size, hidden_size = matrix_size(state, EMBEDDING)
     mapping[EMBEDDING] = "model.embed_tokens.weight"
     for name in ("weight", "bias"):
         if f"backbone.ln_f.{name}" not in state:
@@ -210,7 +177,7 @@ def read_layout(
     }
     if POSITIONS in state:
         mapping[POSITIONS] = "model.embed_positions.weight"
-        positions = _matrix(state, POSITIONS)[0]
+        positions = matrix_size(state, POSITIONS)[0]
         if max_position_embeddings not in (None, positions):
             raise ConversionError(
                 f"--max-position-embeddings is {max_position_embeddings}, but {POSITIONS!r} has {positions} rows."
@@ -233,9 +200,9 @@ def read_layout(
         for theirs, ours in pairs.items():
             mapping[f"backbone.layers.{i}.{theirs}"] = f"model.layers.{i}.{ours}"
         if kind == "conv":
-            _same(fields, "conv_kernel_size", own[f"{root}conv.conv.weight"], -1, i)
+            set_same_size(fields, "conv_kernel_size", own[f"{root}conv.conv.weight"], -1, i)
         if mlp:
-            _same(fields, "intermediate_size", own["state_mixer.fc1.weight"], 0, i)
+            set_same_size(fields, "intermediate_size", own["state_mixer.fc1.weight"], 0, i)
     if len(set(has_mlp)) > 1:
         without = [i for i, mlp in enumerate(has_mlp) if not mlp]
         raise ConversionError(f"Layers {without} of SOURCE have no MLP and the others have one; all must or none.")
@@ -269,25 +236,6 @@ def read_layout(
     return config, {name: mapping[name] for name in state}, notes
 
 
-def _sort_by_layer(state: State) -> tuple[list[dict[str, torch.Tensor]], dict[str, str | None]]:
-    """The tensors of each layer, by their names in it; and an empty mapping. Refuses names that no such model has."""
-    numbered: dict[int, dict[str, torch.Tensor]] = {}
-    unknown = []
-    for name, tensor in state.items():
-        match = LAYER.fullmatch(name)
-        if match:
-            numbered.setdefault(int(match[1]), {})[match[2]] = tensor
-        elif name not in (EMBEDDING, POSITIONS, HEAD, "backbone.ln_f.weight", "backbone.ln_f.bias"):
-            unknown.append(name)
-    if unknown:
-        raise ConversionError(f"SOURCE has tensors that no ReBased, Based or BaseConv model has: {_some(unknown)}.")
-    if not numbered or max(numbered) != len(numbered) - 1:
-        raise ConversionError(
-            f"The layers of SOURCE must be numbered from 0 without a gap, but they are {sorted(numbered)[:20]}."
-        )
-    return [numbered[i] for i in range(len(numbered))], {}
-
-
 def _recognise(i: int, own: dict[str, torch.Tensor]) -> tuple[str, str, bool]:
     """Which mixer layer i has, under which name, and whether it has an MLP."""
     mlp = any(name.startswith("state_mixer.") for name in own)
@@ -311,7 +259,7 @@ def _heads(
     theirs = {ours: name for name, ours in mapping.items()}
     sizes = {}
     for i in layers:
-        q, k, v = (_matrix(state, theirs[f"model.layers.{i}.self_attn.{x}_proj.weight"])[0] for x in "qkv")
+        q, k, v = (matrix_size(state, theirs[f"model.layers.{i}.self_attn.{x}_proj.weight"])[0] for x in "qkv")
         if q != k:
             raise ConversionError(f"In layer {i} of SOURCE proj_q has {q} rows and proj_k {k}; they must be as many.")
         sizes[q, v] = i
@@ -392,21 +340,6 @@ def _flags(
             "normalise without parameters or not at all."
         )
     return {"kernel": kernel, "normalize": bool(normalize), "use_gamma": False, "use_beta": False}
-
-
-def _matrix(state: State, name: str) -> tuple[int, int]:
-    tensor = state[name]
-    if tensor.ndim != 2:
-        raise ConversionError(f"{name!r} has the shape {list(tensor.shape)}; it must have two dimensions.")
-    return tensor.shape[0], tensor.shape[1]
-
-
-def _same(fields: dict[str, Any], field: str, tensor: torch.Tensor, dim: int, layer: int) -> None:
-    size = tensor.shape[dim] if tensor.ndim else 0
-    if fields.setdefault(field, size) != size:
-        raise ConversionError(
-            f"{field} must be one for all layers, but it is {fields[field]} and, in layer {layer}, {size}."
-        )
 
 
 # ---------------------------------------------------------------- and back

@@ -17,23 +17,10 @@ import torch
 
 from modeling_rebased import ReBasedConfig
 
-from .authors import _matrix, _same
-from .files import (
-    ConversionError,
-    Report,
-    State,
-    _some,
-    check_against,
-    check_destination,
-    make_config,
-    progress,
-    read_state_dict,
-    read_weights,
-    same_bytes,
-    write_model,
-    written,
-)
-from .hub import _load_tokenizer
+from .layout import State, by_layer, check_against, find_prefix, make_config, matrix_size, same_bytes, set_same_size
+from .reading import load_tokenizer, read_state_dict, read_weights
+from .report import ConversionError, Report, progress, some
+from .writing import check_destination, write_model, written
 
 
 EMBEDDING = "transformer.embeddings.word_embeddings.weight"
@@ -120,11 +107,11 @@ def from_based(
     check_destination(destination, overwrite, source)
     theirs, state, left_out = read_checkpoint(Path(source))
     check_config(theirs)
-    prefix = find_prefix(state)
+    prefix = find_prefix(state, FINAL_NORM, "a model of Based")
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     notes = []
     if left_out:
-        notes.append(f"left out, no weights: {_some(left_out)}")
+        notes.append(f"left out, no weights: {some(left_out)}")
     if DECAY in state:
         del state[DECAY]
         notes.append(f"left out: {DECAY}, which acts through a decay_proj alone, and this model has none")
@@ -140,7 +127,7 @@ def from_based(
         "eos_token_id": _settle("eos_token_id", None, theirs),
     }
     config, mapping = read_layout(state, settings, notes)
-    tokens = _load_tokenizer(Path(source), tokenizer, config) if tokenizer or Path(source).is_dir() else None
+    tokens = load_tokenizer(Path(source), tokenizer, config) if tokenizer or Path(source).is_dir() else None
     if tokens is None:
         notes.append("no tokenizer: theirs is GPT-2's (--tokenizer)")
 
@@ -238,25 +225,6 @@ def check_config(theirs: dict[str, Any]) -> None:
         )
 
 
-def find_prefix(state: State) -> str:
-    """What stands before all of the names: "" or, where their trainer saved the file, "model.".
-
-    Raises:
-        ConversionError: these are not Based's names, or some names lack the prefix.
-    """
-    found = [name for name in state if name.endswith(FINAL_NORM)]
-    if len(found) != 1:
-        raise ConversionError(
-            f"SOURCE is not a model of Based: {len(found)} of its names end in {FINAL_NORM!r}, and one must. It has "
-            f"{_some(sorted(state))}."
-        )
-    prefix = found[0].removesuffix(FINAL_NORM)
-    others = sorted(name for name in state if not name.startswith(prefix))
-    if others:
-        raise ConversionError(f"All names in SOURCE must start with {prefix!r}; these do not: {_some(others)}.")
-    return prefix
-
-
 def read_layout(
     state: State, settings: dict[str, Any], notes: list[str]
 ) -> tuple[ReBasedConfig, dict[str, tuple[str, ...]]]:
@@ -279,8 +247,8 @@ def read_layout(
     if not tied:
         mapping[HEAD] = ("lm_head.weight",)
         notes.append(f"{HEAD} differs from the word embedding, so the two are not tied")
-    vocab_size, hidden_size = _matrix(state, EMBEDDING if EMBEDDING in state else HEAD)
-    layers = _sort_by_layer(state, set(mapping))
+    vocab_size, hidden_size = matrix_size(state, EMBEDDING if EMBEDDING in state else HEAD)
+    layers = by_layer(state, LAYER, mapping, "released model of Based")
     fields: dict[str, Any] = {}
     kinds = []
     for i, own in enumerate(layers):
@@ -296,11 +264,11 @@ def read_layout(
                     f"{name!r} in layer {i} of SOURCE has the shape {list(own[name].shape)}; it must have two "
                     f"dimensions and a multiple of {len(parts)} rows."
                 )
-        _same(fields, "intermediate_size", own["mlp.fc2.weight"], -1, i)
+        set_same_size(fields, "intermediate_size", own["mlp.fc2.weight"], -1, i)
         if kind == "conv":
             convolution = own[next(name for name in names if names[name] == ("conv.conv.weight",))]
-            _same(fields, "conv_intermediate_size", convolution, 0, i)
-            _same(fields, "conv_kernel_size", convolution, -1, i)
+            set_same_size(fields, "conv_intermediate_size", convolution, 0, i)
+            set_same_size(fields, "conv_kernel_size", convolution, -1, i)
             bias = any(parts == ("conv.conv.bias",) for parts in names.values())
             if fields.setdefault("conv_bias", bias) != bias:
                 raise ConversionError("Some convolutions of SOURCE have a bias and some have none; all must or none.")
@@ -334,25 +302,6 @@ def read_layout(
         + f"; hidden_size {hidden_size}, attention_eps {config.attention_eps:g}, norm_eps {config.norm_eps:g}"
     )
     return config, mapping
-
-
-def _sort_by_layer(state: State, others: set[str]) -> list[dict[str, torch.Tensor]]:
-    """The tensors of each layer, by their names in it. Refuses names that are neither a layer's nor in `others`."""
-    numbered: dict[int, dict[str, torch.Tensor]] = {}
-    unknown = []
-    for name, tensor in state.items():
-        match = LAYER.fullmatch(name)
-        if match:
-            numbered.setdefault(int(match[1]), {})[match[2]] = tensor
-        elif name not in others:
-            unknown.append(name)
-    if unknown:
-        raise ConversionError(f"SOURCE has tensors that no released model of Based has: {_some(unknown)}.")
-    if not numbered or max(numbered) != len(numbered) - 1:
-        raise ConversionError(
-            f"The layers of SOURCE must be numbered from 0 without a gap, but they are {sorted(numbered)[:20]}."
-        )
-    return [numbered[i] for i in range(len(numbered))]
 
 
 def _recognise(i: int, own: dict[str, torch.Tensor]) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -400,7 +349,7 @@ def _attention_fields(
     fields: dict[str, Any] = {"num_attention_heads": heads, "head_dim": hidden_size // heads}
     for i, own in enumerate(layers):
         if kinds[i] == "linear_attention":
-            rows = _matrix(own, "mixer.proj_q.weight")[0]
+            rows = matrix_size(own, "mixer.proj_q.weight")[0]
             if rows % heads:
                 raise ConversionError(f"--num-heads is {heads}, but proj_q of layer {i} has {rows} rows.")
             if fields.setdefault("feature_dim", rows // heads) != rows // heads:

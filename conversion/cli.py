@@ -17,12 +17,13 @@ from typing import Any
 
 from .authors import from_authors, to_authors
 from .based import from_based
-from .files import ConversionError
 from .fla import from_fla, to_fla
 from .hub import export
 from .kernels import export_kernels
-from .softmax import linearize, to_rebased
-from .stranger import verify
+from .linearize import linearize
+from .report import ConversionError
+from .to_rebased import to_rebased
+from .verify import verify
 
 
 EXAMPLES = {
@@ -147,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--layers", default="window", help="pure, window, hybrid, softmax, or a type for each layer (default: window)"
     )
-    command.add_argument("--feature-dim", type=int, default=16, help="size of linear queries and keys (default: 16)")
+    command.add_argument(
+        "--feature-dim", type=int, help="size of linear queries and keys (default: 64, or the head's own if smaller)"
+    )
     command.add_argument("--window", type=int, default=64, help="tokens that the window sees (default: 64)")
     command.add_argument(
         "--rotate",

@@ -52,8 +52,9 @@ from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoi
 from modeling_rebased.training.text import TokenBlocks, tokenizer_identity
 
 from .clock import Clock, StopByClock
-from .files import ConversionError, load_config, load_model, progress
 from .losses import logits_loss, relative_error
+from .reading import load_config, load_model
+from .report import ConversionError, progress
 
 
 # What stage "transfer" trains, of the linear layers.

@@ -16,29 +16,11 @@ from torch import nn
 
 from modeling_rebased import ReBasedConfig, ReBasedModel
 
-from .files import (
-    ConversionError,
-    Report,
-    State,
-    _some,
-    check_against,
-    check_destination,
-    check_tensors,
-    from_record,
-    load_config,
-    load_folder,
-    make_config,
-    model_shapes,
-    progress,
-    read_record,
-    read_safetensors,
-    read_state_dict,
-    same_bytes,
-    write_model,
-    write_record,
-    write_state_dict,
-    written,
-)
+from .layout import State, check_against, make_config, model_shapes, same_bytes
+from .reading import check_tensors, load_config, load_folder, read_safetensors, read_state_dict
+from .record import from_record, read_record, write_record
+from .report import ConversionError, Report, progress, some
+from .writing import check_destination, write_model, write_state_dict, written
 
 
 # The file of a folder that has attention layers and no model around them.
@@ -128,7 +110,7 @@ def from_fla(
         f"feature_dim {config.feature_dim}, attention_eps {attention_eps:g}"
     )
     if beside:
-        notes.append(f"left out, beside the weights in {wrapper!r}: {_some(beside)}")
+        notes.append(f"left out, beside the weights in {wrapper!r}: {some(beside)}")
 
     report = Report(str(source), str(destination), notes=notes, dry_run=dry_run)
     keys = {name: mapping[name] for name in theirs}
@@ -167,7 +149,7 @@ def _find_layers(state: State) -> tuple[list[str], list[str]]:
     if not roots or len(numbers) != len(roots) or len(around) != 1 or max(numbers) != len(numbers) - 1:
         raise ConversionError(
             "SOURCE must hold one ReBasedLinearAttention (q_proj.weight, ...) or layers numbered from 0 without a gap "
-            f"(layers.0.attn.q_proj.weight, ...), but its names are {_some(sorted(state))}."
+            f"(layers.0.attn.q_proj.weight, ...), but its names are {some(sorted(state))}."
         )
     rest = [name for name in state if not any(name.startswith(root) for root in roots)]
     return [numbers[i] for i in range(len(numbers))], rest
@@ -244,7 +226,7 @@ def _model_fields(state: State, roots: list[str], rest: list[str], mapping: dict
     if missing or unknown:
         raise ConversionError(
             "SOURCE has ReBased layers and more, so it must be a whole model with the names that flash-linear-"
-            f"attention's models have; missing {_some(missing)}; unknown {_some(unknown)}."
+            f"attention's models have; missing {some(missing)}; unknown {some(unknown)}."
         )
     tied = head not in state or same_bytes(state[head], state[embedding])
     if head in state:

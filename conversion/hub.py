@@ -1,24 +1,24 @@
 """A folder for the Hub: sharded safetensors, configuration, code, generation settings, tokenizer and a model card."""
 
-import json
-import math
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.training.card import model_card, table
 
-from .files import ConversionError, Report, check_destination, load_folder, progress, write_model, written
+from .lm_eval_results import HARNESS, Evaluation, read_results
+from .reading import load_folder, load_tokenizer
+from .report import ConversionError, Report, progress
+from .writing import check_destination, write_model, written
 
 
 # The Hub's identifiers of licenses.
@@ -35,33 +35,6 @@ LICENSES = frozenset(
     """.split()  # noqa: SIM905  a list of strings would take a page
 )
 DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-
-# lm-eval's names of metrics, as the Hub's.
-METRICS = {
-    "acc": "accuracy",
-    "acc_norm": "accuracy",
-    "word_perplexity": "perplexity",
-    "byte_perplexity": "perplexity",
-}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
-
-
-@dataclass
-class Evaluation:
-    """What the files of lm-eval's results say.
-
-    Attributes:
-        results: for the card's metadata.
-        rows: (task, shots, metric, value, standard error), for its table.
-        versions: of lm-eval.
-        skipped: figures that are no finite numbers.
-    """
-
-    results: list[EvalResult] = field(default_factory=list)
-    rows: list[tuple[str, str, str, str, str]] = field(default_factory=list)
-    versions: set[str] = field(default_factory=set)
-    skipped: list[str] = field(default_factory=list)
 
 
 def export(
@@ -135,7 +108,7 @@ def export(
     if dtype is not None:
         state = {key: tensor.to(dtypes[dtype]) for key, tensor in progress(state.items(), "casting")}
     parameters = sum(tensor.numel() for tensor in state.values())
-    tokens = _load_tokenizer(folder, tokenizer, config)
+    tokens = load_tokenizer(folder, tokenizer, config)
     settings = _generation_config(folder, config, tokens)
     evaluation = read_results(results or [], parameters)
     said = _said_by_readme(folder)
@@ -209,30 +182,6 @@ def upload(folder: str | os.PathLike, repo_id: str, private: bool = False) -> st
 # ---------------------------------------------------------------- what goes into the folder
 
 
-def _load_tokenizer(
-    folder: Path, given: str | os.PathLike | None, config: ReBasedConfig
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `given` or `folder`, or `None` if there is none in the latter."""
-    path = folder if given is None else Path(given)
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        if given is not None:
-            raise ConversionError(
-                f"--tokenizer {str(path)!r} must be a folder with one of {', '.join(TOKENIZER_FILES)}."
-            )
-        return None
-    try:
-        tokens = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # each tokenizer class has its own errors
-        raise ConversionError(f"The tokenizer in {str(path)!r} cannot be loaded: {error}") from error
-    last = max(tokens.get_vocab().values(), default=0)
-    if last >= config.vocab_size:
-        raise ConversionError(
-            f"The tokenizer in {str(path)!r} has the token id {last}, but the model's vocab_size is "
-            f"{config.vocab_size}."
-        )
-    return tokens
-
-
 def _generation_config(
     folder: Path, config: ReBasedConfig, tokens: PreTrainedTokenizerBase | None
 ) -> GenerationConfig:
@@ -270,76 +219,6 @@ def _read_text(path: str | os.PathLike | None) -> str:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"--card-text {str(path)!r} cannot be read: {error}") from error
-
-
-# ---------------------------------------------------------------- results
-
-
-def read_results(paths: list[str | os.PathLike], parameters: int | None = None) -> Evaluation:
-    """Read files that `lm-eval --output_path` wrote.
-
-    Args:
-        paths: files, or folders, of whose `results_*.json` the newest is taken.
-        parameters: of the model. Results that say that their model had another number are refused.
-
-    Raises:
-        ConversionError: a file is not lm-eval's, or is of another model.
-    """
-    evaluation = Evaluation()
-    for each in paths:
-        path = Path(each)
-        if path.is_dir():
-            found = sorted(path.rglob("results_*.json"), key=lambda file: file.name)
-            if not found:
-                raise ConversionError(f"--results {str(path)!r} has no results_*.json.")
-            path = found[-1]
-        try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-            tasks = loaded["results"]
-            count = loaded.get("config", {}).get("model_num_parameters")
-            _add_tasks(evaluation, loaded, tasks)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(
-                f"--results {str(path)!r} is not a file of lm-eval's results: {type(error).__name__}: {error}"
-            ) from error
-        if parameters is not None and count not in (None, parameters):
-            raise ConversionError(
-                f"--results {str(path)!r} are of a model with {count} parameters; SOURCE has {parameters}."
-            )
-    return evaluation
-
-
-def _add_tasks(evaluation: Evaluation, loaded: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> None:
-    evaluation.versions.add(str(loaded.get("lm_eval_version") or "of an unknown version"))
-    for task, figures in tasks.items():
-        about = loaded.get("configs", {}).get(task, {})
-        shots = loaded.get("n-shot", {}).get(task)
-        for key, value in figures.items():
-            metric, _, filtering = key.partition(",")
-            if not filtering or metric.endswith("_stderr"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                evaluation.skipped.append(f"{task} {metric}: {value!r}")
-                continue
-            stderr = figures.get(f"{metric}_stderr,{filtering}")
-            label = metric if filtering == "none" else f"{metric} ({filtering})"
-            with_shots = label if shots is None else f"{label}, {shots}-shot"
-            evaluation.results.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=str(about.get("dataset_path") or task),
-                    dataset_name=str(figures.get("alias") or task).strip(" -"),
-                    dataset_config=about.get("dataset_name"),
-                    dataset_split=about.get("test_split") or about.get("validation_split"),
-                    metric_type=METRICS.get(metric, metric),
-                    metric_name=f"{task} {with_shots}",
-                    metric_value=value,
-                    source_name="lm-evaluation-harness",
-                    source_url=HARNESS,
-                )
-            )
-            error = f"{stderr:.4f}" if isinstance(stderr, float) and math.isfinite(stderr) else ""
-            evaluation.rows.append((task, "" if shots is None else str(shots), label, f"{value:.4f}", error))
 
 
 # ---------------------------------------------------------------- the card

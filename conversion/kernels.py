@@ -13,7 +13,7 @@ from pathlib import Path
 
 import modeling_rebased
 
-from .files import written
+from .writing import written
 
 
 SOURCE = Path(modeling_rebased.__file__).parent

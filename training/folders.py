@@ -86,7 +86,7 @@ def save_model(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         # What generate continues is the end of each row. The library's own default is 1e30 tokens.
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is written
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         tokenizer.save_pretrained(folder)
     if card is not None:

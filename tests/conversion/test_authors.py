@@ -9,7 +9,7 @@ import torch
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, from_authors, to_authors
 from modeling_rebased.conversion.authors import authors_names
-from modeling_rebased.conversion.files import same_bytes
+from modeling_rebased.conversion.layout import same_bytes
 from tests.conversion.authors_model import make_authors_model
 
 
@@ -316,7 +316,7 @@ def test_an_interrupted_write_leaves_the_old_output(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modeling_rebased.conversion.files.write_record", interrupt)
+    monkeypatch.setattr("modeling_rebased.conversion.writing.write_record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         from_authors(source, tmp_path / "out", num_heads=3, overwrite=True)
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, from_based, to_rebased
 from modeling_rebased.conversion.cli import main
-from modeling_rebased.conversion.files import same_bytes
+from modeling_rebased.conversion.layout import same_bytes
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from tests.conversion.based_model import based_config, make_based_model
 

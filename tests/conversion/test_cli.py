@@ -62,7 +62,7 @@ def test_as_a_module(monkeypatch, capsys):
 def test_a_terminated_run_cleans_up(tmp_path, monkeypatch):
     torch.save(make_authors_model().state_dict(), tmp_path / "best.pt")
     monkeypatch.setattr(
-        "modeling_rebased.conversion.files.write_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        "modeling_rebased.conversion.writing.write_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     )
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as status:

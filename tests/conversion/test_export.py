@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, export, verify
-from modeling_rebased.conversion.files import same_bytes
-from modeling_rebased.conversion.hub import LICENSES, hub_card, read_results
+from modeling_rebased.conversion.hub import LICENSES, hub_card
+from modeling_rebased.conversion.layout import same_bytes
+from modeling_rebased.conversion.lm_eval_results import read_results
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 
@@ -246,7 +247,7 @@ def test_a_tokenizer_too_large_for_the_model(tmp_path):
 def test_odd_names_do_not_break_the_card(name):
     results = {"results": {name: {"alias": name, "acc,none": 1.0}}, "configs": {}, "n-shot": {}}
     evaluation = read_results([])
-    from modeling_rebased.conversion.hub import _add_tasks
+    from modeling_rebased.conversion.lm_eval_results import _add_tasks
 
     _add_tasks(evaluation, results, results["results"])
     card = hub_card(ReBasedConfig(**SMALL), 5, name="m", license="mit", license_name=name, evaluation=evaluation)
@@ -302,7 +303,7 @@ def test_verify_notices_what_is_wrong(tmp_path, source, monkeypatch):
             raise subprocess.TimeoutExpired(command, 1)
         return subprocess.CompletedProcess(command, stranger["status"], stderr="no module named peft")
 
-    monkeypatch.setattr("modeling_rebased.conversion.stranger.subprocess.run", run)
+    monkeypatch.setattr("subprocess.run", run)
     good = {"shift": 0.0, "other": [1, 2], "slow": False, "status": 0}
     stranger = good
     assert "works" in str(verify(source)) and "this version of the package" in str(verify(source))

@@ -8,7 +8,7 @@ from torch import nn
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, from_fla, load_attention, to_fla
-from modeling_rebased.conversion.files import same_bytes
+from modeling_rebased.conversion.layout import same_bytes
 
 
 class Layer(nn.Module):

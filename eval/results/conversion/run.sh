@@ -14,19 +14,13 @@ parts=${PARTS:-train compare} variants=${VARIANTS:-pure window hybrid}
 features=${FEATURES:-64} backend=${BACKEND:-auto} compile=${COMPILE:-True}
 transfer_seconds=${TRANSFER_SECONDS:-75} compare_seconds=${COMPARE_SECONDS:-150}
 length=${LENGTH:-1024} batch=${BATCH:-12} answers=${ANSWERS:-1024} more=${MORE:-}
-rate=${RATE:-6e-4} text_weight=${TEXT_WEIGHT:-0.3}
+rate=${RATE:-6e-4} text_weight=${TEXT_WEIGHT:-0.4}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 [[ $parts == *compare* ]] || compare_seconds=0
 mkdir -p "$out" "$work/logs"
 left() { echo $((end - $(date +%s))); }
 said() { echo "$(($(date +%s) - begin)) s: $*"; }
 linearize() { timeout "$(left)" python3 -m modeling_rebased.conversion.cli linearize "$@" --feature-dim "$features" --overwrite; }
-
-# layers VARIANT: hybrid has softmax in every fourth of the 30 layers and a window in the others.
-layers() {
-    [ "$1" = hybrid ] || { echo "$1"; return; }
-    for i in {0..29}; do [ $((i % 4)) = 3 ] && echo full_attention || echo hybrid_sliding; done | paste -sd,
-}
 
 # stage VARIANT STAGE STUDENT SECONDS OPTIONS: one stage of training; once more without torch.compile where it fails.
 stage() {
@@ -57,7 +51,7 @@ stage() {
 
 # train VARIANT: the start, attention transfer, then the logits in what time is left.
 train() {
-    linearize "$work/teacher" "$work/$1/start" --layers "$(layers "$1")" --window 64 \
+    linearize "$work/teacher" "$work/$1/start" --layers "$1" --window 64 \
         > "$work/logs/$1-linearize.log" 2>&1 || return
     said "$1 starts"
     student=$work/$1/start

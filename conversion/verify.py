@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,95 +14,8 @@ import torch
 import modeling_rebased
 from modeling_rebased import ReBasedForCausalLM
 
-from .files import ConversionError, Report, load_config, load_folder
-
-
-# Run in a process of its own: `python script.py FOLDER WORK NEW_TOKENS`.
-STRANGER = """
-import importlib.metadata as metadata
-import importlib.util
-import json
-import re
-import sys
-
-from packaging.requirements import Requirement
-
-folder, work, new_tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-
-def name_of(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-# torch, transformers and what they require, without extras.
-needed, queue = set(), ["torch", "transformers"]
-while queue:
-    name = name_of(queue.pop())
-    if name in needed:
-        continue
-    try:
-        requires = metadata.requires(name) or []
-    except metadata.PackageNotFoundError:
-        continue
-    needed.add(name)
-    for requirement in map(Requirement, requires):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            queue.append(requirement.name)
-modules = metadata.packages_distributions()
-allowed = {module for module, names in modules.items() if needed & set(map(name_of, names))}
-allowed |= set(sys.stdlib_module_names) | {"transformers_modules", "packaging"}
-
-
-def is_allowed(name):
-    return name.split(".")[0] in allowed or name.startswith("_sysconfigdata")
-
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if not is_allowed(name):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-for name in [name for name in sys.modules if name.split(".")[0] == "modeling_rebased"]:
-    del sys.modules[name]
-sys.meta_path.insert(0, Blocker())
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *args: find_spec(name, *args) if is_allowed(name) else None
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, loading = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-)
-model.eval()
-if not type(model).__module__.startswith("transformers_modules."):
-    raise SystemExit(f"the model's class is {type(model).__module__}, not the folder's own code")
-for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-    if loading[kind]:
-        raise SystemExit(f"{kind}: {sorted(map(str, loading[kind]))[:5]}")
-ids = torch.load(work + "/ids.pt", weights_only=True)
-with torch.no_grad():
-    logits = model(ids, use_cache=False).logits
-prompt = ids[:1, : max(1, ids.shape[1] - new_tokens)]
-outs = []
-for use_cache in (True, False):
-    out = model.generate(
-        prompt, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, use_cache=use_cache
-    )
-    outs.append(out[0, prompt.shape[1] :].tolist())
-found = {"parameters": model.num_parameters(), "generated": outs[0], "without_cache": outs[1], "text": None}
-try:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-except Exception as error:
-    found["tokenizer"] = f"{type(error).__name__}: {error}"
-else:
-    found["tokenizer"] = None
-    found["text"] = tokenizer.decode(outs[0])
-torch.save(logits, work + "/logits.pt")
-with open(work + "/found.json", "w") as file:
-    json.dump(found, file)
-"""
+from .reading import load_config, load_folder
+from .report import ConversionError, Report
 
 
 def verify(
@@ -149,8 +63,8 @@ def verify(
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
     with tempfile.TemporaryDirectory(prefix="rebased-verify-") as work:
-        script = Path(work) / "stranger.py"
-        script.write_text(STRANGER, encoding="utf-8")
+        # A copy, so that the files beside the script cannot be imported from there.
+        script = shutil.copy(Path(__file__).with_name("load_as_stranger.py"), work)
         torch.save(ids, Path(work) / "ids.pt")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(work) / "modules"), "HF_HUB_OFFLINE": "1"}
         environment.pop("TRITON_INTERPRET", None)

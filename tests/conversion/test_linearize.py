@@ -21,7 +21,9 @@ from transformers import (
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, linearize, to_rebased
-from modeling_rebased.conversion.softmax import _gguf_tokenizer, _reduce_layer, exp_beta, reduce_heads
+from modeling_rebased.conversion.gguf_files import gguf_tokenizer
+from modeling_rebased.conversion.linearize import _reduce_layer
+from modeling_rebased.conversion.reduce_heads import exp_beta, reduce_heads
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 
 
@@ -132,7 +134,7 @@ def test_every_variant_starts_finite_and_saves(tmp_path, kind, layers):
     kinds = {
         "pure": "4 linear_attention",
         "window": "4 hybrid_sliding",
-        "hybrid": "1 full_attention, 3 linear_attention",
+        "hybrid": "1 full_attention, 3 hybrid_sliding",
     }
     assert kinds[layers] in str(report)
 
@@ -395,10 +397,8 @@ def test_the_special_tokens_of_a_gguf_are_the_configurations(tmp_path, monkeypat
     wrong.eos_token, wrong.pad_token = "A", None
     wrong.init_kwargs |= {"eos_token_id": 65, "pad_token_id": None}
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "modeling_rebased.conversion.softmax.AutoTokenizer.from_pretrained", lambda *args, **kwargs: wrong
-        )
-        _gguf_tokenizer(tmp_path, {}, config).save_pretrained(tmp_path)
+        patched.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: wrong)
+        gguf_tokenizer(tmp_path, {}, config).save_pretrained(tmp_path)
     found = AutoTokenizer.from_pretrained(tmp_path)
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (65, 256, 257)
 

@@ -1,89 +1,27 @@
-"""What every conversion does with files: read untrusted checkpoints, write all or nothing, report what went where."""
+"""Read checkpoints, trusting none of them."""
 
-import contextlib
 import json
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from modeling_rebased.training import folders
+from modeling_rebased import ReBasedConfig
 
+from .layout import State, check_against, check_names
+from .report import ConversionError, progress, some
 
-# What a conversion knows of its source beyond the weights: the names and their order, so that the way back gives the
-# very same file. Small, and of no use to a model that is only run.
-RECORD = "conversion.json"
-RECORD_TENSORS = "conversion.safetensors"
 
 # Keys under which trainers keep the state_dict.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-Item = TypeVar("Item")
-State = dict[str, torch.Tensor]
-
-
-class ConversionError(ValueError):
-    """An input or argument that cannot be converted. The message names it, what was given and what is allowed."""
-
-
-def progress(items: Iterable[Item], what: str) -> Iterable[Item]:
-    """`items`, with a progress bar on a terminal."""
-    return tqdm(items, desc=what, disable=None, leave=False)
-
-
-@dataclass
-class Report:
-    """What a conversion did, or in a dry run would do.
-
-    Attributes:
-        source, destination: paths.
-        rows: (name in the source, what it is, name in the destination), in the destination's order; "-" where a tensor
-            has no counterpart.
-        notes: what was inferred or assumed, a sentence each.
-        dry_run: whether nothing was written.
-        closing: the last line, instead of the usual one.
-    """
-
-    source: str
-    destination: str
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    dry_run: bool = False
-    closing: str | None = None
-
-    def map(self, source: str, tensor: torch.Tensor, destination: str) -> None:
-        """Add a row: `source` becomes `destination`."""
-        what = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-        self.rows.append((source, what, destination))
-
-    def __str__(self) -> str:
-        lines = []
-        if self.dry_run:
-            width = max((len(source) for source, _, _ in self.rows), default=0)
-            between = max((len(what) for _, what, _ in self.rows), default=0)
-            lines += [f"{source:{width}}  {what:{between}}  -> {name}" for source, what, name in self.rows]
-        lines += [f"note: {note}" for note in self.notes]
-        if self.dry_run:
-            lines.append(f"dry run: {self.destination} was not written")
-        else:
-            lines.append(self.closing or f"{len(self.rows)} tensors: {self.source} -> {self.destination}")
-        return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- reading
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def read_state_dict(source: str | os.PathLike, skip: str | None = None) -> tuple[State, str | None, list[str]]:
@@ -275,7 +213,7 @@ def read_weights(folder: Path, skip: str | None = None, skipped: list[str] | Non
             state |= read_safetensors(folder / name)
         if set(state) != set(weight_map):
             wrong = sorted(set(state) ^ set(weight_map))
-            raise ConversionError(f"{str(index)!r} and its shards disagree about {_some(wrong)}.")
+            raise ConversionError(f"{str(index)!r} and its shards disagree about {some(wrong)}.")
     else:
         raise ConversionError(f"SOURCE {str(folder)!r} has neither model.safetensors nor an index of it.")
     state = _without(state, skip, skipped if skipped is not None else [])
@@ -301,189 +239,32 @@ def load_model(model_class: Any, folder: str | os.PathLike, where: str, **option
         model, found = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:  # the library's errors about weights are of many kinds
         raise ConversionError(f"The weights in {where} cannot be loaded: {error}") from error
-    _check_names(found["missing_keys"], found["unexpected_keys"], where)
+    check_names(found["missing_keys"], found["unexpected_keys"], where)
     return model
 
 
-def make_config(**fields: Any) -> ReBasedConfig:
-    """A configuration of what was found in a checkpoint.
-
-    Raises:
-        ConversionError: no model has these sizes.
-    """
+def load_tokenizer(
+    folder: Path, given: str | os.PathLike | None, config: ReBasedConfig
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `given` or `folder`, or `None` if there is none in the latter."""
+    path = folder if given is None else Path(given)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        if given is not None:
+            raise ConversionError(
+                f"--tokenizer {str(path)!r} must be a folder with one of {', '.join(TOKENIZER_FILES)}."
+            )
+        return None
     try:
-        return ReBasedConfig(**fields)
-    except Exception as error:  # strict dataclasses raise errors of several kinds
-        raise ConversionError(f"The checkpoint's sizes make no possible model: {error}") from error
-
-
-def model_shapes(config: ReBasedConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of the model, without its memory; a tied `lm_head.weight` is left out."""
-    with torch.device("meta"):
-        model = ReBasedForCausalLM(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    return shapes
-
-
-def _check_names(missing: Iterable[str], unknown: Iterable[str], where: str) -> None:
-    if missing or unknown:
+        tokens = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # each tokenizer class has its own errors
+        raise ConversionError(f"The tokenizer in {str(path)!r} cannot be loaded: {error}") from error
+    last = max(tokens.get_vocab().values(), default=0)
+    if last >= config.vocab_size:
         raise ConversionError(
-            f"{where} does not fit its configuration: missing {_some(sorted(missing))}; unknown "
-            f"{_some(sorted(unknown))}."
+            f"The tokenizer in {str(path)!r} has the token id {last}, but the model's vocab_size is "
+            f"{config.vocab_size}."
         )
-
-
-def check_against(config: ReBasedConfig, state: State, where: str) -> None:
-    """Check that `state` has just the tensors that `config` asks for.
-
-    Raises:
-        ConversionError: naming the tensors that are missing, unknown or of a wrong shape.
-    """
-    shapes = model_shapes(config)
-    _check_names(set(shapes) - set(state), set(state) - set(shapes), repr(where))
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
-            raise ConversionError(
-                f"{name!r} in {where!r} has the shape {list(state[name].shape)}; the configuration asks for "
-                f"{list(shape)}."
-            )
-
-
-# ---------------------------------------------------------------- writing
-
-
-@contextlib.contextmanager
-def written(destination: str | os.PathLike, overwrite: bool = False, source: Any = None) -> Iterator[Path]:
-    """Give a path to write to that becomes `destination` when the block ends, and vanishes if the block fails.
-
-    Raises:
-        ConversionError: `destination` exists and `overwrite` is false, or writing it would replace `source`.
-    """
-    with folders.written(check_destination(destination, overwrite, source)) as path:
-        yield path
-
-
-def check_destination(destination: str | os.PathLike, overwrite: bool = False, source: Any = None) -> Path:
-    """The absolute path of `destination`, once it is certain that it may be written.
-
-    Raises:
-        ConversionError: as in `written`.
-    """
-    path = Path(os.path.abspath(destination))
-    if not path.name:
-        raise ConversionError(f"DESTINATION {str(destination)!r} cannot be written; give a new file or folder.")
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise ConversionError(f"DESTINATION {str(path)!r} exists; give another or allow --overwrite.")
-    if source is not None:
-        inside = Path(source).resolve()
-        if path.resolve() == inside or path.resolve() in inside.parents:
-            raise ConversionError(
-                f"DESTINATION {str(path)!r} is or holds SOURCE {str(source)!r}, which writing would destroy; give "
-                "another."
-            )
-    return path
-
-
-def write_model(
-    folder: Path,
-    config: ReBasedConfig,
-    state: State,
-    record: dict[str, Any] | None = None,
-    unused: State | None = None,
-    generation_config: GenerationConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    card: ModelCard | None = None,
-    max_shard_size: int | str = "50GB",
-) -> None:
-    """Write a model's folder: weights bit for bit, configuration, the model's code, and the record of the conversion.
-
-    Args:
-        folder: a new folder.
-        config: the configuration.
-        state: every tensor that `model_shapes` lists.
-        record, unused: what the way back needs; see `RECORD`.
-        generation_config: instead of the one that follows from the configuration.
-        tokenizer, card: written beside the model.
-        max_shard_size: in bytes, or as "5GB".
-    """
-    with torch.device("meta"):
-        model = ReBasedForCausalLM(config)
-    # Tensors of one file may be views of one another, which safetensors refuses.
-    own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    model.load_state_dict(own, strict=False, assign=True)
-    model.tie_weights()
-    model.config.dtype = model.dtype
-    if generation_config is not None:
-        model.generation_config = generation_config
-    folders.save_model(folder, model, tokenizer, card, max_shard_size)
-    write_record(folder, record, unused)
-
-
-def write_record(folder: Path, record: dict[str, Any] | None, unused: State | None = None) -> None:
-    """Write `RECORD`, and `RECORD_TENSORS` if there are any, into `folder`."""
-    from safetensors.torch import save_file
-
-    if record is not None:
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if unused:
-        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in unused.items()}
-        save_file(own, folder / RECORD_TENSORS, metadata={"format": "pt"})
-
-
-def read_record(folder: Path, source_format: str) -> tuple[dict[str, Any], State]:
-    """The record that a conversion from `source_format` left in `folder`, or an empty one; and its unused tensors.
-
-    Raises:
-        ConversionError: it is there and damaged.
-    """
-    path = folder / RECORD
-    if not path.is_file():
-        return {}, {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] != source_format:
-            return {}, {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{str(path)!r} is damaged ({error}); remove it to go without.") from error
-    unused = {}
-    if (folder / RECORD_TENSORS).is_file():
-        unused = read_safetensors(folder / RECORD_TENSORS)
-        check_tensors(unused, str(folder / RECORD_TENSORS))
-    return record, unused
-
-
-def write_state_dict(path: Path, state: State, wrapper: str | None = None) -> None:
-    """Write tensors as `torch.save` does, or as safetensors where the name ends so."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-        save_file(own, path, metadata={"format": "pt"})
-    else:
-        torch.save(state if wrapper is None else {wrapper: state}, path)
-
-
-def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are the same bit for bit."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
-
-
-def from_record(record: dict[str, Any], state: State, unused: State) -> State | None:
-    """The source's tensors under their own names and in their own order, by the record's `keys`.
-
-    `keys` maps each name of the source to a name in `state`, or to null where the tensor is among `unused`. Returns
-    `None` where there is no record or the model has changed since so that it no longer fits.
-    """
-    keys = record.get("keys")
-    if not isinstance(keys, dict) or set(filter(None, keys.values())) != set(state):
-        return None
-    if not {name for name, ours in keys.items() if ours is None} <= set(unused):
-        return None
-    return {name: unused[name] if ours is None else state[ours] for name, ours in keys.items()}
+    return tokens
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:
@@ -495,11 +276,3 @@ def _refusal(error: pickle.UnpicklingError) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:300]
-
-
-def _some(names: list[str]) -> str:
-    """A list of names for a message: the first few and how many more."""
-    if not names:
-        return "none"
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(repr, names[:5])) + more

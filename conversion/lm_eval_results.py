@@ -1,0 +1,108 @@
+"""Results of lm-eval, for the card of a model."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from .report import ConversionError
+
+
+# lm-eval's names of metrics, as the Hub's.
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy",
+    "word_perplexity": "perplexity",
+    "byte_perplexity": "perplexity",
+}
+
+
+@dataclass
+class Evaluation:
+    """What the files of lm-eval's results say.
+
+    Attributes:
+        results: for the card's metadata.
+        rows: (task, shots, metric, value, standard error), for its table.
+        versions: of lm-eval.
+        skipped: figures that are no finite numbers.
+    """
+
+    results: list[EvalResult] = field(default_factory=list)
+    rows: list[tuple[str, str, str, str, str]] = field(default_factory=list)
+    versions: set[str] = field(default_factory=set)
+    skipped: list[str] = field(default_factory=list)
+
+
+def read_results(paths: list[str | os.PathLike], parameters: int | None = None) -> Evaluation:
+    """Read files that `lm-eval --output_path` wrote.
+
+    Args:
+        paths: files, or folders, of whose `results_*.json` the newest is taken.
+        parameters: of the model. Results that say that their model had another number are refused.
+
+    Raises:
+        ConversionError: a file is not lm-eval's, or is of another model.
+    """
+    evaluation = Evaluation()
+    for each in paths:
+        path = Path(each)
+        if path.is_dir():
+            found = sorted(path.rglob("results_*.json"), key=lambda file: file.name)
+            if not found:
+                raise ConversionError(f"--results {str(path)!r} has no results_*.json.")
+            path = found[-1]
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+            tasks = loaded["results"]
+            count = loaded.get("config", {}).get("model_num_parameters")
+            _add_tasks(evaluation, loaded, tasks)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(
+                f"--results {str(path)!r} is not a file of lm-eval's results: {type(error).__name__}: {error}"
+            ) from error
+        if parameters is not None and count not in (None, parameters):
+            raise ConversionError(
+                f"--results {str(path)!r} are of a model with {count} parameters; SOURCE has {parameters}."
+            )
+    return evaluation
+
+
+def _add_tasks(evaluation: Evaluation, loaded: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> None:
+    evaluation.versions.add(str(loaded.get("lm_eval_version") or "of an unknown version"))
+    for task, figures in tasks.items():
+        about = loaded.get("configs", {}).get(task, {})
+        shots = loaded.get("n-shot", {}).get(task)
+        for key, value in figures.items():
+            metric, _, filtering = key.partition(",")
+            if not filtering or metric.endswith("_stderr"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                evaluation.skipped.append(f"{task} {metric}: {value!r}")
+                continue
+            stderr = figures.get(f"{metric}_stderr,{filtering}")
+            label = metric if filtering == "none" else f"{metric} ({filtering})"
+            with_shots = label if shots is None else f"{label}, {shots}-shot"
+            evaluation.results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=str(about.get("dataset_path") or task),
+                    dataset_name=str(figures.get("alias") or task).strip(" -"),
+                    dataset_config=about.get("dataset_name"),
+                    dataset_split=about.get("test_split") or about.get("validation_split"),
+                    metric_type=METRICS.get(metric, metric),
+                    metric_name=f"{task} {with_shots}",
+                    metric_value=value,
+                    source_name="lm-evaluation-harness",
+                    source_url=HARNESS,
+                )
+            )
+            error = f"{stderr:.4f}" if isinstance(stderr, float) and math.isfinite(stderr) else ""
+            evaluation.rows.append((task, "" if shots is None else str(shots), label, f"{value:.4f}", error))
+
+
+HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"

@@ -1,0 +1,67 @@
+"""A Based model of this package as the start of a ReBased model."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from .layout import State, check_against, make_config, model_shapes, own_fields
+from .reading import load_folder, load_tokenizer
+from .reduce_heads import exp_beta
+from .report import ConversionError, Report
+from .writing import check_destination, write_model, written
+
+
+def to_rebased(
+    source: str | os.PathLike, destination: str | os.PathLike, *, overwrite: bool = False, dry_run: bool = False
+) -> Report:
+    """Start a ReBased model from a Based one of this package.
+
+    All weights are kept. The linear layers get the kernel (q.k)^2 and a normalisation by head with gamma 1 and the
+    beta that makes it (1 + s)^2: Based's 1 + s + s^2/2 is half of that plus a half, the part that cannot be ignored.
+    Since queries and keys are now normalised their scores are others than before, so the model must be trained
+    further; its first loss is finite.
+
+    Args:
+        source: the folder of a Based model.
+        destination: the folder to make.
+        overwrite: replace `destination` if it exists.
+        dry_run: only report what maps where.
+
+    Returns:
+        What maps where.
+
+    Raises:
+        ConversionError: the model is not Based, or its queries and keys are normalised already.
+    """
+    check_destination(destination, overwrite, source)
+    config, state = load_folder(source)
+    learnt = config.normalize or config.use_gamma or config.use_beta
+    if config.coefficients != (1.0, 1.0, 0.5) or learnt:
+        raise ConversionError(
+            f"SOURCE {str(source)!r} must be a Based model, kernel_coefficients (1, 1, 0.5) without normalisation, "
+            f"but they are {config.coefficients} and (normalize, use_gamma, use_beta) is "
+            f"{(config.normalize, config.use_gamma, config.use_beta)}."
+        )
+    fields = own_fields(config)
+    fields |= {"kernel": "rebased", "kernel_coefficients": None, "qk_norm_scope": "head", "qk_norm_shared": False}
+    fields |= {"normalize": True, "use_gamma": True, "use_beta": True}
+    new = make_config(**fields)
+    report = Report(str(source), str(destination), dry_run=dry_run)
+    beta = exp_beta(config.feature_dim, 1.0)
+    result: State = {}
+    for name, shape in model_shapes(new).items():
+        if name in state:
+            result[name] = state[name]
+            report.map(name, state[name], name)
+        else:
+            like = state[name.split(".self_attn.")[0] + ".self_attn.q_proj.weight"]
+            result[name] = torch.full(shape, 1.0 if name.endswith("weight") else beta, dtype=like.dtype)
+            report.map("- (1 or beta)", result[name], name)
+    check_against(new, result, str(source))
+    report.notes.append("queries and keys are normalised now: train the model further")
+    if not dry_run:
+        tokens = load_tokenizer(Path(source), None, new)
+        with written(destination, overwrite, source) as path:
+            write_model(path, new, result, tokenizer=tokens)
+    return report
