@@ -30,6 +30,7 @@ def model_card(
     name: str,
     folder: str,
     prompt: str | None,
+    new_tokens: int = 50,
     text: str = "",
     sections: Sequence[str] = (),
     tags: Sequence[str] = (),
@@ -44,6 +45,7 @@ def model_card(
         folder: the folder or the Hub's "user/name" that the example loads.
         prompt: text for the example to continue. Without one, as for a model without a tokenizer, the example only
             loads the model.
+        new_tokens: how many tokens the example generates.
         text: Markdown to stand after the description.
         sections: Markdown to stand at the end, such as `training_section` gives.
         tags: beside "rebased" and "linear-attention".
@@ -57,7 +59,7 @@ def model_card(
         **metadata,
     )
     parts = [f"# {name}", _description(config), text, table(("", ""), _sizes(config, parameters))]
-    parts += ["## Use", _example(folder, prompt), *sections]
+    parts += ["## Use", _example(folder, prompt, new_tokens), *sections]
     body = "\n\n".join(part for part in parts if part)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
@@ -93,7 +95,7 @@ def _sizes(config: ReBasedConfig, parameters: int) -> list[Row]:
     return rows
 
 
-def _example(folder: str, prompt: str | None) -> str:
+def _example(folder: str, prompt: str | None, new_tokens: int) -> str:
     load = f'model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)\n'
     if prompt is None:
         code = f"from transformers import AutoModelForCausalLM\n\n{load}"
@@ -102,7 +104,7 @@ def _example(folder: str, prompt: str | None) -> str:
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)\n{load}'
             f'inputs = tokenizer("{prompt}", return_tensors="pt")\n'
-            "output = model.generate(**inputs, max_new_tokens=50)\n"
+            f"output = model.generate(**inputs, max_new_tokens={new_tokens})\n"
             "print(tokenizer.decode(output[0]))\n"
         )
     return (

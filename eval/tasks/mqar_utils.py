@@ -17,18 +17,25 @@ from modeling_rebased.training import mqar
 
 
 def mqar_dataset(
-    length: int, num_pairs: int, seed: int = 0, num_examples: int = 128, queries: int = 16, **_: object
+    length: int,
+    num_pairs: int,
+    seed: int = 0,
+    num_examples: int = 128,
+    queries: int = 16,
+    vocab_size: int = mqar.MQARSpec.vocab_size,
+    **_: object,
 ) -> dict[str, Dataset]:
     """Return the test documents, one a query: the sequence up to and including the repeated key, and its value.
 
     Args:
-        length, num_pairs: the task, set by each YAML file.
+        length, num_pairs: the task, set by each YAML file; `--metadata '{"length": 64, "num_pairs": 4}'` sets others.
         seed: of the test set; `--metadata '{"seed": 1}'` changes it, and likewise the next two.
         num_examples: sequences.
         queries: how many of a sequence's num_pairs queries are asked, chosen from the seed.
+        vocab_size: of the task; keys and values are each half of it.
         **_: what lm-eval adds to the metadata of a run.
     """
-    spec = mqar.MQARSpec(length=int(length), num_pairs=int(num_pairs))
+    spec = mqar.MQARSpec(length=int(length), num_pairs=int(num_pairs), vocab_size=int(vocab_size))
     examples = mqar.make_examples(spec, int(num_examples), seed=int(seed), split="test")
     chosen = mqar.query_subset(spec, int(num_examples), int(queries), seed=int(seed))
     ids = examples.input_ids().tolist()

@@ -5,21 +5,19 @@ import json
 import math
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from modeling_rebased.training import mqar, train_mqar
-from modeling_rebased.training.train_mqar import (
-    MODELS,
-    FastTrainer,
-    Options,
-    Run,
-    append_result,
-    build_model,
-    read_results,
-    sweep,
-)
+from modeling_rebased.eval.tasks import tasks_path
+from modeling_rebased.training import mqar, mqar_loop, mqar_speed, mqar_sweep, train_mqar
+from modeling_rebased.training.mqar_checkpoint import TASKS
+from modeling_rebased.training.mqar_loop import FastTrainer
+from modeling_rebased.training.mqar_results import append_result, read_results
+from modeling_rebased.training.mqar_runs import MODELS, Options, Run, build_model
+from modeling_rebased.training.mqar_sweep import sweep
+from tests.training.plain_mqar import train_plain
 
 
 TINY = Run(
@@ -56,7 +54,7 @@ def weights(model) -> torch.Tensor:
 def test_the_fast_loop_trains_as_the_trainer_does(model, tmp_path):
     """Same batches in the same order, same losses, same accuracies, same weights at the end, in float32."""
     run = dataclasses.replace(TINY, model=model)
-    plain, plain_model = train_mqar.train_plain(run, dataclasses.replace(CPU, loop="plain", work_dir=str(tmp_path)))
+    plain, plain_model = train_plain(run, dataclasses.replace(CPU, work_dir=str(tmp_path)))
     trainer = FastTrainer(run, CPU)
     fast = trainer.train(run)
     assert len(fast["history"]) == len(plain["history"]) == 3
@@ -93,11 +91,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, dropout):
 
 
 def test_a_stopped_plain_run_goes_on(tmp_path):
-    options = dataclasses.replace(CPU, loop="plain", work_dir=str(tmp_path / "a"))
-    whole, _ = train_mqar.train_plain(TINY, dataclasses.replace(options, work_dir=str(tmp_path / "b")))
-    stopped, _ = train_mqar.train_plain(TINY, dataclasses.replace(options, deadline=time.time() - 1))
+    options = dataclasses.replace(CPU, work_dir=str(tmp_path / "a"))
+    whole, _ = train_plain(TINY, dataclasses.replace(options, work_dir=str(tmp_path / "b")))
+    stopped, _ = train_plain(TINY, dataclasses.replace(options, deadline=time.time() - 1))
     assert (stopped["stopped"], stopped["epochs_trained"]) == ("deadline", 1)  # so that a sweep takes it up again
-    resumed, _ = train_mqar.train_plain(TINY, options)
+    resumed, _ = train_plain(TINY, options)
     assert [e["loss"] for e in resumed["history"]] == pytest.approx([e["loss"] for e in whole["history"]], rel=1e-6)
     assert "stopped" not in resumed and "stopped" not in whole
 
@@ -138,9 +136,9 @@ def test_a_process_trains_in_its_turn_only(tmp_path, monkeypatch):
 
     train = FastTrainer.train
     monkeypatch.setattr(FastTrainer, "train", lambda *args, **kw: (events.append("trains"), train(*args, **kw))[1])
-    monkeypatch.setattr(train_mqar, "_turn", None)  # put back after the test
-    train_mqar._share_turn(Turn())
-    train_mqar.run_group([dataclasses.replace(TINY, epochs=1)], CPU, str(tmp_path / "r.jsonl"), None)
+    monkeypatch.setattr(mqar_sweep, "_turn", None)  # put back after the test
+    mqar_sweep._share_turn(Turn())
+    mqar_sweep.run_group([dataclasses.replace(TINY, epochs=1)], CPU, str(tmp_path / "r.jsonl"), None)
     assert events == ["begins", "trains", "is over"]
 
 
@@ -162,7 +160,7 @@ def test_a_race_cut_off_by_the_deadline_records_every_run(tmp_path):
     output = tmp_path / "results.jsonl"
     runs = [dataclasses.replace(TINY, lr=lr) for lr in (1e-5, 1e-2)]
     late = dataclasses.replace(CPU, race_epoch=2, work_dir=str(tmp_path / "work"), deadline=time.time() - 1)
-    train_mqar.run_group(runs, late, str(output), None)
+    mqar_sweep.run_group(runs, late, str(output), None)
     lines = read_results(output)
     assert sorted(line["name"] for line in lines) == sorted(run.name for run in runs)
     assert {line["stopped"] for line in lines} == {"deadline"}
@@ -251,9 +249,49 @@ def test_a_saved_model_is_a_checkpoint(tmp_path):
     assert {"modeling_rebased.py", "configuration_rebased.py", "eager_rebased.py", "model.safetensors"} <= files
 
 
+def test_the_card_of_a_saved_model(tmp_path):
+    run = dataclasses.replace(TINY, epochs=1)
+    sweep([run], CPU, str(tmp_path / "r.jsonl"), save=str(tmp_path / "models"))
+    folder = tmp_path / "models" / run.name
+    card = (folder / "README.md").read_text()
+    for words in (
+        "license",
+        "apache",
+    ):
+        assert words not in card, words
+    for words in (
+        f'AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)',
+        'tokenizer("1 32 2 33 1"',
+        f"pretrained={folder},trust_remote_code=True",
+        """--tasks mqar_128_16 --metadata '{"length": 32, "num_pairs": 4, "vocab_size": 64}'""",
+        "| seed | 0 |",
+        "of the queries of 24 test sequences",
+    ):
+        assert words in card, words
+    assert json.loads((folder / "tokenizer_config.json").read_text())["padding_side"] == "left"
+
+
+def test_a_card_names_tasks_that_there_are():
+    tasks = {path.stem for path in Path(tasks_path()).glob("mqar_*.yaml")}
+    assert {f"mqar_{length}_{pairs}" for length, pairs in TASKS} == {name for name in tasks if name[-1].isdigit()}
+
+
+def test_a_finished_sweep_says_so(tmp_path, capsys):
+    arguments = ["--hidden", "24", "--lengths", "32", "--pairs", "4", "--lrs", "1e-2", "--epochs", "1"]
+    arguments += ["--batch-size", "16", "--train-examples", "32", "--test-examples", "8", "--device", "cpu"]
+    arguments += ["--no-progress", "--output", str(tmp_path / "r.jsonl")]
+    train_mqar.main(arguments)
+    capsys.readouterr()
+    train_mqar.main([*arguments, "--save", str(tmp_path / "models")])
+    said = capsys.readouterr()
+    assert (
+        "1 of 1 runs are finished and in" in said.out + said.err and "--save has no model of it" in said.out + said.err
+    )
+
+
 def test_floor_counts_a_layer_by_hand():
     run = dataclasses.replace(TINY, batch_size=1)
-    floor = train_mqar.floor_seconds(run, bandwidth=1.0, rate=1.0)
+    floor = mqar_speed.floor_seconds(run, bandwidth=1.0, rate=1.0)
     inner = 24  # 12 heads of 2
     token = 2 * 24 * 24 + 2 * 24 * 384 + 4 * 24 * inner + 12 * 4 * 136 * 3
     assert floor["operations"] == 3 * (32 * token + 4 * 2 * 24 * 64)
@@ -274,7 +312,6 @@ def test_wrong_arguments_are_named(capsys):
         (["--max-seconds", "-5"], "--max-seconds: must be a positive number, got '-5'"),
         (["--dropout", "2"], "--dropout: must be at least 0 and less than 1, got '2'"),
         (["--hidden", "64,8"], "--hidden must be at least 12, since the models have 12 heads, got 8"),
-        (["--race", "1", "--loop", "plain"], "--race goes with --loop fast, not plain"),
         (["--time-steps", "--device", "cpu"], "--time-steps needs a GPU, --device is cpu"),
         (["--batch-size", "9", "--train-examples", "5"], "--batch-size 9"),
     ):
@@ -308,7 +345,7 @@ def test_a_model_is_written_before_its_run_counts_as_done(tmp_path, monkeypatch)
     def fails(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(train_mqar, "save_model", fails)
+    monkeypatch.setattr(mqar_sweep, "save_model", fails)
     with pytest.raises(OSError, match="no space"):
         sweep([dataclasses.replace(TINY, epochs=1)], CPU, str(tmp_path / "r.jsonl"), save=str(tmp_path / "models"))
     assert read_results(tmp_path / "r.jsonl") == []
@@ -365,7 +402,7 @@ def test_deterministic_code_of_the_embedding_has_no_atomics(undo_deterministic):
         return "\n".join(parts)
 
     assert "atomic_add" in code()
-    train_mqar.use_deterministic_algorithms()
+    mqar_loop.use_deterministic_algorithms()
     assert "atomic_add" not in code()
 
 

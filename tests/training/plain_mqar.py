@@ -1,0 +1,133 @@
+"""MQAR training on transformers' Trainer: slow and plain, what the fast loop is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_rebased import ReBasedForCausalLM
+from modeling_rebased.training import mqar
+from modeling_rebased.training.mqar_runs import Options, Run, build_model
+
+
+class PlainDataset(torch.utils.data.Dataset):
+    def __init__(self, examples: mqar.MQARExamples):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        example = self.examples[index : index + 1]
+        return {"input_ids": example.input_ids()[0], "labels": example.labels()[0]}
+
+
+class OrderSampler(torch.utils.data.Sampler):
+    """Hands out `run.order(epoch)`."""
+
+    def __init__(self, run: Run):
+        self.run, self.epoch = run, 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.run.order(self.epoch).tolist())
+
+    def __len__(self) -> int:
+        return self.run.steps_per_epoch * self.run.batch_size
+
+
+class PlainTrainer(Trainer):
+    """The Trainer with our order of examples and MQAR's accuracy as its evaluation."""
+
+    def __init__(self, run: Run, test: mqar.MQARExamples, **kwargs):
+        self.run, self.test, self.sampler = run, test, OrderSampler(run)
+        self.history: list[dict[str, float]] = []
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler:
+        return self.sampler
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with (
+            self.autocast_smart_context_manager()
+            if hasattr(self, "autocast_smart_context_manager")
+            else torch.no_grad()
+        ):
+            accuracy = mqar.accuracy(self.model, self.test, batch_size=128)
+        metrics = {"eval_accuracy": accuracy}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class PlainCallback(TrainerCallback):
+    """Tells the sampler its epoch and stops at the accuracy that ends a run."""
+
+    def __init__(self, run: Run, sampler: OrderSampler, options: Options):
+        self.run, self.sampler, self.options = run, sampler, options
+        self.stopped: str | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.sampler.epoch = round(state.epoch)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
+        done = metrics["eval_accuracy"] >= self.run.stop_at or round(state.epoch) >= self.run.epochs
+        if self.options.late and not done:
+            self.stopped = "deadline"
+        control.should_training_stop |= done or self.stopped is not None
+
+
+def train_plain(run: Run, options: Options) -> tuple[dict[str, Any], ReBasedForCausalLM]:
+    """Train with transformers' Trainer; continues from the last epoch saved in `options.work_dir`."""
+    model = build_model(run, options.kernel_backend)
+    on_gpu = options.device.startswith("cuda")
+    train = PlainDataset(mqar.make_examples(run.spec, run.train_examples, seed=run.data_seed))
+    test = mqar.make_examples(run.spec, run.test_examples, seed=run.data_seed, split="test")
+    folder = Path(options.work_dir or "output/mqar-work") / run.name
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=run.epochs,
+        per_device_train_batch_size=run.batch_size,
+        max_grad_norm=0.0,  # 0 is no clipping
+        bf16=options.bf16,
+        use_cpu=not on_gpu,
+        torch_compile=options.compile and on_gpu,
+        eval_strategy="epoch",
+        save_strategy="epoch" if options.work_dir else "no",
+        save_total_limit=1,
+        logging_strategy="epoch",
+        report_to="none",
+        disable_tqdm=not options.progress,
+        seed=run.seed,
+        dataloader_drop_last=True,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: run.lr_at(min(step // run.steps_per_epoch, run.epochs)) / run.lr
+    )
+    trainer = PlainTrainer(
+        run,
+        test,
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=PlainDataset(test),
+        optimizers=(optimizer, schedule),
+    )
+    callback = PlainCallback(run, trainer.sampler, options)
+    trainer.add_callback(callback)
+    saved = options.work_dir and folder.exists() and any(folder.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=bool(saved) or None)
+    losses = {round(entry["epoch"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    history = [
+        {"epoch": round(entry["epoch"]), "loss": losses.get(round(entry["epoch"])), "accuracy": entry["eval_accuracy"]}
+        for entry in trainer.state.log_history
+        if "eval_accuracy" in entry
+    ]
+    result = {"history": history, "epochs_trained": len(history)}
+    if callback.stopped:
+        result["stopped"] = callback.stopped
+    return result, model

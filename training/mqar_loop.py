@@ -1,0 +1,252 @@
+"""The training loop of MQAR, arranged for a GPU.
+
+The data lies on the device, logits are made where an answer is asked only and never stored (fused_loss.py), the model
+is compiled, and a whole step, from the choice of the batch to the optimizer, is one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import mqar
+from .fused_loss import linear_cross_entropy
+from .mqar_results import run_result
+from .mqar_runs import Options, Run, build_model, kind_of
+
+
+def use_deterministic_algorithms() -> None:
+    """Make this process's training the same to the bit from run to run; before its first work on the GPU.
+
+    The one sum here whose order is open is the gradient of the token embedding: torch.compile adds to its rows with
+    atomics, and a quarter of all tokens add to the filler's. Where the learned positions and the asked positions are
+    gathered, no element is added to twice.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch demands it of products on a GPU
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    import torch._inductor.config as inductor
+
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True  # takes no kernel because it was the fastest when tried: others round otherwise
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW whose learning rate can change inside a CUDA graph."""
+
+    def __init__(self, model: nn.Module, run: Run, on_gpu: bool):
+        # In a CUDA graph the learning rate must be a tensor, and the step count stay on the GPU.
+        options: dict[str, Any] = {"fused": True, "capturable": True} if on_gpu else {}
+        lr = torch.tensor(run.lr, device="cuda") if on_gpu else run.lr
+        super().__init__(model.parameters(), lr=lr, weight_decay=run.weight_decay, **options)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+class FastTrainer:
+    """Trains runs that differ in learning rate and seed only, one after another.
+
+    Model, optimizer, compiled code and CUDA graph are made once: a new run writes its first weights into the
+    parameters, and zeros into the optimizer's state.
+    """
+
+    def __init__(self, run: Run, options: Options):
+        self.options, self.device = options, torch.device(options.device)
+        self.on_gpu = self.device.type == "cuda"
+        self.kind = kind_of(run)
+        self.model = build_model(run, options.kernel_backend).to(self.device)
+        self.optimizer = Optimizer(self.model, run, self.on_gpu)
+        train = mqar.make_examples(run.spec, run.train_examples, seed=run.data_seed, device=self.device)
+        self.test = mqar.make_examples(
+            run.spec, run.test_examples, seed=run.data_seed, split="test", device=self.device
+        )
+        self.input_ids = train.input_ids(train.keys.dtype)  # 2 bytes a token: 0.4 GB at length 2,048
+        self.positions, self.values = train.positions, train.values
+        self.order = torch.zeros(run.steps_per_epoch * run.batch_size, dtype=torch.long, device=self.device)
+        self.batch_lanes = torch.arange(run.batch_size, device=self.device)
+        # Read and advanced inside the graph, so that a step needs nothing from the host.
+        self.cursor = torch.zeros((), dtype=torch.long, device=self.device)
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.backbone = self.model.model
+        if options.compile and self.on_gpu:
+            self.backbone = torch.compile(self.backbone, dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.setup_seconds = 0.0
+
+    def loss(self, input_ids: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of the answers. input_ids [B, T], positions and values [B, pairs]."""
+        with self.options.autocast():
+            hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, hidden]
+            hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # [B, pairs, hidden]
+            return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, values.flatten())
+
+    def step(self) -> None:
+        rows = self.order[self.cursor * self.batch_lanes.shape[0] + self.batch_lanes]
+        loss = self.loss(self.input_ids[rows].long(), self.positions[rows].long(), self.values[rows].long())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss_sum += loss.detach()
+        self.cursor += 1
+
+    def reset(self, run: Run) -> None:
+        """Become a fresh run: first weights, empty optimizer state, the run's random numbers."""
+        fresh = build_model(run, self.options.kernel_backend)
+        with torch.no_grad():
+            for old, new in zip(self.model.parameters(), fresh.parameters(), strict=True):
+                old.copy_(new)
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.cursor.zero_()
+        self.loss_sum.zero_()
+        # building the model drew numbers, another amount for each kind; dropout starts from here
+        torch.manual_seed(run.seed)
+
+    def prepare(self, run: Run) -> None:
+        """Compile, and record a step. Both take real steps, which `reset` undoes."""
+        begin = time.perf_counter()
+        self.model.train()
+        self.order.copy_(run.order(0))
+        try:
+            self._warm_up()
+        except Exception as error:  # whatever the compiler raises: the run is worth more than its speed
+            if self.backbone is self.model.model:
+                raise
+            tqdm.write(f"{run.name}: trains without torch.compile, which failed: {str(error)[:2000]}")
+            self.backbone = self.model.model
+            self.optimizer.zero_grad(set_to_none=True)
+            self._warm_up()
+        if self.options.cuda_graph:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.step()
+                self.graph = graph
+            except RuntimeError as error:  # an operation that cannot be recorded
+                tqdm.write(f"{run.name}: trains without a CUDA graph, which failed: {str(error)[:2000]}")
+                self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        self.setup_seconds = time.perf_counter() - begin
+
+    def _warm_up(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        self.cursor.zero_()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+
+    def accuracy(self) -> float:
+        with self.options.autocast():
+            return mqar.accuracy(self.model, self.test, batch_size=256)
+
+    def _state_path(self, run: Run) -> Path | None:
+        return Path(self.options.work_dir) / f"{run.name}.pt" if self.options.work_dir else None
+
+    def _save(self, run: Run, history: list[dict[str, float]], seconds: float) -> None:
+        path = self._state_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "run": asdict(run),
+            "model": self.model.state_dict(),
+            "optimizer": [dict(self.optimizer.state[p]) for p in self.model.parameters()],
+            "history": history,
+            "seconds": seconds,
+            "random": torch.cuda.get_rng_state() if self.on_gpu else torch.get_rng_state(),
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)  # a kill leaves the old file or the new one, never half of one
+
+    def _load(self, run: Run) -> tuple[list[dict[str, float]], float]:
+        path = self._state_path(run)
+        if path is None or not path.exists():
+            return [], 0.0
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for parameter, saved in zip(self.model.parameters(), state["optimizer"], strict=True):
+            for key, value in saved.items():
+                current = self.optimizer.state[parameter].get(key)
+                if isinstance(current, torch.Tensor):
+                    current.copy_(value)
+                else:
+                    self.optimizer.state[parameter][key] = value
+        random = state["random"].cpu()
+        torch.cuda.set_rng_state(random) if self.on_gpu else torch.set_rng_state(random)
+        return state["history"], state["seconds"]
+
+    def train(self, run: Run, position: int = 0, until: int | None = None) -> dict[str, Any]:
+        """Train one run to its end, or from its last saved epoch on; with `until`, stop and save after that epoch."""
+        if kind_of(run) != self.kind:
+            raise ValueError(f"this trainer was built for {self.kind}, the run is {kind_of(run)}")
+        if self.on_gpu and self.setup_seconds == 0.0:
+            self.prepare(run)
+        self.reset(run)
+        history, seconds_before = self._load(run)
+        self.model.train()
+        stopped = None
+        begin, last_save = time.perf_counter(), time.perf_counter()
+        bar = tqdm(
+            range(len(history), run.epochs),
+            desc=run.name,
+            disable=not self.options.progress,
+            position=position,
+            leave=False,
+            unit="epoch",
+        )
+        for epoch in bar:
+            if history and history[-1]["accuracy"] >= run.stop_at:
+                break
+            self.order.copy_(run.order(epoch))
+            self.optimizer.set_lr(run.lr_at(epoch))
+            self.cursor.zero_()
+            self.loss_sum.zero_()
+            for _ in range(run.steps_per_epoch):
+                if self.graph is not None:
+                    self.graph.replay()
+                else:
+                    self.step()
+            loss = self.loss_sum.item() / run.steps_per_epoch  # the only wait of an epoch
+            accuracy = self.accuracy()
+            seconds = seconds_before + time.perf_counter() - begin
+            history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": round(seconds, 2)})
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
+            late = self.options.late
+            early = until is not None and epoch + 1 >= until
+            if self.options.work_dir and (
+                late or early or time.perf_counter() - last_save > self.options.save_seconds
+            ):
+                self._save(run, history, seconds)
+                last_save = time.perf_counter()
+            if (late or early) and epoch + 1 < run.epochs and accuracy < run.stop_at:
+                stopped = "deadline" if late else f"epoch {until}"
+                break
+            if not math.isfinite(loss):
+                stopped = "loss is not finite"
+                break
+        bar.close()
+        result = run_result(
+            run, self.options, history, seconds_before + time.perf_counter() - begin, self.model.num_parameters()
+        )
+        if stopped:
+            result["stopped"] = stopped
+        elif (path := self._state_path(run)) is not None:
+            path.unlink(missing_ok=True)
+        return result

@@ -1,0 +1,113 @@
+"""Train many runs of MQAR, kinds of model one after another or at once, and keep what each one gives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .mqar_checkpoint import save_model
+from .mqar_loop import FastTrainer, use_deterministic_algorithms
+from .mqar_results import append_result, read_results
+from .mqar_runs import Options, Run, build_model, kind_of
+
+
+# Held while a process of a sweep trains, where processes take turns.
+_turn: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+
+def _share_turn(lock: contextlib.AbstractContextManager) -> None:
+    """Make `lock` this process's turn: the start of every process of a sweep."""
+    global _turn
+    _turn = lock
+
+
+def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tuple[list[Run], list[dict[str, Any]]]:
+    """Train the first seed's runs to an epoch, and keep the learning rate with the lowest loss there.
+
+    Returns the runs that remain (that rate, every seed) and the results of those given up, or of all where the
+    deadline has passed and nothing goes on.
+    """
+    first = [run for run in runs if run.seed == runs[0].seed]
+    results = {run: trainer.train(run, worker, until=epoch) for run in first}
+
+    def rank(run: Run) -> float:
+        history = results[run]["history"]
+        return history[-1]["loss"] if history and math.isfinite(history[-1]["loss"]) else math.inf
+
+    best = min(first, key=rank)
+    late = trainer.options.late
+    given_up = [results[run] for run in first if run is not best or (late and results[run].get("stopped"))]
+    return [run for run in runs if run.lr == best.lr], given_up
+
+
+def run_group(
+    runs: list[Run], options: Options, output: str, save: str | None, worker: int = 0
+) -> list[dict[str, Any]]:
+    """Train runs of one kind one after another; every one is in `output` as soon as it ends."""
+    if options.deterministic:
+        use_deterministic_algorithms()
+    results = []
+    trainer = FastTrainer(runs[0], options)
+    if options.take_turns and trainer.on_gpu and not options.late:
+        trainer.prepare(runs[0])  # compiles while another process trains
+    with _turn:
+        if options.race_epoch is not None:
+            runs, given_up = _race(trainer, runs, options.race_epoch, worker)
+            for result in given_up:
+                append_result(output, result)
+        for run in runs:
+            if options.late:
+                break
+            result = trainer.train(run, position=worker)
+            result["setup_seconds"] = round(trainer.setup_seconds, 2)
+            if save:  # before the line in `output`, which says that nothing of this run is left to do
+                copy = build_model(run, options.kernel_backend)
+                copy.load_state_dict(trainer.model.state_dict())
+                save_model(copy, run, Path(save) / run.name, result)
+            append_result(output, result)
+            results.append(result)
+            shown = {
+                key: result[key] for key in ("name", "accuracy", "epochs_trained", "seconds", "tokens_per_second")
+            }
+            tqdm.write(json.dumps(shown))
+    return results
+
+
+def sweep(runs: list[Run], options: Options, output: str, jobs: int = 1, save: str | None = None) -> list[dict]:
+    """Train every run that `output` does not hold yet, groups of one kind at once in `jobs` processes."""
+    done = {result["name"] for result in read_results(output) if result.get("stopped") != "deadline"}
+    left = [run for run in runs if run.name not in done]
+    if len(left) < len(runs):
+        tqdm.write(f"{len(runs) - len(left)} of {len(runs)} runs are finished and in {output}")
+    if save:
+        for run in runs:
+            if run.name in done and not (Path(save) / run.name).is_dir():
+                tqdm.write(f"{run.name} was trained before without being saved: --save has no model of it")
+    groups: dict[tuple, list[Run]] = {}
+    for run in left:
+        groups.setdefault(kind_of(run), []).append(run)
+    results: list[dict] = []
+    if jobs <= 1:
+        for group in tqdm(groups.values(), desc="kinds of model", disable=not options.progress, position=1):
+            results += run_group(group, options, output, save)
+        return results
+    context = get_context("spawn")
+    turn = {"initializer": _share_turn, "initargs": (context.Lock(),)} if options.take_turns else {}
+    with ProcessPoolExecutor(jobs, mp_context=context, **turn) as pool:
+        futures = [
+            pool.submit(run_group, group, options, output, save, number % jobs)
+            for number, group in enumerate(groups.values())
+        ]
+        bar = tqdm(total=len(futures), desc="kinds of model", disable=not options.progress, position=jobs)
+        with bar:
+            for future in as_completed(futures):
+                results += future.result()
+                bar.update()
+    return results
