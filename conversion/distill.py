@@ -401,7 +401,8 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         for length in distill.eval_length or [distill.context_length]
     }
     summary = Path(arguments.output_dir) / "perplexity.json"
-    record = RunRecord(arguments.output_dir, _identity(distill, tokenizer, train, arguments.seed))
+    identity = _identity(distill, tokenizer, train, arguments.seed)
+    record = RunRecord(arguments.output_dir, identity, arguments.world_size)
     with arguments.main_process_first(desc="reading the run's record"):
         try:
             record.check()
@@ -450,7 +451,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         distill=distill,
     )
     started = time.monotonic()
-    train_from(trainer, latest_complete_checkpoint(arguments.output_dir, arguments.world_size))
+    train_from(trainer, latest_complete_checkpoint(arguments.output_dir, record.fewest_processes))
     seconds = time.monotonic() - started
 
     # Without what the library wrapped around it for mixed precision: what is measured below is float32.

@@ -21,17 +21,20 @@ logger = logging.get_logger(__name__)
 RECORD = "run.json"
 
 
-def latest_complete_checkpoint(output_dir: str | os.PathLike, world_size: int = 1) -> str | None:
+def latest_complete_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
     """Return the newest checkpoint folder in `output_dir` that was written to its end, or None.
 
     Trainer writes into the folder's final name, trainer_state.json after the weights, the optimizer and the schedule.
     A process killed meanwhile leaves a folder without that file or with a torn one: it is passed over, with a warning.
+    So is a folder with the random states of fewer than `processes` processes. A run of one process writes only one, in
+    a file of another name, which is there before trainer_state.json.
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            if len(list(folder.glob("rng_state*.pth"))) < world_size:
+            alone = (folder / "rng_state.pth").exists()
+            if not alone and len(list(folder.glob("rng_state_*.pth"))) < processes:
                 raise ValueError("the states of some processes' random number generators are missing")
             if state["global_step"] == int(folder.name.split("-")[1]):
                 return str(folder)
@@ -40,12 +43,26 @@ def latest_complete_checkpoint(output_dir: str | os.PathLike, world_size: int = 
     return None
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that this launch cannot go on from."""
+
+
 def train_from(trainer: Trainer, checkpoint: str | None) -> None:
     """Train to the end, from a checkpoint if there is one.
 
     A checkpoint of the last step is only loaded: Trainer itself would take one step more.
+
+    Raises:
+        CheckpointError: FSDP wrote the checkpoint and this launch trains without it, or the other way round.
     """
     if checkpoint is not None:
+        sharded = any(Path(checkpoint).glob("pytorch_model_fsdp*"))
+        if sharded != trainer.is_fsdp_enabled:
+            written, now = ("with", "without") if sharded else ("without", "with")
+            raise CheckpointError(
+                f"{checkpoint} was written {written} FSDP, and this launch trains {now} it. Launch as before, with "
+                "any number of processes"
+            )
         logger.warning(f"Resuming from {checkpoint}")
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if 0 < trainer.args.max_steps <= state.global_step:
@@ -72,11 +89,13 @@ class RunRecord:
     Args:
         output_dir: the run's folder.
         identity: by name what another run may not differ in. Values are strings, numbers or JSON objects.
+        processes: how many train now. Another number goes on from the same weights.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, identity: dict[str, Any]) -> None:
+    def __init__(self, output_dir: str | os.PathLike, identity: dict[str, Any], processes: int = 1) -> None:
         self.path = Path(output_dir) / RECORD
         self.identity = json.loads(json.dumps(identity))
+        self.fewest_processes = processes
         self.finished: dict[str, Any] | None = None
 
     def check(self) -> None:
@@ -90,6 +109,7 @@ class RunRecord:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             known, self.finished = found["identity"], found.get("finished")
+            self.fewest_processes = min(self.fewest_processes, found.get("fewest_processes", self.fewest_processes))
             differences = list(_differences(known, self.identity))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} cannot be read ({error}); choose another --output_dir") from error
@@ -104,7 +124,11 @@ class RunRecord:
         self.finished = finished or self.finished
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        content = {"identity": self.identity, "finished": self.finished}
+        content = {
+            "identity": self.identity,
+            "fewest_processes": self.fewest_processes,
+            "finished": self.finished,
+        }
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training import train_lm
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
-from modeling_rebased.training.resume import latest_complete_checkpoint
+from modeling_rebased.training.resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from
 from modeling_rebased.training.text import TokenBlocks, read_documents
 from modeling_rebased.training.train_lm import LMTrainer, LMTrainingArguments, parse_arguments
 
@@ -158,8 +159,32 @@ def test_latest_complete_checkpoint(tmp_path):
     assert latest_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-200")
     (tmp_path / "checkpoint-200" / "trainer_state.json").write_text("")
     assert latest_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    # Two processes go on with what one has trained.
+    assert latest_complete_checkpoint(str(tmp_path), processes=2) == str(tmp_path / "checkpoint-10")
     # Two processes trained, one of them was killed before it saved its random state.
-    assert latest_complete_checkpoint(str(tmp_path), world_size=2) is None
+    (tmp_path / "checkpoint-10" / "rng_state.pth").rename(tmp_path / "checkpoint-10" / "rng_state_0.pth")
+    (tmp_path / "checkpoint-9" / "rng_state.pth").unlink()
+    assert latest_complete_checkpoint(str(tmp_path), processes=2) is None
+    (tmp_path / "checkpoint-10" / "rng_state_1.pth").touch()
+    assert latest_complete_checkpoint(str(tmp_path), processes=2) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_checkpoint_of_fsdp_is_refused_without_fsdp(tmp_path):
+    (tmp_path / "pytorch_model_fsdp_0").mkdir()
+    with pytest.raises(CheckpointError, match="written with FSDP, and this launch trains without it"):
+        train_from(SimpleNamespace(is_fsdp_enabled=False), str(tmp_path))
+    with pytest.raises(CheckpointError, match="written without FSDP, and this launch trains with it"):
+        train_from(SimpleNamespace(is_fsdp_enabled=True), str(tmp_path / "none"))
+
+
+def test_a_run_knows_the_fewest_processes_that_trained_it(tmp_path):
+    RunRecord(tmp_path, {"data": 1}, processes=4).write()
+    second = RunRecord(tmp_path, {"data": 1}, processes=2)
+    second.check()
+    second.write()
+    third = RunRecord(tmp_path, {"data": 1}, processes=8)
+    third.check()
+    assert third.fewest_processes == 2
 
 
 def test_the_command_line_wins_over_the_recipe(recipe, tmp_path):
