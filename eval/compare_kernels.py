@@ -1,22 +1,24 @@
 # Copyright 2026 The ReBased for Hugging Face authors
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Time versions of triton_rebased.py against one another, in one run on this machine's GPU.
+"""Time versions of the Triton kernels against one another, in one run on this machine's GPU.
 
-    git show main:modeling_rebased/triton_rebased.py > /tmp/before.py
-    python -m modeling_rebased.eval.compare_kernels /tmp/before.py modeling_rebased/triton_rebased.py \\
-        --output comparison
+    git worktree add /tmp/before main
+    python -m modeling_rebased.eval.compare_kernels /tmp/before/modeling_rebased modeling_rebased --output comparison
 
-Each version is compared with float64 at every length, then timed as `benchmark_kernels` times (same inputs, medians of
-do_bench), and its kernels one by one, by torch.profiler (medians of ten calls, in microseconds: their sum leaves out
-the gaps between them, and whatever the host needs). Writes comparison.csv and kernels.csv.
+A version is a folder that holds triton_rebased.py and the files that it imports, like modeling_rebased.
+
+Each version is compared with float64 at every length. It is then timed as `benchmark_kernels` times: the same inputs,
+and medians of do_bench. Its kernels are timed one by one with torch.profiler, as medians of ten calls in microseconds;
+their sum leaves out the gaps between them and the time of the host. The command writes comparison.csv and kernels.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import statistics
 import sys
+import types
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -31,22 +33,32 @@ from .timing import write_csv
 CALLS = 10  # calls that are profiled
 
 
-def load(path: Path) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """ReBased by the kernels of the file at `path`; any number of such files can be loaded."""
-    spec = importlib.util.spec_from_file_location(f"version_{abs(hash(path.resolve()))}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+def load_backend(folder: Path, name: str) -> types.ModuleType:
+    """Import triton_rebased from `folder` in a package `name` of its own; a package of that name is imported anew.
+
+    Any number of versions can be loaded like this.
+    """
+    for loaded in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
+        del sys.modules[loaded]
+    package = types.ModuleType(name)
+    package.__path__ = [str(folder.resolve())]
+    sys.modules[name] = package
+    return importlib.import_module(f"{name}.triton_rebased")
+
+
+def load(folder: Path, number: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return ReBased attention by the kernels in `folder`, which is the `number`-th version."""
+    backend = load_backend(folder, f"version_{number}")
 
     def rebased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options = {"coefficients": (0.0, 0.0, 1.0), "scale": q.shape[-1] ** -0.5, "eps": 1e-12}
-        return module.triton_rebased_attention(q, k, v, **options)[0]
+        return backend.triton_rebased_attention(q, k, v, **options)[0]
 
     return rebased
 
 
 def kernel_times(function: Callable, inputs: list[Tensor]) -> dict[str, float]:
-    """Median microseconds of each kernel of forward and backward; a name that runs twice a call is told by number."""
+    """Return the median microseconds of each kernel of forward and backward, numbered where it runs twice per call."""
     for _ in range(3):
         train(function, *inputs)
     torch.cuda.synchronize()
@@ -68,8 +80,8 @@ def kernel_times(function: Callable, inputs: list[Tensor]) -> dict[str, float]:
 
 
 def run(arguments: argparse.Namespace, rows: list[dict], kernels: list[dict]) -> None:
-    """Add a row a version and length to `rows`, and one a kernel of each to `kernels`."""
-    functions = {str(path): load(path) for path in arguments.versions}
+    """Add a row per version and length to `rows`, and a row per kernel of each to `kernels`."""
+    functions = {str(path): load(path, number) for number, path in enumerate(arguments.versions)}
     sizes = (arguments.tokens, arguments.heads, arguments.feature_dim, arguments.head_dim)
     for length in arguments.lengths:
         for name, function in functions.items():
@@ -91,7 +103,7 @@ def run(arguments: argparse.Namespace, rows: list[dict], kernels: list[dict]) ->
 def main() -> None:
     """Check and time every version at every length, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", type=Path, nargs="+", help="files like modeling_rebased/triton_rebased.py")
+    parser.add_argument("versions", type=Path, nargs="+", help="folders like modeling_rebased")
     parser.add_argument("--output", type=Path, help="folder for comparison.csv and kernels.csv")
     parser.add_argument("--feature-dim", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -99,8 +111,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of all sequences together")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     arguments = parser.parse_args()
-    if missing := [str(path) for path in arguments.versions if not path.is_file()]:
-        parser.error(f"versions: no such file: {', '.join(missing)}")
+    if missing := [str(path) for path in arguments.versions if not (path / "triton_rebased.py").is_file()]:
+        parser.error(f"versions: no triton_rebased.py in {', '.join(missing)}")
     if not torch.cuda.is_available():
         sys.exit("The kernels are for GPUs, and torch sees none here.")
     rows, kernels = [], []

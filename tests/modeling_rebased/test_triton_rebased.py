@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -15,8 +15,17 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from modeling_rebased import (
+    triton_inputs_rebased,
+    triton_launch_rebased,
+    triton_plan_rebased,
+    triton_rebased,
+    triton_segments_rebased,
+)
+from modeling_rebased.configuration_rebased import n_features
+from modeling_rebased.eval.compare_kernels import load_backend
 
-triton_rebased = pytest.importorskip("modeling_rebased.triton_rebased")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = triton_rebased.triton_unavailable_reason(torch.device(DEVICE), torch.float32, 16, 64)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the Triton backend cannot run here: {REASON}")
@@ -146,9 +155,9 @@ def test_shapes(shape):
 def test_segments_of_many_tiles(width, narrow, monkeypatch):
     """As on a GPU, where a segment has more than two tiles, square ones or narrow ones."""
     rows = (32, 4, 1)
-    plan = triton_rebased.Plan(256, *[rows] * 6, narrow=narrow)
-    monkeypatch.setattr(triton_rebased, "_plan", lambda *args: plan)
-    monkeypatch.setattr(triton_rebased, "_PASSES", {})  # plans of earlier calls
+    plan = triton_plan_rebased.Plan(256, *[rows] * 6, narrow=narrow)
+    monkeypatch.setattr(triton_plan_rebased, "choose_plan", lambda *args: plan)
+    monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})  # plans of earlier calls
     check(*make(1, 150, 2, 1, width, 20), final=False, eps=1e-2)
 
 
@@ -157,10 +166,10 @@ def small_plan(monkeypatch):
     """Sets tile sizes, which nothing that was called before has used."""
 
     def set_plan(**changes):
-        plan = triton_rebased.Plan(32, *[(32, 4, 1)] * 6, narrow=16)._replace(**changes)
-        monkeypatch.setattr(triton_rebased, "_plan", lambda *args: plan)
-        monkeypatch.setattr(triton_rebased, "_multiprocessors", lambda device: 1)
-        monkeypatch.setattr(triton_rebased, "_PASSES", {})
+        plan = triton_plan_rebased.Plan(32, *[(32, 4, 1)] * 6, narrow=16)._replace(**changes)
+        monkeypatch.setattr(triton_plan_rebased, "choose_plan", lambda *args: plan)
+        monkeypatch.setattr(triton_plan_rebased, "_multiprocessors", lambda device: 1)
+        monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
 
     return set_plan
 
@@ -177,9 +186,9 @@ def test_runs_of_segments(length, runs, state, small_plan):
     if state:
         initial = torch.rand(1, 1, 45, 7, device=DEVICE)
         initial[:, :, :9] += 4  # squares, which keep normalisers away from 0
-    known = triton_rebased._pass("forward", (q, k, v), (*REBASED, 1 / 3))
+    prepared = triton_launch_rebased.prepare("forward", (q, k, v), (*REBASED, 1 / 3))
     for reverse in (False, True):
-        cut = triton_rebased._cut(q, 1, known, state, state, None, reverse)
+        cut = triton_segments_rebased.cut_into_segments(prepared, q, 1, state, state, None, reverse)
         # no longer than leaves two programs a multiprocessor
         assert cut.run == max(run for run in (1, 2, 4, 8) if run <= runs[reverse] and 2 * run <= cut.computed)
     check(q, k, v, eps=1e-2, mask=mask, initial=initial, final=state)
@@ -200,18 +209,18 @@ def test_packed_runs(small_plan):
 def test_short_sequences_are_one_segment(length, state, small_plan):
     small_plan(alone=96)
     q, k, v = make(2, length, 2, 1, 9, 6)
-    known = triton_rebased._pass("forward", (q, k, v, None, None, None), (*REBASED, 1 / 3))
-    assert known.segment == (96 if length <= 96 else 32)
+    prepared = triton_launch_rebased.prepare("forward", (q, k, v, None, None, None), (*REBASED, 1 / 3))
+    assert prepared.segment == (96 if length <= 96 else 32)
     initial = torch.rand(2, 1, 45, 7, device=DEVICE) + 4 if state else None
     check(q, k, v, eps=1e-2, initial=initial, final=state)
-    operator = triton_rebased._OPS.forward.default  # its fake implementation knows no lengths, see `_slots`
+    operator = triton_rebased._OPS.forward.default  # its fake implementation knows no lengths, see `count_slots`
     arguments = (q, k, v, None, None, initial, *REBASED, 1 / 3, 1e-2, state)
     torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 
 def test_more_batch_rows_than_an_axis_has(monkeypatch):
-    monkeypatch.setattr(triton_rebased, "_MOST_PROGRAMS", 2)
-    monkeypatch.setattr(triton_rebased, "_PASSES", {})
+    monkeypatch.setattr(triton_launch_rebased, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
     check(*make(5, 70, 1, 1, 8, 6), eps=1e-2)
     check(*make(3, 70, 1, 1, 20, 6), BASED, eps=1e-2)
 
@@ -240,8 +249,8 @@ def test_segments_of_real_length(shape, coefficients, multiprocessors, monkeypat
     On a GPU of one multiprocessor, runs of segments are as long as they are for large inputs.
     """
     if multiprocessors is not None:
-        monkeypatch.setattr(triton_rebased, "_multiprocessors", lambda device: multiprocessors)
-        monkeypatch.setattr(triton_rebased, "_PASSES", {})
+        monkeypatch.setattr(triton_plan_rebased, "_multiprocessors", lambda device: multiprocessors)
+        monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
     q, k, v = make(*shape, dtype=torch.bfloat16)
     q, k = (torch.nn.functional.layer_norm(x.float(), x.shape[-1:]).bfloat16() for x in (q, k))
     grad = torch.randn(*q.shape[:3], shape[-1], device=DEVICE, dtype=torch.bfloat16)
@@ -264,7 +273,7 @@ def test_mask_and_initial_state(coefficients):
     mask[0, :70] = False
     mask[1, 95:] = False
     check(q, k, v, coefficients, 1e-4, mask)
-    rows = triton_rebased.n_features(6, coefficients)
+    rows = n_features(6, coefficients)
     initial = torch.rand(2, 1, rows, 10, device=DEVICE)
     initial[:, :, :6] += 4  # squares outweigh the cross terms: a normaliser as real keys would make it
     check(q, k, v, coefficients, 1e-4, mask, initial=initial)
@@ -380,7 +389,7 @@ def test_decode(heads, kv_heads, width, dim, coefficients):
     mask[0, 0] = mask[1, 3] = False
     arguments = {"coefficients": coefficients, "scale": width**-0.5, "eps": 1e-6}
     reference, last = oracle(q, k, v, coefficients, width**-0.5, 1e-6, mask)
-    rows = triton_rebased.n_features(width, coefficients)
+    rows = n_features(width, coefficients)
     # a state whose last dims are not where a dense tensor has them
     state = torch.zeros(batch, dim + 1, kv_heads, rows, device=DEVICE).permute(0, 2, 3, 1)
     for t in range(length):
@@ -486,20 +495,15 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(state, other)
 
 
-def load_copy(path: Path, name: str):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def copy_files(folder: Path) -> Path:
+    """A folder with copies of the files that the backend is made of."""
+    shutil.copytree(Path(triton_rebased.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
-def test_copies_of_the_module_live_together(tmp_path):
-    """A reloaded copy, and an edited one, work beside the first, forward and backward, in any order."""
-    source = Path(triton_rebased.__file__).read_text()
-    same, other = tmp_path / "same.py", tmp_path / "other.py"
-    same.write_text(source)
-    other.write_text(source + "\n# another version\n")
+def test_copies_of_the_files_live_together(tmp_path):
+    """Reloaded copies, and ones that were edited, work beside the first, forward and backward, in any order."""
+    same = copy_files(tmp_path / "same")
     q, k, v = (x.requires_grad_() for x in make(1, 70, 1, 1, 4, 4))
 
     def run(module):
@@ -507,16 +511,27 @@ def test_copies_of_the_module_live_together(tmp_path):
         return o, *torch.autograd.grad(o.sum(), (q, k, v))
 
     expected = run(triton_rebased)
-    copies = [load_copy(same, "copy_a"), load_copy(other, "copy_b"), load_copy(same, "copy_a")]
-    assert copies[1]._OPS.forward is not triton_rebased._OPS.forward
-    for module in (copies[1], copies[0], triton_rebased, copies[2]):
+    copies = [load_backend(same, "copy_a")]
+    assert copies[0]._OPS.forward is triton_rebased._OPS.forward
+    files = sorted(path.name for path in same.glob("triton_*.py"))
+    assert len(files) > 10
+    for number, file in enumerate(files):  # an edit of any of them is another version
+        other = copy_files(tmp_path / f"other{number}")
+        with (other / file).open("a") as edited:
+            edited.write("\n# another version\n")
+        copies.append(load_backend(other, f"copy_b{number}"))
+    copies.append(load_backend(same, "copy_a"))
+    assert len({str(module._OPS.forward) for module in copies}) == 1 + len(files)
+    for module in (copies[1], copies[0], triton_rebased, copies[2], copies[-1]):
         assert all(torch.equal(a, b) for a, b in zip(run(module), expected))
-    del copies, sys.modules["copy_a"], sys.modules["copy_b"]
+    del copies
+    for name in [name for name in sys.modules if name.startswith(("copy_a", "copy_b"))]:
+        del sys.modules[name]
     assert all(torch.equal(a, b) for a, b in zip(run(triton_rebased), expected))
 
 
-def test_calls_of_one_kind_share_a_pass():
-    """Whatever Triton compiles for tells passes apart; a kind of call that comes back finds its own again."""
+def test_calls_of_one_kind_share_what_is_prepared():
+    """Whatever Triton compiles for tells kinds of calls apart, and a kind that comes back finds its own again."""
     q, k, v = make(2, 40, 2, 2, 16, 32)
     aligned, wide = torch.empty(2, 40, 2, 16 + 4, device=DEVICE), torch.empty(2, 40, 2, 32, device=DEVICE)
     calls = {
@@ -536,23 +551,26 @@ def test_calls_of_one_kind_share_a_pass():
 
     def find():
         return {
-            name: triton_rebased._pass("forward", x, (*coefficients, scale), last)
+            name: triton_launch_rebased.prepare("forward", x, (*coefficients, scale), last)
             for name, (x, coefficients, scale, last) in calls.items()
         }
 
     found, again = find(), find()
-    assert len({id(known) for known in found.values()}) == len(calls)
+    assert len({id(prepared) for prepared in found.values()}) == len(calls)
     assert all(found[name] is again[name] for name in calls)
-    assert triton_rebased._pass("backward", *calls["as it is"][:1], (*REBASED, 0.25), False) is not found["as it is"]
+    assert (
+        triton_launch_rebased.prepare("backward", *calls["as it is"][:1], (*REBASED, 0.25), False)
+        is not found["as it is"]
+    )
 
 
-def test_passes_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(triton_rebased, "_PASSES", {})
-    monkeypatch.setattr(triton_rebased, "_MOST_PASSES", 3)
+def test_prepared_calls_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
+    monkeypatch.setattr(triton_launch_rebased, "_MOST_PREPARED", 3)
     for length in range(1, 20):
         q, k, v = (torch.empty(1, length, 1, 16, device=DEVICE) for _ in range(3))
-        triton_rebased._pass("forward", (q, k, v), (*REBASED, 0.25))
-        assert len(triton_rebased._PASSES) <= 3
+        triton_launch_rebased.prepare("forward", (q, k, v), (*REBASED, 0.25))
+        assert len(triton_launch_rebased._PREPARED) <= 3
 
 
 def test_reasons():
@@ -569,7 +587,7 @@ def test_reasons_of_a_gpu(monkeypatch):
     """What a GPU lacks is said before a kernel fails to compile or to start."""
     reason, device = triton_rebased.triton_unavailable_reason, torch.device("cuda")
     properties = types.SimpleNamespace(shared_memory_per_block_optin=101376)
-    monkeypatch.setattr(triton_rebased, "_INTERPRETED", False)
+    monkeypatch.setattr(triton_rebased, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert "101,376" in reason(device, torch.bfloat16, 16, 129)
@@ -590,9 +608,9 @@ def test_strides_beyond_32_bits():
     """Kernels multiply heads and the tokens of a segment by strides in 32 bits: where that overflows, it is a copy."""
     for strides in ((1, 4, 2**30, 1), (1, 2**19, 4, 1)):
         x = torch.empty_strided((1, 5, 3, 4), strides, device="meta")
-        assert triton_rebased._unit_stride(x).is_contiguous()
+        assert triton_inputs_rebased.with_unit_stride(x).is_contiguous()
     x = torch.empty_strided((1, 5, 3, 4), (2**40, 12, 2**29, 1), device="meta")
-    assert triton_rebased._unit_stride(x) is x
+    assert triton_inputs_rebased.with_unit_stride(x) is x
 
 
 @pytest.mark.parametrize("final", [False, True])

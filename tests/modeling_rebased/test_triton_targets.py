@@ -2,10 +2,12 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Other machines than this one: kinds of GPU that are not here, and none with Triton missing."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,36 +24,45 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_rebased import triton_rebased
+from modeling_rebased import triton_plan_rebased, triton_rebased
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32"}
 capability, feature_dim, head_dim, length = map(int, sys.argv[1:])
 launches = []
-triton_rebased._launch = lambda _known, _name, *launch: launches.append((launch[0], launch[2], launch[3]()))
-triton_rebased._is_hopper = lambda device: capability == 90
-triton_rebased._is_blackwell = lambda device: capability == 100
+
+
+def record(kernel, grid, **arguments):
+    assert not set(kernel.arg_names) - set(arguments), set(kernel.arg_names) - set(arguments)
+    launches.append((kernel, arguments))
+
+
+triton.JITFunction.__getitem__ = lambda kernel, grid: lambda **arguments: record(kernel, grid, **arguments)
+triton_plan_rebased._is_hopper = lambda device: capability == 90
+triton_plan_rebased._is_blackwell = lambda device: capability == 100
 q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
 triton_rebased._Attention.apply(q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.25, 1e-12, False)[0].sum().backward()
-for kernel, arguments, flags in launches:
+for kernel, arguments in launches:
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
-        value = arguments[i] if i < len(arguments) else flags[name]
-        free = kernel.params[i].do_not_specialize  # compiled for any value, also for 1 and multiples of 16
+        value, parameter = arguments.pop(name), kernel.params[i]
+        free = parameter.do_not_specialize  # compiled for any value, also for 1 and multiples of 16
         signature[name] = "constexpr"
-        if i < len(arguments) and isinstance(value, torch.Tensor):
+        if parameter.is_constexpr:
+            pass
+        elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
-        elif i < len(arguments) and isinstance(value, float):
+        elif isinstance(value, float):
             signature[name] = "fp32"
-        elif i < len(arguments) and isinstance(value, int) and (value != 1 or free):
+        elif isinstance(value, int) and (value != 1 or free):
             signature[name] = "i32"
         if signature[name] == "constexpr":
             constants[name] = value
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {name: value for name, value in flags.items() if name not in kernel.arg_names}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    # what no parameter has taken are options of the compiler
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=arguments)
     print("compiled", kernel.__name__, compiled.metadata.shared)
 """
 
@@ -74,11 +85,13 @@ def test_kernels_compile(capability, shared, width, tmp_path):
 
 
 def test_without_triton(monkeypatch):
-    """The file is read as it is, and says why its backend cannot run."""
+    """The files are read as they are, and say why their backend cannot run."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("without_triton", triton_rebased.__file__)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    package = types.ModuleType("without_triton")
+    package.__path__ = [str(Path(triton_rebased.__file__).parent)]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    module = importlib.import_module("without_triton.triton_rebased")
     assert not module.HAS_TRITON
     assert "not installed" in module.triton_unavailable_reason(torch.device("cpu"), torch.float32, 16, 64)
+    for name in [name for name in sys.modules if name.startswith("without_triton.")]:
+        del sys.modules[name]

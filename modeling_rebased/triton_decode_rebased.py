@@ -1,0 +1,159 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+"""One token of generation: a kernel that adds it to the state in place and reads the output from the new state.
+
+Unlike the other kernels, this one works on the public layout of a state and in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .triton_inputs_rebased import mask_as_bytes, with_unit_stride
+from .triton_language_rebased import tl, triton
+from .triton_launch_rebased import launch, on_gpu_of, prepare
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, state, o, mask,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_sb, stride_sh, stride_sf, stride_sd,
+    stride_mb,
+    alpha, beta, eps,
+    F: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NF: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    GP: tl.constexpr, BF: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Add phi(k) [v, 1] to state [NF, D + 1] in place, then read o of the G query heads from it, all in fp32.
+
+    There is one program per batch row and key head, of one warp. With several warps, Triton may hold a number in more
+    than one, and one of them would read the state after another has stored it. Features are in the public order; their
+    pairs of dims come from arithmetic, so that no table is needed. Tiles: features [BF], values [BF, BD], results
+    [GP, BD], where GP is G padded to a power of 2.
+    """
+    pid = tl.program_id(0)
+    b = pid // (H // G)
+    hkv = pid % (H // G)
+    b64 = b.to(tl.int64)
+    kept = 1.0
+    if HAS_MASK:
+        kept = (tl.load(mask + b64 * stride_mb) != 0).to(tl.float32)
+    q += b64 * stride_qb + hkv * G * stride_qh
+    k += b64 * stride_kb + hkv * stride_kh
+    v += b64 * stride_vb + hkv * stride_vh
+    state += b64 * stride_sb + hkv * stride_sh
+    d = tl.arange(0, BD)
+    g = tl.arange(0, GP)
+    value = tl.load(v + d, mask=d < D, other=0.0).to(tl.float32)
+    value = tl.where(kept > 0, value, 0.0)
+    if G == 1:
+        acc = tl.zeros([BF, BD], tl.float32)
+        z = tl.zeros([BF], tl.float32)
+    else:
+        acc = tl.zeros([GP, BD], tl.float32)
+        z = tl.zeros([GP], tl.float32)
+    PAIRS: tl.constexpr = F * (F + 1) // 2 if QUAD else 0
+    ROOT2: tl.constexpr = 1.4142135623730951
+    for start in range(0, NF, BF):
+        n = start + tl.arange(0, BF)
+        exists = n < NF
+        rows = state + n * stride_sf
+        tile = tl.load(rows[:, None] + d[None, :] * stride_sd, mask=exists[:, None] & (d < D)[None, :], other=0.0)
+        total = tl.load(rows + D * stride_sd, mask=exists, other=0.0)
+        # Feature n is x_a x_b (times sqrt 2 where a < b), x_a, or 1.
+        p = tl.minimum(tl.maximum(n - F, 0), F * (F - 1) // 2) if QUAD else n * 0
+        root = tl.sqrt(((2 * F - 1) * (2 * F - 1) - 8 * p).to(tl.float32))
+        a = ((2 * F - 1 - root) * 0.5).to(tl.int32)
+        a = tl.where(a * (F - 1) - (a * (a - 1)) // 2 > p, a - 1, a)
+        a = tl.where((a + 1) * (F - 1) - ((a + 1) * a) // 2 <= p, a + 1, a)
+        c = a + 1 + p - (a * (F - 1) - (a * (a - 1)) // 2)
+        square = (n < F) & (n < PAIRS)
+        cross = (n >= F) & (n < PAIRS)
+        linear = (n >= PAIRS) & (n < PAIRS + F) & LIN
+        first = tl.where(square, n, tl.where(cross, a, n - PAIRS))
+        second = tl.where(square, n, c)
+        factor = tl.where(cross, ROOT2, 1.0)
+        has_first = square | cross | linear
+        has_second = square | cross
+        x = tl.load(k + first, mask=has_first & exists, other=1.0).to(tl.float32)
+        x *= tl.load(k + second, mask=has_second & exists, other=1.0).to(tl.float32)
+        x = tl.where(kept > 0, x * factor, 0.0)
+        tile += x[:, None] * value[None, :]
+        total += x * kept
+        tl.store(rows[:, None] + d[None, :] * stride_sd, tile, mask=exists[:, None] & (d < D)[None, :])
+        tl.store(rows + D * stride_sd, total, mask=exists)
+        weight = tl.where(has_second, factor, tl.where(linear, alpha, beta))
+        weight = tl.where(exists, weight, 0.0)
+        if G == 1:
+            w = tl.load(q + first, mask=has_first & exists, other=1.0).to(tl.float32)
+            w *= tl.load(q + second, mask=has_second & exists, other=1.0).to(tl.float32)
+            w *= weight
+            acc += w[:, None] * tile
+            z += w * total
+        else:
+            ok = (g < G)[:, None] & exists[None, :]
+            qg = q + g[:, None] * stride_qh
+            w = tl.load(qg + first[None, :], mask=ok & has_first[None, :], other=1.0).to(tl.float32)
+            w *= tl.load(qg + second[None, :], mask=ok & has_second[None, :], other=1.0).to(tl.float32)
+            w *= weight[None, :]
+            acc += tl.sum(w[:, :, None] * tile[None, :, :], 1)
+            z += tl.sum(w * total[None, :], 1)
+    if G == 1:
+        z0 = tl.sum(z, 0) + eps
+        out = tl.sum(acc, 0) * tl.where(z0 == 0.0, 0.0, 1.0 / z0)
+        tl.store(o + (b64 * H + hkv) * D + d, out.to(o.dtype.element_ty), mask=d < D)
+    else:
+        z += eps
+        out = acc * tl.where(z == 0.0, 0.0, 1.0 / z)[:, None]
+        tl.store(
+            o + (b64 * H + hkv * G + g)[:, None] * D + d[None, :], out.to(o.dtype.element_ty),
+            mask=(g < G)[:, None] & (d < D)[None, :],
+        )  # fmt: skip
+
+
+def decode_token(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None,
+    c0: float, c1: float, c2: float, scale: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """Return o [B, 1, H_q, D] for one token per row, and change the state in place; see `triton_rebased_decode`."""
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    batch, _, heads, feature_dim = q.shape
+    kv_heads, head_dim = v.shape[2:]
+    mask = mask_as_bytes(attention_mask)
+    prepared = prepare("decode", (q, k, v, state, mask), (c0, c1, c2, scale), eps)
+    o = q.new_empty(batch, 1, heads, head_dim)
+
+    def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
+        layout = prepared.layout
+        group = heads // kv_heads
+        padded_group = 1 << (group - 1).bit_length()
+        strides = dict(zip(("stride_sb", "stride_sh", "stride_sf", "stride_sd"), state.stride()))
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            strides |= {f"stride_{name}b": x.stride(0), f"stride_{name}h": x.stride(2)}
+        return (batch * kv_heads,), {
+            **strides, "stride_mb": 0 if mask is None else mask.stride(0), "alpha": layout.alpha,
+            "beta": layout.beta, "eps": eps / layout.factor, "F": feature_dim, "D": head_dim, "BD": layout.d,
+            "NF": layout.features, "H": heads, "G": group, "GP": padded_group,
+            # features per step: the tile [heads, features, values] has to stay in one warp's registers
+            "BF": max(1, min(16, 1024 // (layout.d * padded_group))), "QUAD": layout.quad, "LIN": layout.lin,
+            "CONST": layout.const, "HAS_MASK": mask is not None, "num_warps": 1,
+        }  # fmt: skip
+
+    with on_gpu_of(q):
+        tensors = {"q": q, "k": k, "v": v, "state": state, "o": o, "mask": mask}
+        launch(prepared, "decode", _decode_kernel, tensors, complete)
+    return o
+
+
+def decode_fake(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None,
+    c0: float, c1: float, c2: float, scale: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """Return an empty tensor of the size that `decode_token` returns."""
+    return q.new_empty(q.shape[0], 1, q.shape[2], v.shape[3])
