@@ -113,6 +113,21 @@ def _check_state(state: torch.Tensor, name: str, shape: tuple[int, ...]) -> None
         )
 
 
+def _check_indices(state_indices: torch.Tensor, batch: int, slots: int) -> None:
+    if state_indices.shape != (batch,) or state_indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"`state_indices` must be int32 or int64 [batch] = ({batch},), but it is {tuple(state_indices.shape)} of "
+            f"{state_indices.dtype}."
+        )
+    if state_indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        used = [slot for slot in state_indices.tolist() if slot >= 0]
+        if any(slot >= slots for slot in used) or len(set(used)) < len(used):
+            raise ValueError(
+                f"`state_indices` must be different slots below {slots}, or negative, but they are "
+                f"{state_indices.tolist()}."
+            )
+
+
 def rebased_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -242,28 +257,43 @@ def rebased_attention_decode(
     scale: float | None = None,
     eps: float = 1e-12,
     attention_mask: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Compute one token of generation: `rebased_attention` with T = 1, without gradients. Changes the state in place.
+
+    A server keeps the states of all its requests in one tensor of slots. With `state_indices` the operator reads and
+    writes the states of a batch where they lie, without gathering them. It decides nothing by the values of tensors,
+    so it can be captured in a CUDA graph.
 
     Args:
         q (`torch.Tensor`): [B, 1, H_q, F].
         k (`torch.Tensor`): [B, 1, H_kv, F].
         v (`torch.Tensor`): [B, 1, H_kv, D].
-        state (`torch.Tensor`): float32 [B, H_kv, n_features, D + 1], changed in place. The eager backend takes
-            float64 too.
+        state (`torch.Tensor`): float32 [B, H_kv, n_features, D + 1], changed in place; with `state_indices`,
+            [slots, H_kv, n_features, D + 1]. Any strides. The eager backend takes float64 too.
         coefficients, scale, eps, backend: as in `rebased_attention`.
         attention_mask (`torch.Tensor`, *optional*): [B, 1]; a row that is False keeps its state.
+        state_indices (`torch.Tensor`, *optional*): int32 or int64 [B], the slot of `state` that belongs to each row.
+            Slots of different rows must differ, else the result is undefined. A row whose slot is negative is padding:
+            it touches no state, and its output is 0.
 
     Returns:
         `torch.Tensor`: [B, 1, H_q, D] in q's dtype.
+
+    Raises:
+        `ValueError`: shapes, dtypes or options that do not fit; the message names the argument. Slots are compared
+            with the size of `state` on a CPU only, because the host would have to wait for a GPU to read them.
     """
     coefficients = tuple(float(c) for c in coefficients)
     _check_tensors(q, k, v, coefficients)
     if q.shape[1] != 1:
         raise ValueError(f"`q` must hold one token, but it holds {q.shape[1]}.")
     features = n_features(q.shape[3], coefficients)
-    _check_state(state, "state", (q.shape[0], k.shape[2], features, v.shape[3] + 1))
+    rows = q.shape[0] if state_indices is None else state.shape[0]
+    _check_state(state, "state", (rows, k.shape[2], features, v.shape[3] + 1))
+    if state_indices is not None:
+        _check_indices(state_indices, q.shape[0], rows)
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"`state` must be float32 or float64, but its dtype is {state.dtype}.")
     if not eps > 0:
@@ -277,4 +307,5 @@ def rebased_attention_decode(
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         eps=eps,
         attention_mask=_check_mask(attention_mask, q.shape[0], 1),
+        state_indices=state_indices,
     )

@@ -371,6 +371,7 @@ def eager_rebased_decode(
     scale: float,
     eps: float,
     attention_mask: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute one token: the query reads the state and the token itself, then `state += phi(k) [v, 1]^T` in place.
 
@@ -379,7 +380,7 @@ def eager_rebased_decode(
         k (`torch.Tensor`): [B, 1, H_kv, F].
         v (`torch.Tensor`): [B, 1, H_kv, D].
         state (`torch.Tensor`): float32 or float64 [B, H_kv, n_features, D + 1]; changed in place.
-        coefficients, scale, eps, attention_mask: as in `rebased_attention`.
+        coefficients, scale, eps, attention_mask, state_indices: as in `rebased_attention_decode`.
 
     Returns:
         `torch.Tensor`: [B, 1, H_q, D] in q's dtype.
@@ -400,8 +401,18 @@ def eager_rebased_decode(
         queries = queries * factor
         # The token's own weight by its formula: as a sum of products of features it is less exact where it is small.
         s = queries @ keys[..., None]  # [B, H_kv, G, 1]
-        out = _query_features(queries, coefficients, weights) @ state  # [B, H_kv, G, D + 1]
+        before = state
+        if state_indices is not None:
+            slots = state_indices.clamp_min(0).long()  # a row without a slot reads slot 0 and adds nothing to it
+            has_slot = state_indices >= 0
+            before = state[slots]
+        out = _query_features(queries, coefficients, weights) @ before  # [B, H_kv, G, D + 1]
         out = out + (weights[0] + weights[1] * s + c2 * s.square()) * values[:, :, None, :]
-        state += feature_map(keys, coefficients)[..., None] * values[:, :, None, :]
+        added = feature_map(keys, coefficients)[..., None] * values[:, :, None, :]
         out = out[..., :-1] / (out[..., -1:] + row_eps)
+        if state_indices is None:
+            state += added
+        else:
+            state.index_add_(0, slots, added.where(has_slot[:, None, None, None], 0.0))
+            out = out.where(has_slot[:, None, None, None], 0.0)
     return out.flatten(1, 2)[:, None].to(q.dtype)

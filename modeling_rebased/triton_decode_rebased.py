@@ -18,17 +18,18 @@ from torch import Tensor
 from .triton_inputs_rebased import mask_as_bytes, with_unit_stride
 from .triton_language_rebased import tl, triton
 from .triton_launch_rebased import launch, on_gpu_of, prepare
+from .triton_tiles_rebased import store_rows
 
 
 @triton.jit
 def _decode_kernel(
-    q, k, v, state, o, mask,
+    q, k, v, state, o, mask, state_indices,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_sb, stride_sh, stride_sf, stride_sd,
     stride_mb,
     alpha, beta, eps,
     F: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NF: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     GP: tl.constexpr, BF: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_INDICES: tl.constexpr,
 ):  # fmt: skip
     """Add phi(k) [v, 1] to state [NF, D + 1] in place, then read o of the G query heads from it, all in fp32.
 
@@ -36,6 +37,9 @@ def _decode_kernel(
     than one, and one of them would read the state after another has stored it. Features are in the public order; their
     pairs of dims come from arithmetic, so that no table is needed. Tiles: features [BF], values [BF, BD], results
     [GP, BD], where GP is G padded to a power of 2.
+
+    HAS_INDICES: `state` has slots instead of batch rows, and state_indices [B] says each row's slot. A row whose slot
+    is negative gets 0.
     """
     pid = tl.program_id(0)
     b = pid // (H // G)
@@ -47,9 +51,16 @@ def _decode_kernel(
     q += b64 * stride_qb + hkv * G * stride_qh
     k += b64 * stride_kb + hkv * stride_kh
     v += b64 * stride_vb + hkv * stride_vh
-    state += b64 * stride_sb + hkv * stride_sh
     d = tl.arange(0, BD)
     g = tl.arange(0, GP)
+    slot = b64
+    if HAS_INDICES:
+        slot = tl.load(state_indices + b64).to(tl.int64)
+        if slot < 0:
+            nothing = tl.zeros([GP, BD], o.dtype.element_ty)
+            store_rows(o + (b64 * H + hkv * G) * D, g, g < G, D, d, D, nothing)
+            return
+    state += slot * stride_sb + hkv * stride_sh
     value = tl.load(v + d, mask=d < D, other=0.0).to(tl.float32)
     value = tl.where(kept > 0, value, 0.0)
     if G == 1:
@@ -118,7 +129,7 @@ def _decode_kernel(
 
 
 def decode_token(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None, state_indices: Tensor | None,
     c0: float, c1: float, c2: float, scale: float, eps: float,
 ) -> Tensor:  # fmt: skip
     """Return o [B, 1, H_q, D] for one token per row, and change the state in place; see `triton_rebased_decode`."""
@@ -126,7 +137,9 @@ def decode_token(
     batch, _, heads, feature_dim = q.shape
     kv_heads, head_dim = v.shape[2:]
     mask = mask_as_bytes(attention_mask)
-    prepared = prepare("decode", (q, k, v, state, mask), (c0, c1, c2, scale), eps)
+    if state_indices is not None:
+        state_indices = state_indices.contiguous()
+    prepared = prepare("decode", (q, k, v, state, mask, state_indices), (c0, c1, c2, scale), eps)
     o = q.new_empty(batch, 1, heads, head_dim)
 
     def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -142,17 +155,18 @@ def decode_token(
             "NF": layout.features, "H": heads, "G": group, "GP": padded_group,
             # features per step: the tile [heads, features, values] has to stay in one warp's registers
             "BF": max(1, min(16, 1024 // (layout.d * padded_group))), "QUAD": layout.quad, "LIN": layout.lin,
-            "CONST": layout.const, "HAS_MASK": mask is not None, "num_warps": 1,
+            "CONST": layout.const, "HAS_MASK": mask is not None, "HAS_INDICES": state_indices is not None,
+            "num_warps": 1,
         }  # fmt: skip
 
     with on_gpu_of(q):
-        tensors = {"q": q, "k": k, "v": v, "state": state, "o": o, "mask": mask}
+        tensors = {"q": q, "k": k, "v": v, "state": state, "o": o, "mask": mask, "state_indices": state_indices}
         launch(prepared, "decode", _decode_kernel, tensors, complete)
     return o
 
 
 def decode_fake(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None, state_indices: Tensor | None,
     c0: float, c1: float, c2: float, scale: float, eps: float,
 ) -> Tensor:  # fmt: skip
     """Return an empty tensor of the size that `decode_token` returns."""

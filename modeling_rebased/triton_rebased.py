@@ -115,7 +115,7 @@ _SCHEMAS = {
     "backward": "(Tensor grad, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor o, Tensor inverse_z, "
     "Tensor states, Tensor norms, Tensor? attention_mask, Tensor? cu_seqlens, bool has_initial, bool has_last, "
     f"bool grad_initial, {_COEFFICIENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "decode": "(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? attention_mask, "
+    "decode": "(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? attention_mask, Tensor? state_indices, "
     f"{_COEFFICIENTS}, float eps) -> Tensor",
 }
 
@@ -244,13 +244,21 @@ def triton_rebased_decode(
     scale: float,
     eps: float,
     attention_mask: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> Tensor:
-    """One token (T = 1) for every row of a batch: adds it to `state` in place and returns o [B, 1, H_q, D].
+    """Add one token per row of a batch to `state` in place, and return o [B, 1, H_q, D]. There are no gradients.
 
-    q: [B, 1, H_q, F]; k: [B, 1, H_kv, F]; v: [B, 1, H_kv, D]; state: fp32 [B, H_kv, n_features, D + 1], layout as in
-    `triton_rebased_attention`. A row with attention_mask [B, 1] False leaves its state as it was. No gradients. One
-    kernel without host-side decisions on values: safe inside CUDA graphs.
+    One kernel does it, without decisions of the host on values, so it is safe inside CUDA graphs.
+
+    Args:
+        q: [B, 1, H_q, F]; k: [B, 1, H_kv, F]; v: [B, 1, H_kv, D]: as in `triton_rebased_attention`.
+        state: fp32 [B, H_kv, n_features, D + 1] of any strides, or [slots, ...] with `state_indices`. The layout is
+            that of `triton_rebased_attention`.
+        attention_mask: bool [B, 1]; a row that is False leaves its state as it was.
+        state_indices: int32 or int64 [B], the slot of each row's state; no slot may come twice. A row whose slot is
+            negative touches no state and gets 0.
     """
     c0, c1, c2 = (float(c) for c in coefficients)
-    decode = decode_token if _is_plain(q, k, v, state, attention_mask) else _OPS.decode
-    return decode(q, k, v, state, attention_mask, c0, c1, c2, float(scale), float(eps))
+    inputs = (q, k, v, state, attention_mask, state_indices)
+    decode = decode_token if _is_plain(*inputs) else _OPS.decode
+    return decode(*inputs, c0, c1, c2, float(scale), float(eps))

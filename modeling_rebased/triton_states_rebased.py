@@ -61,12 +61,13 @@ def _store_tile(states, norms, tile, d_cols, first, acc, z, exists, CHECK: tl.co
     `first` says whether the program has the first block of value dims, whose program stores the norm.
     """
     n = tl.arange(0, 64)
-    pointers = states + (tile * 64 + n)[:, None] * DP + d_cols[None, :]
+    dtype = states.dtype.element_ty
     if CHECK:
-        tl.store(pointers, acc.to(states.dtype.element_ty), mask=exists[:, None])
+        inside = exists[:, None]
+        tl.store(states + (tile * 64 + n)[:, None] * DP + d_cols[None, :], acc.to(dtype), mask=inside)
     else:
-        tl.store(pointers, acc.to(states.dtype.element_ty))
         exists = n < 64
+        tl.store(states + (tile * 64 + n)[:, None] * DP + d_cols[None, :], acc.to(dtype))
     tl.store(norms + tile * 64 + n, z, mask=exists & first)
 
 

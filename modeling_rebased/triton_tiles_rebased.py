@@ -115,8 +115,8 @@ def load_columns(base, rows, ok, stride, cols, COLS: tl.constexpr, EVEN: tl.cons
 @triton.jit
 def store_rows(base, rows, ok, stride, cols, COLS: tl.constexpr, x):
     """Store x [rows, cols] in the tensor's type, where `ok` is true and a column is below COLS."""
-    pointers = base + rows[:, None] * stride + cols[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=ok[:, None] & (cols < COLS)[None, :])
+    inside = ok[:, None] & (cols < COLS)[None, :]
+    tl.store(base + rows[:, None] * stride + cols[None, :], x.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit

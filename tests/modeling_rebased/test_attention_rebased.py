@@ -325,6 +325,10 @@ def test_bad_arguments_are_named(change, message):
         ({"state": torch.zeros(2, 2, 136, 21, dtype=torch.bfloat16)}, "`state` must be float32"),
         ({"eps": 0.0}, "`eps`"),
         ({"attention_mask": torch.ones(2, 2)}, "`attention_mask`"),
+        ({"state_indices": torch.tensor([0])}, "`state_indices` must be int32 or int64"),
+        ({"state_indices": torch.tensor([0.0, 1.0])}, "`state_indices` must be int32 or int64"),
+        ({"state_indices": torch.tensor([0, 2])}, "different slots below 2"),
+        ({"state_indices": torch.tensor([1, 1])}, "different slots below 2"),
     ],
 )
 def test_bad_arguments_of_one_token_are_named(change, message):

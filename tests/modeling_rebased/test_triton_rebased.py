@@ -22,6 +22,7 @@ from modeling_rebased import (
     triton_rebased,
     triton_segments_rebased,
 )
+from modeling_rebased.attention_rebased import rebased_attention_decode
 from modeling_rebased.configuration_rebased import n_features
 from modeling_rebased.eval.compare_kernels import load_backend
 
@@ -405,6 +406,85 @@ def test_decode(heads, kv_heads, width, dim, coefficients):
     assert relative(state, last) < 2e-5
 
 
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, dim, coefficients", [(2, 2, 16, 20, REBASED), (6, 2, 5, 7, BASED), (1, 1, 3, 1, REBASED)]
+)
+def test_decode_by_slot(heads, kv_heads, width, dim, coefficients, dtype, backend):
+    """States are read and written where they lie; other slots, and rows without one, stay as they were."""
+    batch, slots = 4, 6
+    rows = n_features(width, coefficients)
+    # as a server cuts its memory: rows of slots that are not dense, with states of some keys in them
+    pool = torch.full((slots, kv_heads * rows * (dim + 1) + 8), 7.0, device=DEVICE)
+    state = pool[:, : kv_heads * rows * (dim + 1)].unflatten(1, (kv_heads, rows, dim + 1))
+    q, k, v = make(slots, 21, heads, kv_heads, width, dim)
+    _, filled = oracle(q[:, :20], k[:, :20], v[:, :20], coefficients, 0.5, 1e-6)
+    state.copy_(filled)
+    indices = torch.tensor([4, -1, 0, 2], dtype=dtype, device=DEVICE)
+    mask = torch.tensor([[True], [True], [False], [True]], device=DEVICE)
+    used = indices.clamp(min=0).long()
+    token = [x[used, 20:].clone() for x in (q, k, v)]
+    for x in token:
+        x[1] = math.nan  # what a padding row holds is nobody's business
+    whole = torch.ones(slots, 21, dtype=torch.bool, device=DEVICE)
+    whole[0, 20] = False
+    reference, after = oracle(q, k, v, coefficients, 0.5, 1e-6, whole)
+    before = pool.clone()
+    o = rebased_attention_decode(
+        *token, state, coefficients=coefficients, scale=0.5, eps=1e-6, attention_mask=mask, state_indices=indices,
+        backend=backend,
+    )  # fmt: skip
+    assert o.shape == (batch, 1, heads, dim)
+    assert torch.equal(o[1], torch.zeros_like(o[1]))
+    for row, slot in ((0, 4), (2, 0), (3, 2)):
+        assert relative(o[row], reference[slot, 20:]) < 2e-5
+        assert relative(state[slot], after[slot]) < 2e-5
+    for slot in (0, 1, 3, 5):  # 0 is of a masked row, the others are of none
+        assert torch.equal(pool[slot], before[slot])
+    assert torch.equal(pool[:, -8:], before[:, -8:])
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_decode_of_padding_alone(backend):
+    state = torch.rand(3, 1, 10, 4, device=DEVICE)
+    before = state.clone()
+    indices = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
+    o = rebased_attention_decode(*make(2, 1, 2, 1, 4, 3), state, state_indices=indices, backend=backend)
+    assert torch.equal(o, torch.zeros_like(o)) and torch.equal(state, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_decode_by_slot_in_a_cuda_graph(dtype):
+    """A graph that was captured once serves other slots, and other numbers of rows that are padding."""
+    slots, batch = 40, 16
+    q, k, v = make(batch, 1, 12, 12, 16, 64, dtype)
+    state = torch.rand(slots, 12, 136, 65, device=DEVICE) + 1
+    indices = torch.full((batch,), -1, dtype=torch.int32, device=DEVICE)
+
+    def step():
+        return rebased_attention_decode(q, k, v, state, state_indices=indices)
+
+    step()  # compiles the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = step()
+    for rows in (16, 5, 0):
+        chosen = torch.randperm(slots, device=DEVICE)[:rows].int()
+        indices.fill_(-1)
+        indices[:rows] = chosen
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+        expected = state.clone()
+        states = expected[chosen.long()]
+        reference = rebased_attention_decode(*(x[:rows] for x in (q, k, v)), states) if rows else o[:0]
+        expected[chosen.long()] = states
+        graph.replay()
+        assert torch.equal(o[:rows], reference) and torch.equal(state, expected)
+        assert not o[rows:].any()
+
+
 def test_decode_continues_a_prefill():
     q, k, v = make(1, 101, 2, 1, 16, 8)
     arguments = {"coefficients": REBASED, "scale": 0.25, "eps": 1e-6}
@@ -453,9 +533,9 @@ def test_operators_are_well_formed():
     torch.library.opcheck(op, (q, k, v, None, None, initial, 0.0, 0.0, 1.0, 0.5, 1e-3, True), test_utils=tests)
     state = torch.rand(1, 1, 10, 5, device=DEVICE)
     one = [x[:, :1].detach() for x in (q, k, v)]
-    torch.library.opcheck(
-        triton_rebased._OPS.decode.default, (*one, state, None, 0.0, 0.0, 1.0, 0.5, 1e-3), test_utils=tests
-    )
+    for indices in (None, torch.tensor([0], device=DEVICE)):
+        arguments = (*one, state, None, indices, 0.0, 0.0, 1.0, 0.5, 1e-3)
+        torch.library.opcheck(triton_rebased._OPS.decode.default, arguments, test_utils=tests)
 
 
 def test_export_with_any_length():
