@@ -18,15 +18,14 @@ def main() -> None:
     parser.add_argument("--train_file", required=True, help="a text file")
     parser.add_argument("--eval_file", required=True, help="a text file that is not trained on")
     parser.add_argument("--layers", default="window", help="pure, window, hybrid, or a list of layer types")
-    parser.add_argument("--feature_dim", type=int, default=64, help="F, at most the size of the teacher's heads")
     parser.add_argument("--steps", type=int, default=1000, help="training steps per stage")
-    parser.add_argument("--context_length", type=int, default=1024, help="tokens per training example")
+    parser.add_argument("--context_length", type=int, help="tokens per training example; default: as published")
     arguments = parser.parse_args()
 
     student = arguments.output / "start"
-    linearize(arguments.teacher, student, layers=arguments.layers, feature_dim=arguments.feature_dim)
+    linearize(arguments.teacher, student, layers=arguments.layers)
     # First each layer learns the teacher's attention by itself, then the whole student the teacher's next token.
-    for stage, learning_rate in (("transfer", "1e-2"), ("logits", "6e-4")):
+    for stage in ("transfer", "logits"):
         options = {
             "stage": stage,
             "teacher": arguments.teacher,
@@ -35,10 +34,10 @@ def main() -> None:
             "eval_file": arguments.eval_file,
             "output_dir": arguments.output / stage,
             "max_steps": arguments.steps,
-            "context_length": arguments.context_length,
-            "learning_rate": learning_rate,
             "report_to": "none",
         }
+        if arguments.context_length is not None:
+            options["context_length"] = arguments.context_length
         command = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         if distill(command) != 0:
             raise SystemExit(f"stage {stage} failed")

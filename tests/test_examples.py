@@ -73,7 +73,7 @@ def test_linearize(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "teacher")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     files = ("--train_file", tmp_path / "text.txt", "--eval_file", tmp_path / "text.txt")
-    sizes = ("--feature_dim", "4", "--steps", "3", "--context_length", "32")
+    sizes = ("--steps", "3", "--context_length", "32")
     printed = run("linearize.py", tmp_path / "teacher", tmp_path / "out", *files, *sizes)
     assert "held-out perplexity" in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "logits" / "final", trust_remote_code=True)
