@@ -1,18 +1,19 @@
 # Copyright 2026 The ReBased for Hugging Face authors
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Time one decoding step of the attention, and training and generation end to end, against the softmax twin.
+"""Time training and generation of whole models by the calls that users make, beside the softmax twin.
 
     python -m modeling_rebased.eval.benchmark_generation --output eval/results/generation/h100
 
-Writes three tables to the output folder:
+Writes three tables to the output folder, and `models.png`, a picture of the last two:
 
     decode.csv        time of the one-token kernel by batch size, and of moving its state at the copy bandwidth
-    training.csv      tokens per second of a training step of the 150m-rebased and 150m-softmax configurations
-    generation.csv    tokens per second and peak memory of greedy steps after a context
+    training.csv      time, tokens per second and peak memory of a training step
+    generation.csv    time per token and peak memory of `generate()`
 
-A training step is the forward and backward pass of the loss in bfloat16, without an optimizer. It is timed as it is
-and with torch.compile of each layer. Generation uses one batch size for both models and a compiled static cache. The
-context is fed in pieces.
+A training step is `model(ids, labels=ids).loss.backward()` in training mode, in bfloat16, without an optimizer. It is
+timed as it is and with torch.compile of each layer. The time per token is the difference of two calls of `generate()`
+that write different numbers of tokens after the same context, so the context's own time is left out; that time is in a
+column of its own. `generate()` has a dynamic cache, its default, or a static cache, with which it compiles its steps.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import torch
-from transformers import StaticCache
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 
+from .plots import plot_models
 from .timing import median_ms, write_csv
 
 
@@ -74,7 +74,7 @@ def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) 
 
 
 def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
-    """Append the tokens per second of a training step at each length to `rows`."""
+    """Append the time, tokens per second and peak memory of a training step at each length to `rows`."""
     for length, compiled, name in product(lengths, (False, True), MODELS):
         model = load(name, length).train()
         if compiled:
@@ -84,66 +84,60 @@ def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
         ids = torch.randint(model.config.vocab_size, (max(1, tokens // length), length), device="cuda")
 
         def step(model=model, ids=ids) -> None:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            model(ids, labels=ids).loss.backward()
             model.zero_grad(set_to_none=True)
 
-        rate = ids.numel() / median_ms(step, 5) * 1e3
-        rows.append({"model": name, "T": length, "compiled": compiled, "tokens_per_s": rate})
-        print(f"training    {name:14s} T {length:6d}  compiled {compiled!s:5s}  {rate:10.0f} tokens/s", flush=True)
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        ms = median_ms(step, 7)
+        row = {"model": name, "T": length, "compiled": compiled, "ms": ms, "tokens_per_s": ids.numel() / ms * 1e3}
+        rows.append({**row, "peak_gib": torch.cuda.max_memory_allocated() / 2**30})
+        print(f"training    {name:14s} T {length:6d} compiled {compiled!s:5s} {row['tokens_per_s']:8.0f} tokens/s")
+        sys.stdout.flush()
         del model, step
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def compiled_step(model: ReBasedForCausalLM, cache: StaticCache) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return one greedy step as generate() runs it with a static cache: compiled, in a CUDA graph."""
+def time_generate(model: ReBasedForCausalLM, ids: torch.Tensor, steps: int, cache: str) -> dict[str, float]:
+    """Return the time per token and of the context, in milliseconds, and the peak memory of `generate()`, in GiB."""
+    options = {"do_sample": False, "pad_token_id": 0}
+    if cache == "static":
+        options["cache_implementation"] = "static"
 
-    def step(token: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-        return logits[:, -1:].argmax(-1)
+    def generate(tokens: int) -> None:
+        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
 
-    compiled = torch.compile(step, mode="reduce-overhead")
+    few, many = 4, 4 + steps
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):  # with a static cache the first call compiles, and the second records CUDA graphs
+        generate(many)
+    short, long = median_ms(lambda: generate(few), 3), median_ms(lambda: generate(many), 3)
+    per_token = (long - short) / steps
+    return {
+        "ms_per_token": per_token,
+        "context_ms": short - few * per_token,
+        "tokens_per_s": len(ids) / per_token * 1e3,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
-    def run(token: torch.Tensor) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return compiled(token).clone()  # the graph's own memory is written again in the next step
 
-    return run
-
-
-@torch.no_grad()
-def generation_table(rows: list[dict], batch: int, contexts: list[int], steps: int, piece: int) -> None:
-    """Append the tokens per second and the peak memory of greedy steps after each context to `rows`."""
-    for context in contexts:
-        for name in MODELS:
-            torch.cuda.reset_peak_memory_stats()
-            length = context + 8 * steps
-            model = load(name, length).eval()
-            cache = step = None
-            try:
-                cache = StaticCache(model.config, max_cache_len=length)
-                for start in range(0, context, piece):
-                    size = min(piece, context - start)
-                    ids = torch.randint(model.config.vocab_size, (batch, size), device="cuda")
-                    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                step, token = compiled_step(model, cache), output.logits[:, -1:].argmax(-1)
-                for _ in range(steps):  # compiles, then records the graph
-                    token = step(token)
-
-                def generate(step=step, token=token) -> None:
-                    for _ in range(steps):
-                        token = step(token)
-
-                rate = batch * steps / median_ms(generate, 3) * 1e3
-                memory = torch.cuda.max_memory_allocated() / 2**30
-            except torch.cuda.OutOfMemoryError:
-                rate, memory = float("nan"), float("nan")
-            rows.append({"model": name, "batch": batch, "context": context, "tokens_per_s": rate, "peak_gib": memory})
-            print(f"generation  {name:14s} context {context:6d}  {rate:8.0f} tokens/s  {memory:6.2f} GiB", flush=True)
-            del model, cache, step
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
+def generation_table(rows: list[dict], batch: int, contexts: list[int], steps: int, caches: list[str]) -> None:
+    """Append the figures of `time_generate` for each model, cache and context to `rows`."""
+    for name, cache, context in product(MODELS, caches, contexts):
+        model = load(name, context + 2 * steps).eval()
+        ids = torch.randint(3, model.config.vocab_size, (batch, context), device="cuda")
+        row = {"model": name, "cache": cache, "batch": batch, "context": context}
+        try:
+            row |= time_generate(model, ids, steps, cache)
+        except torch.cuda.OutOfMemoryError:
+            row |= dict.fromkeys(("ms_per_token", "context_ms", "tokens_per_s", "peak_gib"), float("nan"))
+        rows.append(row)
+        print("generate()  " + "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
+        sys.stdout.flush()
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -152,10 +146,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a training step")
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 16384])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--contexts", type=int, nargs="*", default=[2048, 32768])
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--piece", type=int, default=2048, help="tokens of the context fed at once")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[128, 2048, 32768, 131072], help="of batch 1")
+    parser.add_argument("--batch-contexts", type=int, nargs="*", default=[128, 2048], help="of larger batches")
+    parser.add_argument("--caches", nargs="*", default=["static", "dynamic"], choices=["static", "dynamic"])
+    parser.add_argument("--steps", type=int, default=128, help="tokens that generate() writes")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This benchmark is for GPUs, and torch sees none here.")
@@ -165,11 +160,15 @@ def main() -> None:
     try:
         decode_table(tables["decode"], 12, 16, 64)
         training_table(tables["training"], arguments.tokens, arguments.lengths)
-        generation_table(tables["generation"], arguments.batch, arguments.contexts, arguments.steps, arguments.piece)
+        for batch in arguments.batches:
+            contexts = arguments.contexts if batch == 1 else arguments.batch_contexts
+            generation_table(tables["generation"], batch, contexts, arguments.steps, arguments.caches)
     finally:  # also what there is when it is interrupted
         for name, rows in tables.items():
             if arguments.output is not None and rows:
                 write_csv(rows, arguments.output / f"{name}.csv")
+        if arguments.output is not None and tables["generation"]:
+            plot_models(tables["training"], tables["generation"], arguments.output / "models.png")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +213,51 @@ def plot_eager(rows: list[dict[str, Any]], title: str, path: str | Path) -> None
     save(figure, path)
 
 
+def plot_models(training: list[dict[str, Any]], generation: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw the speed of training over the length, and the time per generated token over the context, of whole models.
+
+    Args:
+        training: rows of training.csv: model, T, compiled, tokens_per_s.
+        generation: rows of generation.csv: model, cache, batch, context, ms_per_token. Batch 1 is drawn.
+        path: the PNG.
+    """
+    figure, axes = new_figure(1, 2, 5.6, 4.0)
+    alone = [row for row in generation if row["batch"] == 1]
+    panels = (
+        (axes[0, 0], training, "T", "tokens_per_s", "compiled", {"True": "compiled", "False": "not compiled"}),
+        (
+            axes[0, 1],
+            alone,
+            "context",
+            "ms_per_token",
+            "cache",
+            {"static": "static cache", "dynamic": "dynamic cache"},
+        ),
+    )
+    for axis, rows, x, y, kind, names in panels:
+        rows = [row for row in rows if row[y] == row[y]]  # not where memory ran out
+        if not rows:
+            continue
+        plain_log_axis(axis, "x", [row[x] for row in rows], sorted({row[x] for row in rows}))
+        if y == "tokens_per_s":
+            axis.set_ylim(0, 1.1 * max(row[y] for row in rows))
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+        else:
+            plain_log_axis(axis, "y", [row[y] for row in rows])
+        ends = []
+        for (model, value), style in zip(product(("rebased", "softmax"), names), ("-", "--", "-", "--")):
+            of_line = (row for row in rows if row["model"].endswith(model) and str(row[kind]) == value)
+            points = sorted((row[x], row[y]) for row in of_line)
+            if points:
+                axis.plot(*zip(*points), style, marker="o", ms=4, lw=1.8, color=color_of(model))
+                ends.append((*points[-1], f"{label_of(model)}, {names[value]}", color_of(model)))
+        figure.canvas.draw()
+        label_lines(axis, ends)
+    axes[0, 0].set(xlabel="tokens in a sequence (T)", ylabel="tokens per second", title="training step, 32,768 tokens")
+    axes[0, 1].set(xlabel="tokens of context", ylabel="milliseconds per token", title="generate(), batch 1")
+    save(figure, path)
+
+
 def plot_slices(results: dict[str, dict[str, Any]], path: str | Path) -> None:
     """Draw the loss of each slice, and that of recall tokens over the distance to the last occurrence.
 
@@ -333,6 +379,9 @@ def redraw(folder: Path) -> list[Path]:
         if (path.parent / "eager.csv").is_file():
             drawn.append(path.parent / "eager.png")
             plot_eager(read_csv(path.parent / "eager.csv"), machine["title"], drawn[-1])
+    for path in sorted(folder.glob("**/generation.csv")):
+        drawn.append(path.with_name("models.png"))
+        plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
     for path in sorted(folder.glob("**/slices.json")):
         drawn.append(path.with_name("slices.png"))
         plot_slices(json.loads(path.read_text(encoding="utf-8")), drawn[-1])
