@@ -1,11 +1,8 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
-"""What a recurrent model must know of its past beyond its states, kept in transformers' own caches.
+"""What recurrent layers keep in transformers' own caches, and the two names that a cache has as an argument.
 
-transformers' `LinearAttentionLayer` has two slots, one for a convolution and one for a recurrence. Each ReBased layer
-fills one with its state and the other with a count of what came before: int64 [batch, 2, 1], the real tokens of each
-row (its next position) and the columns of the batch, padding included (the length of the cache). As tensors of the
-cache the counts follow the library's own reorder, reset, offload and compile. Writing the convolution's slot is also
-what marks a layer as started.
+A convolution keeps its last inputs in the `conv_states` of the library's `LinearAttentionLayer`, ReBased its state in
+`recurrent_states`. How many tokens came before stands in one more layer at the end of the cache, `TokenCountLayer`.
 """
 
 import dataclasses
@@ -15,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import is_tracing
 
-from .configuration_rebased import RECURRENT_LAYER_TYPES
+from .configuration_rebased import RECURRENT_LAYER_TYPES, ReBasedConfig
 
 
 # transformers 5.24 renamed the argument and the output that hold the cache. Our own code says `cache`; what we give to
@@ -53,54 +51,192 @@ def either_cache_name(function: Callable) -> Callable:
     return wrapper
 
 
-def previous_state(cache: Cache | None, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The contents of a layer's (convolution, recurrence) slots, `None`s before its first token."""
-    if cache is None:
-        return None, None
+def conv_state(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:
+    """Return a convolution's last inputs [B, size, kernel_size], or `None` before its first token."""
+    layer = cache.layers[layer_idx] if cache is not None else None
+    return layer.conv_states[0] if layer is not None and layer.has_previous_state[0] else None
+
+
+def recurrent_state(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:
+    """Return a layer's recurrent state [B, H_kv, n_features, D + 1], or `None` before its first token."""
+    layer = cache.layers[layer_idx] if cache is not None else None
+    return layer.recurrent_states[0] if layer is not None and layer.has_previous_state[0] else None
+
+
+def keep_conv_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> None:
+    """Write a convolution's last inputs [B, size, kernel_size] into the cache, in place after the first time."""
     layer = cache.layers[layer_idx]
+    if layer.has_previous_state[0]:
+        layer.conv_states[0].copy_(state)
+    else:
+        layer.update_conv_state(state)  # allocates, copies and marks the layer as started
+
+
+def keep_recurrent_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> None:
+    """Write a recurrent state [B, H_kv, n_features, D + 1] into the cache, in place after the first time."""
+    layer = cache.layers[layer_idx]
+    layer.update_recurrent_state(state)  # allocates or copies
     if not layer.has_previous_state[0]:
-        return None, None
-    return layer.conv_states[0], layer.recurrent_states[0]
+        # The library does these two for a convolution's state only.
+        layer.has_previous_state[0] = True
+        if layer.device is None:
+            layer.device = state.device
 
 
-def tokens_seen(cache: Cache | None, layer_types: list[str]) -> torch.Tensor | None:
-    """The count before this call: int64 [batch, 2, 1], `None` for an empty cache or a model of softmax layers only."""
-    for layer_idx, layer_type in enumerate(layer_types):
-        if layer_type in RECURRENT_LAYER_TYPES:
-            conv_state, recurrent_state = previous_state(cache, layer_idx)
-            return recurrent_state if layer_type == "conv" else conv_state
-    return None
+class TokenCountLayer(CacheLayerMixin):
+    """The last layer of a recurrent model's cache: how many tokens and columns came before.
+
+    `counts` is int64 [B, 2]: the real tokens of each row (its next position), and the columns of the batch, padding
+    included (the length of the cache). No state tells either number. A layer of the cache follows the library's
+    reorder and reset, and a cache that has only recurrent layers besides can answer `get_seq_length`, which `generate`
+    asks for. Steps change `counts` in place, so that CUDA graphs can hold its address.
+
+    Args:
+        compileable (`bool`): whether the cache belongs to a compiled decoding step. A `DynamicCache` does not, and
+            `generate` then hands over plain masks [B, cached + T].
+    """
+
+    supports_early_init = False
+
+    def __init__(self, compileable: bool):
+        super().__init__()
+        self.is_compileable = compileable
+        self.counts: torch.Tensor | None = None
+        # The columns as the host knows them; `None` after compiled steps, which only `counts` has seen.
+        self.columns: int | None = 0
+
+    def lazy_initialization(self, batch: int, device: torch.device) -> None:
+        """Start every row at 0."""
+        self.counts = torch.zeros(batch, 2, dtype=torch.int64, device=device)
+        self.is_initialized = True
+        if not is_tracing(self.counts):
+            torch._dynamo.mark_static_address(self.counts)
+
+    def update(self, padding_mask: torch.Tensor | None, length: int) -> None:
+        """Count `length` more columns, of which `padding_mask` [B, length] says the real tokens; `None` is all."""
+        if padding_mask is None:
+            self.counts.add_(length)
+        else:
+            real = (padding_mask != 0).sum(1).to(self.counts.device)
+            self.counts.add_(torch.stack([real, torch.full_like(real, length)], dim=1))
+        if is_tracing(self.counts):
+            self.columns = None
+        elif self.columns is not None:
+            self.columns += length
+
+    def get_seq_length(self) -> int:
+        """Return the columns seen. After a compiled step this makes the host wait for the GPU once."""
+        if self.columns is None:
+            self.columns = int(self.counts[0, 1])
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length and the offset of the columns that a mask covers."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Start every row at 0 again, in place."""
+        if self.counts is not None:
+            self.counts.zero_()
+        self.columns = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Select rows, for beam search."""
+        if self.counts is not None:
+            self.counts = self.counts.index_select(0, beam_idx.to(self.counts.device))
+
+    def offload(self) -> None:
+        """Stay where it is: there is next to nothing to move."""
+
+    def prefetch(self) -> None:
+        """Stay where it is."""
+
+    def activate_past_recording(self) -> None:
+        """Refuse to be rolled back: what a recurrent state has absorbed cannot be taken out of it."""
+        raise NotImplementedError(
+            "A cache with recurrent states cannot record its past and be cropped, as assisted generation wants it."
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse, as `activate_past_recording` does."""
+        self.activate_past_recording()
 
 
-def check_cache(cache: Cache, layer_types: list[str]) -> None:
-    """Refuse a cache that was not made for this model.
+def count_layer(cache: Cache, config: ReBasedConfig) -> TokenCountLayer:
+    """Return the layer of a recurrent model's cache that counts tokens. A cache that is new to the model gets one.
 
     Raises:
-        `ValueError`: a layer of the cache is missing or of the wrong kind.
+        `ValueError`: the cache was not made for this model, a layer is missing or of the wrong kind.
     """
-    for layer_idx, layer_type in enumerate(layer_types):
-        layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-        if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, LinearAttentionCacheLayerMixin):
-            raise ValueError(
-                f"`{CACHE_NAME}` has no recurrent state for layer {layer_idx}, which is {layer_type!r}: it holds "
-                f"{type(layer).__name__}. Make it as `DynamicCache(config=model.config)` or "
-                "`StaticCache(config=model.config, max_cache_len=...)`."
-            )
+    if len(cache.layers) <= config.num_hidden_layers:
+        for layer_idx, layer_type in enumerate(config.layer_types):
+            layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+            if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, LinearAttentionCacheLayerMixin):
+                raise ValueError(
+                    f"`{CACHE_NAME}` has no recurrent state for layer {layer_idx}, which is {layer_type!r}: it holds "
+                    f"{type(layer).__name__}. Make it as `DynamicCache(config=model.config)` or "
+                    "`StaticCache(config=model.config, max_cache_len=...)`."
+                )
+        cache.layers.append(TokenCountLayer(compileable=not isinstance(cache, DynamicCache)))
+    return cache.layers[config.num_hidden_layers]
 
 
-def _recurrent_length(cache: Cache, layer_idx: int = 0) -> int:
-    layer = cache.layers[layer_idx]
-    if not layer.has_previous_state[0]:
-        return 0
-    # The counts are the slot of integers.
-    counts = next(x for x in (layer.conv_states[0], layer.recurrent_states[0]) if x.dtype == torch.int64)
-    return int(counts[0, 1, 0])
+def prepare_cache(cache: Cache, config: ReBasedConfig, inputs_embeds: torch.Tensor) -> TokenCountLayer | None:
+    """Make a cache ready for a batch [B, T, hidden_size], and return its counts, `None` without recurrent layers.
 
+    Outside of compiled code it also gives every row of the batch a copy of a cache that has one row, for beams, and
+    copies states that were made under `torch.inference_mode` and are to be changed outside of it.
 
-def let_cache_tell_its_length(cache: Cache | None) -> None:
-    """Give a cache of recurrent layers only the `get_seq_length` that `generate` asks for.
-
-    The library's own raises where no softmax layer is there to ask.
+    Raises:
+        `TypeError`: `cache` is no `Cache`, for example a tuple of older releases.
+        `ValueError`: it was made for another model or for another batch.
     """
-    if cache is not None and cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        cache.get_seq_length = functools.partial(_recurrent_length, cache)
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"`{CACHE_NAME}` must be a `Cache`, such as `DynamicCache(config=model.config)`, but it is a "
+            f"{type(cache).__name__}."
+        )
+    if not config.is_recurrent:
+        return None
+    counter = count_layer(cache, config)
+    batch = inputs_embeds.shape[0]
+    if not counter.is_initialized:
+        counter.lazy_initialization(batch, inputs_embeds.device)
+    if not is_tracing(inputs_embeds):
+        rows = counter.counts.shape[0]
+        if rows == 1 and batch > 1:
+            _change_tensors(cache, lambda x: x.repeat_interleave(batch, dim=0))
+        elif counter.counts.is_inference() and not torch.is_inference_mode_enabled():
+            _change_tensors(cache, torch.clone)
+    if counter.counts.shape[0] != batch:
+        raise ValueError(
+            f"`{CACHE_NAME}` holds {counter.counts.shape[0]} rows, but the batch has {batch}. Only a cache of one row "
+            "is copied for every row of a batch."
+        )
+    return counter
+
+
+def _change_tensors(cache: Cache, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace every tensor that the layers of a cache hold for each row of the batch."""
+
+    def changed(x: torch.Tensor) -> torch.Tensor:
+        x = change(x)
+        torch._dynamo.mark_static_address(x)
+        return x
+
+    for layer in cache.layers:
+        for name in ("counts", "keys", "values"):
+            x = getattr(layer, name, None)
+            if isinstance(x, torch.Tensor) and x.numel() > 0:
+                setattr(layer, name, changed(x))
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            states.update({i: changed(x) for i, x in states.items() if x is not None})
+        if hasattr(layer, "batch_size") and layer.is_initialized:
+            layer.batch_size = layer.keys.shape[0]
+        length = getattr(layer, "cumulative_length", None)
+        if isinstance(length, torch.Tensor) and length.is_inference():
+            layer.cumulative_length = length.clone()

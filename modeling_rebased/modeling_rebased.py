@@ -5,6 +5,7 @@ From the bottom up: normalisation of queries and keys, the sequence mixers (shor
 in one), the MLP, the layer, the model and its heads. Shapes: B batch, T tokens, H heads, F feature_dim, D head_dim.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -20,7 +21,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -32,23 +37,28 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rebased import rebased_attention, rebased_attention_decode
+from .batch_rebased import PURELY_RECURRENT, Packing, count_positions, find_packing, fit_mask
 from .cache_rebased import (
     CACHE_NAME,
     CACHE_NAMES,
-    check_cache,
+    conv_state,
+    count_layer,
     either_cache_name,
-    let_cache_tell_its_length,
-    previous_state,
-    tokens_seen,
+    keep_conv_state,
+    keep_recurrent_state,
+    prepare_cache,
+    recurrent_state,
 )
 from .configuration_rebased import ReBasedConfig
-from .eager_rebased import segment_ids_of
 from .loss_rebased import can_fuse_loss, linear_cross_entropy
+
+
+logger = logging.get_logger(__name__)
 
 
 class ReBasedRMSNorm(nn.Module):
@@ -199,7 +209,6 @@ class ReBasedCausalConv(nn.Module):
         attention_mask: torch.Tensor | None,
         cache: Cache | None,
         segment_ids: torch.Tensor | None,
-        counts: torch.Tensor | None,
     ) -> torch.Tensor:
         """
         Args:
@@ -208,34 +217,32 @@ class ReBasedCausalConv(nn.Module):
                 convolution passes over it.
             cache (`Cache`, *optional*): holds the last `kernel_size` inputs, [B, size, kernel_size].
             segment_ids (`torch.Tensor`, *optional*): [B, T], the number of each token's packed sequence.
-            counts (`torch.Tensor`, *optional*): int64 [B, 2, 1], what the cache shall count after these tokens.
 
         Returns:
             `torch.Tensor`: [B, T, size].
         """
         apply = self._taps if self._is_plain() else self._call
-        if segment_ids is not None:
-            return apply(F.pad(hidden_states, (0, 0, self.kernel_size, 0)), segment_ids)
         x = hidden_states
-        state, _ = previous_state(cache, self.layer_idx)
+        state = conv_state(cache, self.layer_idx)
         if attention_mask is not None:
             # Bring each row's real tokens together at its start, and remember where each went.
             kept = attention_mask.bool()
-            order = kept.logical_not().long().argsort(dim=1, stable=True)[..., None].expand_as(x)
-            x = x.gather(1, order)
+            order = kept.logical_not().long().argsort(dim=1, stable=True)
+            x = x.gather(1, order[..., None].expand_as(x))
+            if segment_ids is not None:
+                segment_ids = segment_ids.expand_as(order).gather(1, order)
         if state is None:
             window = F.pad(x, (0, 0, self.kernel_size, 0))  # [B, kernel_size + T, size]
         else:
             window = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
-        out = apply(window)
+        out = apply(window, segment_ids)
         if cache is not None:
             if attention_mask is None:
                 state = window[:, -self.kernel_size :]
             else:
                 last = kept.sum(1)[:, None] + torch.arange(self.kernel_size, device=x.device)
                 state = window.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
-            cache.update_conv_state(state.transpose(1, 2), self.layer_idx)
-            cache.update_recurrent_state(counts, self.layer_idx)
+            keep_conv_state(cache, self.layer_idx, state.transpose(1, 2))
         if attention_mask is not None:
             position = (kept.long().cumsum(1) - 1).clamp_min(0)
             out = out.gather(1, position[..., None].expand_as(out))
@@ -298,11 +305,10 @@ class ReBasedShortConv(ReBasedCausalConv):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         segment_ids: torch.Tensor | None = None,
-        counts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """[B, T, hidden_size] -> [B, T, hidden_size]; other arguments as in `convolve`."""
-        out = self.convolve(hidden_states, attention_mask, cache, segment_ids, counts)
+        out = self.convolve(hidden_states, attention_mask, cache, segment_ids)
         return out * self.proj(hidden_states) + hidden_states
 
 
@@ -326,12 +332,11 @@ class ReBasedGatedConv(ReBasedCausalConv):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         segment_ids: torch.Tensor | None = None,
-        counts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """[B, T, hidden_size] -> [B, T, hidden_size]; other arguments as in `convolve`."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        convolved = self.convolve(convolved, attention_mask, cache, segment_ids, counts)
+        convolved = self.convolve(convolved, attention_mask, cache, segment_ids)
         return self.out_proj(F.silu(convolved) * gate)
 
 
@@ -365,7 +370,6 @@ class ReBasedLinearAttention(nn.Module):
         linear_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cu_seqlens: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        counts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """
@@ -376,7 +380,6 @@ class ReBasedLinearAttention(nn.Module):
             linear_position_embeddings (`tuple[torch.Tensor, torch.Tensor]`, *optional*): cos and sin, [B, T, F].
             cu_seqlens, segment_ids (`torch.Tensor`, *optional*): [N + 1], bounds of packed sequences, and [B, T], the
                 number of each token's.
-            counts (`torch.Tensor`, *optional*): int64 [B, 2, 1], what the cache shall count after these tokens.
 
         Returns:
             `tuple[torch.Tensor, None]`: [B, T, hidden_size], and no attention weights.
@@ -390,7 +393,6 @@ class ReBasedLinearAttention(nn.Module):
             linear_position_embeddings,
             cu_seqlens,
             segment_ids,
-            counts,
         )
         return self.o_proj(output.flatten(-2)), None
 
@@ -403,7 +405,6 @@ class ReBasedLinearAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         cu_seqlens: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
-        counts: torch.Tensor | None,
     ) -> torch.Tensor:
         """[B, T, hidden_size] and values [B, T, H_kv, D] -> [B, T, H, D]"""
         q_norm, k_norm = self.q_norm, self.k_norm if self.k_norm is not None else self.q_norm
@@ -420,7 +421,7 @@ class ReBasedLinearAttention(nn.Module):
         q, k = q.to(values.dtype), k.to(values.dtype)
 
         options = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
-        _, state = previous_state(cache, self.layer_idx)
+        state = recurrent_state(cache, self.layer_idx)
         training = torch.is_grad_enabled() and (q.requires_grad or values.requires_grad)
         if state is not None and q.shape[1] == 1 and not training:
             output = rebased_attention_decode(q, k, values, state, attention_mask=attention_mask, **options)
@@ -437,9 +438,7 @@ class ReBasedLinearAttention(nn.Module):
                 **options,
             )
             if cache is not None:
-                cache.update_recurrent_state(state, self.layer_idx)
-        if cache is not None:
-            cache.update_conv_state(counts, self.layer_idx)
+                keep_recurrent_state(cache, self.layer_idx, state)
         return output
 
 
@@ -587,7 +586,6 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         window_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        counts: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in the two parents of the idea; `attention_mask` is the linear part's, `window_mask` the softmax's."""
@@ -600,7 +598,6 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
             linear_position_embeddings,
             cu_seqlens,
             segment_ids,
-            counts,
         )
         window, weights = softmax_attention(
             self,
@@ -752,55 +749,61 @@ class ReBasedPreTrainedModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor | None]:
-        """The masks of the kinds of layer this model has; `generate` calls it too, ahead of a compiled forward.
+        """Make the masks of the kinds of layer this model has; `generate` calls it too, ahead of a compiled forward.
 
         Returns:
             `dict[str, torch.Tensor | None]`: "linear_attention" [B, T], for all recurrent layers;
             "full_attention" and "sliding_attention", as the attention implementation takes them. `None` masks nothing.
         """
-        masks = {}
-        if config.is_recurrent:
-            masks["linear_attention"] = local_padding_mask(attention_mask, inputs_embeds.shape[1])
-        for name, build in (
-            ("full_attention", create_causal_mask),
-            ("sliding_attention", create_sliding_window_causal_mask),
-        ):
-            users = [name, "hybrid_sliding"] if name == "sliding_attention" else [name]
-            layer_idx = next((i for i, layer_type in enumerate(config.layer_types) if layer_type in users), None)
-            if layer_idx is not None:
-                # The library sizes a mask by the first layer of the cache that looks right to it. Among layers that
-                # have no length that can be a wrong one, so it sees only a layer that the mask is for.
-                layer_cache = Cache(layers=[cache.layers[layer_idx]]) if cache is not None else None
-                masks[name] = build(
-                    config=config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    **{CACHE_NAME: layer_cache},
-                )
-        return masks
+        counter = prepare_cache(cache, config, inputs_embeds) if cache is not None else None
+        attention_mask, padding_mask = fit_mask(config, inputs_embeds, attention_mask, cache, counter)
+        return _create_masks(config, inputs_embeds, attention_mask, padding_mask, cache, None)
 
 
-def local_padding_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The last `length` columns of a padding mask [B, seen + length]; `None` where nothing is padding.
-
-    Unlike the library's `create_recurrent_attention_mask` it keeps the mask of a single token: a prompt may be fed one
-    token at a time, and what is padding must not enter the state.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-        raise ValueError(
-            "`attention_mask` must be [batch, tokens], as long as the cached and the new tokens together, for a model "
-            f"with recurrent layers, but its shape is {tuple(attention_mask.shape)} for {length} new tokens."
+def _create_masks(
+    config: ReBasedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    padding_mask: torch.Tensor | None,
+    cache: Cache | None,
+    packing: Packing | None,
+) -> dict[str, torch.Tensor | None]:
+    """The masks of `create_masks_for_generate`, which for packed sequences keep them apart in softmax layers too."""
+    masks = {"linear_attention": padding_mask} if config.is_recurrent else {}
+    options = {}
+    if packing is not None:
+        attention_mask = padding_mask
+        if padding_mask is None:
+            # The library finds the bounds in positions that restart, if nothing else is given.
+            options["position_ids"] = packing.columns
+        else:
+            options["and_mask_function"] = packed_sequence_mask_function(packing.segment_ids)
+    for name, build in (
+        ("full_attention", create_causal_mask),
+        ("sliding_attention", create_sliding_window_causal_mask),
+    ):
+        users = [name, "hybrid_sliding"] if name == "sliding_attention" else [name]
+        layer_idx = next((i for i, layer_type in enumerate(config.layer_types) if layer_type in users), None)
+        if layer_idx is None:
+            continue
+        if packing is not None and padding_mask is not None and is_flash_attention_requested(config):
+            raise ValueError(
+                "`attention_mask` has padding inside packed sequences, which FlashAttention cannot tell apart: leave "
+                "the padding out, or choose `attn_implementation='sdpa'`."
+            )
+        layer_cache = None
+        if cache is not None:
+            # The library sizes a mask by the first layer of the cache that looks right to it. Among layers that have
+            # no length that can be a wrong one, so it sees only a layer that the mask is for.
+            layer_cache = Cache(layers=[cache.layers[layer_idx]]) if layer_idx < len(cache.layers) else DynamicCache()
+        masks[name] = build(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            **{CACHE_NAME: layer_cache},
+            **options,
         )
-    mask = attention_mask[:, -length:]
-    # Asking whether anything is masked makes a GPU's host wait: once a prompt, not once a token.
-    if not is_tracing(mask) and (length > 1 or mask.device.type == "cpu") and torch.all(mask != 0):
-        return None
-    # A copy, not a view, so that one column has the same strides whatever the mask's length is. torch.compile would
-    # take other strides as another shape, and CUDA graphs would be recorded again for every token.
-    return mask.clone(memory_format=torch.contiguous_format)
+    return masks
 
 
 class ReBasedModel(ReBasedPreTrainedModel):
@@ -865,25 +868,34 @@ class ReBasedModel(ReBasedPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        self._check_arguments(inputs_embeds, position_ids, cache, kwargs)
 
-        cu_seqlens, segment_ids = self._packing(inputs_embeds, attention_mask, position_ids, cache, use_cache, kwargs)
-        if cu_seqlens is not None:
-            use_cache = False
-        if use_cache and cache is None:
+        counter = prepare_cache(cache, self.config, inputs_embeds) if cache is not None else None
+        masks = packing = padding_mask = None
+        if isinstance(attention_mask, dict):  # by `create_masks_for_generate`, ahead of a compiled forward
+            masks = attention_mask
+            attention_mask = padding_mask = masks.get("linear_attention")
+        else:
+            attention_mask, padding_mask = fit_mask(self.config, inputs_embeds, attention_mask, cache, counter)
+            packing = find_packing(
+                inputs_embeds,
+                position_ids,
+                padding_mask,
+                kwargs.get("cu_seq_lens_q"),
+                kwargs.get("seq_idx"),
+                continues=cache is not None,
+            )
+        if packing is not None and cache is not None:
+            raise ValueError(f"Packed sequences (`{packing.given_by}`) cannot continue from `{CACHE_NAME}`.")
+        if use_cache and cache is None and packing is None:
             cache = DynamicCache(config=self.config)
-        if cache is not None and not is_tracing(inputs_embeds):
-            check_cache(cache, self.config.layer_types)
-            let_cache_tell_its_length(cache)
-
-        seen = tokens_seen(cache, self.config.layer_types)
+            counter = prepare_cache(cache, self.config, inputs_embeds)
+        if masks is None:
+            masks = _create_masks(self.config, inputs_embeds, attention_mask, padding_mask, cache, packing)
         if position_ids is None and self.config.position_embedding_type != "none":
-            position_ids = self._positions(inputs_embeds, attention_mask, cache, seen)
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            masks = self.create_masks_for_generate(self.config, inputs_embeds, attention_mask, cache, position_ids)
-        counts = None
-        if cache is not None and self._is_stateful:
-            counts = count_tokens(seen, masks["linear_attention"], inputs_embeds)
+            position_ids = count_positions(inputs_embeds, attention_mask, packing, cache, counter)
+        if counter is not None:
+            counter.update(padding_mask, inputs_embeds.shape[1])
 
         if self.embed_positions is not None:
             self._check_positions(position_ids)
@@ -902,68 +914,55 @@ class ReBasedModel(ReBasedPreTrainedModel):
                 window_mask=masks["sliding_attention"] if layer_type == "hybrid_sliding" else None,
                 position_embeddings=position_embeddings,
                 linear_position_embeddings=linear_position_embeddings,
-                position_ids=position_ids,
+                # FlashAttention reads the bounds of packed sequences from these, if from nothing else.
+                position_ids=position_ids if packing is None else packing.columns,
                 cache=cache,
-                cu_seqlens=cu_seqlens,
-                segment_ids=segment_ids,
-                counts=counts,
+                cu_seqlens=packing.cu_seqlens if packing is not None else None,
+                segment_ids=packing.segment_ids if packing is not None else None,
                 **kwargs,
             )
+        if kwargs.get("output_attentions"):
+            self._warn_of_missing_attentions()
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _packing(
+    def _check_arguments(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: Any,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
-        use_cache: bool | None,
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Bounds [N + 1] and numbers [1, T] of packed sequences, or `None`s where the batch is a plain one.
-
-        In a traced model that gets positions without bounds there are only the numbers, [B, T].
-        """
+    ) -> None:
+        if torch.jit.is_tracing():
+            raise NotImplementedError("`torch.jit.trace` cannot follow this model. Use `torch.export.export` instead.")
         batch, length = inputs_embeds.shape[:2]
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None:
-            if position_ids is None or attention_mask is not None or cache is not None or length == 1:
-                return None, None
-            restarts = torch.diff(position_ids, dim=-1) != 1
-            if is_tracing(position_ids):
-                # Whether positions restart cannot be read while tracing: they may, unless a cache is asked for.
-                return None, None if use_cache else F.pad(restarts.long().cumsum(-1), (1, 0))
-            if not restarts.any():
-                return None, None
-            if batch != 1 or position_ids.shape[0] != 1:
-                raise ValueError(
-                    "`position_ids` restart within a row, which packs sequences: that takes a batch of 1, but the "
-                    f"batch is {batch}."
-                )
-            bounds = restarts[0].nonzero()[:, 0] + 1
-            cu_seqlens = F.pad(F.pad(bounds, (1, 0)), (0, 1), value=length).to(torch.int32)
-        if cache is not None:
-            raise ValueError(f"Packed sequences (`cu_seq_lens_q`) cannot continue from `{CACHE_NAME}`.")
-        return cu_seqlens, segment_ids_of(cu_seqlens, length)
+        if length == 0:
+            raise ValueError("`input_ids` or `inputs_embeds` must have at least one token per row, but it has 0.")
+        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"`position_ids` must be [batch, tokens] = ({batch}, {length}) or (1, {length}), but its shape is "
+                f"{tuple(position_ids.shape)}."
+            )
+        if kwargs.get("cu_seq_lens_q") is None and kwargs.get("cu_seq_lens_k") is not None:
+            raise ValueError("`cu_seq_lens_k` needs `cu_seq_lens_q`, which has the bounds of packed sequences.")
+        if kwargs.get("is_causal") is False and self._is_stateful:
+            raise ValueError("`is_causal=False` is not possible: a recurrent layer sees only what came before.")
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                f"`{CACHE_NAME}` cannot be used in training with gradient checkpointing, which runs every layer "
+                "twice. Call `model.gradient_checkpointing_disable()`, or give the tokens of the cache as well."
+            )
 
-    def _positions(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: Any,
-        cache: Cache | None,
-        seen: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[B, T] or [1, T]: each row's real tokens counted from 0; padding repeats the number before it."""
-        length = inputs_embeds.shape[1]
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] > length:
-            return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
-        if seen is not None:
-            start = seen[:, 0]  # [B, 1]
-        else:
-            start = cache.get_seq_length() if cache is not None and not self._is_stateful else 0
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1 + start).clamp_min(0)
-        return torch.arange(length, device=inputs_embeds.device)[None] + start
+    def _warn_of_missing_attentions(self) -> None:
+        if not set(self.config.layer_types) - PURELY_RECURRENT:
+            logger.warning_once(
+                "`output_attentions=True`: no layer of this model has attention weights to return, since its layers "
+                f"are {sorted(set(self.config.layer_types))}."
+            )
+        elif self.config._attn_implementation != "eager":
+            logger.warning_once(
+                "`output_attentions=True`: attention weights need `attn_implementation='eager'`, but the model has "
+                f"{self.config._attn_implementation!r}."
+            )
 
     def _check_positions(self, position_ids: torch.Tensor) -> None:
         # On a GPU the embedding itself complains; asking first would make the host wait.
@@ -974,17 +973,6 @@ class ReBasedModel(ReBasedPreTrainedModel):
                     f"A token has position {last}, but learned positions end at `max_position_embeddings` - 1 = "
                     f"{self.config.max_position_embeddings - 1}."
                 )
-
-
-def count_tokens(
-    seen: torch.Tensor | None, padding_mask: torch.Tensor | None, inputs_embeds: torch.Tensor
-) -> torch.Tensor:
-    """int64 [B, 2, 1]: real tokens of each row and columns of the batch, after this call's are added to `seen`."""
-    batch, length = inputs_embeds.shape[:2]
-    columns = torch.full((batch, 1, 1), length, dtype=torch.int64, device=inputs_embeds.device)
-    real = columns if padding_mask is None else (padding_mask != 0).sum(1)[:, None, None]
-    counts = torch.cat([real, columns], dim=1)
-    return counts if seen is None else seen + counts
 
 
 class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
@@ -1029,7 +1017,29 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        let_cache_tell_its_length(model_kwargs.get(CACHE_NAME))
+        cache = model_kwargs.get(CACHE_NAME)
+        if cache is not None and self._is_stateful:
+            # Before the first token too, `generate` asks the cache for its length.
+            count_layer(cache, self.config)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As the library's, but a generated token, which is never padding, brings no mask for recurrent layers."""
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
+        generated = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
+        if not generated or cache is None or masks is None or not self._is_stateful:
+            return inputs
+        if not set(self.config.layer_types) - PURELY_RECURRENT:
+            del inputs["attention_mask"]
+            return inputs
+        if not isinstance(masks, dict):
+            sizes = torch.empty((*inputs["input_ids"].shape, 0), dtype=self.dtype, device=masks.device)
+            masks = self.create_masks_for_generate(self.config, sizes, masks, cache)
+        inputs["attention_mask"] = {**masks, "linear_attention": None}
+        return inputs
 
     @either_cache_name
     @can_return_tuple
