@@ -6,6 +6,7 @@ in one), the MLP, the layer, the model and its heads. Shapes: B batch, T tokens,
 """
 
 import functools
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -635,6 +636,17 @@ class ReBasedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+# The keywords that `forward` takes besides its own arguments: what the library passes to every model and to the loss
+# of a language model, and a tokenizer's output that says nothing to a model of one kind of token.
+KEYWORDS = frozenset(
+    {
+        *TransformersKwargs.__annotations__,
+        *inspect.signature(ForCausalLMLoss).parameters,
+        "return_dict",
+        "token_type_ids",
+    }
+    - {"logits", "labels", "vocab_size", "kwargs"}
+)
 CONV_CLASSES = {"residual": ReBasedShortConv, "gated": ReBasedGatedConv}
 ATTENTION_CLASSES = {
     "linear_attention": ReBasedLinearAttention,
@@ -921,7 +933,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
                 segment_ids=packing.segment_ids if packing is not None else None,
                 **kwargs,
             )
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions", self.config.output_attentions):
             self._warn_of_missing_attentions()
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
@@ -932,6 +944,9 @@ class ReBasedModel(ReBasedPreTrainedModel):
         cache: Cache | None,
         kwargs: dict[str, Any],
     ) -> None:
+        for name, value in kwargs.items():
+            if name not in KEYWORDS and value is not None:
+                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}.")
         if torch.jit.is_tracing():
             raise NotImplementedError("`torch.jit.trace` cannot follow this model. Use `torch.export.export` instead.")
         batch, length = inputs_embeds.shape[:2]

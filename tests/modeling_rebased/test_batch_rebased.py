@@ -1,0 +1,383 @@
+"""Masks, positions, packed sequences and keywords: each batch is right, or refused with the name of what is wrong.
+
+Expectations are lone rows or lone sequences, run by themselves without a mask, positions or a cache.
+"""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers.utils import TransformersKwargs
+
+from modeling_rebased import (
+    ReBasedForCausalLM,
+    ReBasedForQuestionAnswering,
+    ReBasedForSequenceClassification,
+    ReBasedForTokenClassification,
+    ReBasedModel,
+)
+from modeling_rebased.modeling_rebased import ReBasedRMSNorm
+from tests.modeling_rebased.cases import MODELS, RECURRENT, make_config, make_ids, make_model
+
+
+LENGTHS = (7, 1, 12, 3)
+HEADS = [
+    ReBasedForCausalLM,
+    ReBasedForQuestionAnswering,
+    ReBasedForSequenceClassification,
+    ReBasedForTokenClassification,
+    ReBasedModel,
+]
+OPTIONS = ("return_position_ids", "return_flash_attn_kwargs", "return_seq_idx")
+
+
+def assert_same(actual, expected):
+    """A relative Frobenius error: where (q.k)**2 is near zero single elements are less exact."""
+    assert actual.shape == expected.shape
+    assert ((actual - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def make_rows():
+    return [make_ids(1, length + i)[:, i:] for i, length in enumerate(LENGTHS)]
+
+
+def lone(model, rows):
+    return torch.cat([model(row, use_cache=False).logits[0] for row in rows])
+
+
+def flatten(rows, **options):
+    features = [{"input_ids": row[0].tolist()} for row in rows]
+    collator = DataCollatorWithFlattening(return_tensors="pt", **{k: v for k, v in options.items() if k in KNOWN})
+    batch = collator(features)
+    batch.pop("labels")
+    if not options["return_position_ids"]:
+        batch.pop("position_ids", None)
+    return batch
+
+
+KNOWN = inspect.signature(DataCollatorWithFlattening.__init__).parameters
+
+
+def compiled(model, backend="eager"):
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("chosen", [x for x in itertools.product([0, 1], repeat=3) if any(x)], ids=str)
+def test_what_the_collator_packs(name, chosen):
+    model, rows = make_model(name), make_rows()
+    batch = flatten(rows, **dict(zip(OPTIONS, map(bool, chosen))))
+    assert_same(model(**batch).logits[0], lone(model, rows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "mqar", "every_type", "based", "softmax"])
+@pytest.mark.parametrize("chosen", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)], ids=str)
+def test_what_the_collator_packs_compiled(name, chosen):
+    """Also without `use_cache=False`: the configuration asks for a cache by default."""
+    model, rows = make_model(name), make_rows()
+    batch = flatten(rows, **dict(zip(OPTIONS, map(bool, chosen))))
+    assert_same(compiled(model)(**batch).logits[0], lone(model, rows))
+
+
+@pytest.mark.parametrize("model_class", [ReBasedModel, ReBasedForTokenClassification])
+def test_compiled_packing_of_other_heads(model_class):
+    torch.manual_seed(0)
+    model, rows = model_class(make_config("every_type")).eval(), make_rows()
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    ids = torch.cat(rows, dim=1)
+    labels = {} if model_class is ReBasedModel else {"labels": ids % 2}
+    packed = compiled(model)(ids, position_ids=positions, **labels)
+    parts = [model(row, use_cache=False) for row in rows]
+    name = "last_hidden_state" if model_class is ReBasedModel else "logits"
+    assert_same(packed[name][0], torch.cat([part[name][0] for part in parts]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("compile_it", [False, True])
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "seq_idx"])
+def test_packing_with_a_mask(name, compile_it, given):
+    """A mask of ones changes nothing, and padding inside or after packed sequences is passed over."""
+    if compile_it and name not in ("paper", "every_type"):
+        pytest.skip("compiled: two models are enough")
+    model, rows = make_model(name), make_rows()
+    expected = lone(model, rows)
+    ids = torch.cat(rows, dim=1)
+    sizes = [row.shape[1] for row in rows]
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    run = compiled(model) if compile_it else model
+
+    def bounds(sizes):
+        if given == "cu_seq_lens_q":
+            return {given: torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)}
+        return {given: torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[None]}
+
+    options = {given: positions} if given == "position_ids" else bounds(sizes)
+    assert_same(run(ids, attention_mask=torch.ones_like(ids), **options).logits[0], expected)
+
+    # Two columns of padding inside the first sequence, and one after each other.
+    parts, mask, places = [], [], []
+    for i, row in enumerate(rows):
+        cut = 3 if i == 0 else row.shape[1]
+        padding = 2 if i == 0 else 1
+        parts += [row[0, :cut], torch.zeros(padding, dtype=torch.long), row[0, cut:]]
+        mask += [1] * cut + [0] * padding + [1] * (row.shape[1] - cut)
+        places += [*range(cut), *[0] * padding, *range(cut, row.shape[1])]
+    ids, mask = torch.cat(parts)[None], torch.tensor(mask)[None]
+    sizes = [size + (2 if i == 0 else 1) for i, size in enumerate(sizes)]
+    options = {given: torch.tensor(places)[None]} if given == "position_ids" else bounds(sizes)
+    packed = run(ids, attention_mask=mask, **options).logits[0, mask[0] == 1]
+    if name in ("every_type", "softmax_first", "based", "hybrid"):
+        # Softmax windows count columns, so padding inside a sequence takes room in them: compare with a plain row.
+        expected = []
+        for start, size in zip([0, *itertools.accumulate(sizes)], sizes):
+            part, kept = ids[:, start : start + size], mask[:, start : start + size]
+            expected.append(model(part, attention_mask=kept, use_cache=False).logits[0, kept[0] == 1])
+        expected = torch.cat(expected)
+    assert_same(packed, expected)
+
+
+def test_packing_that_does_not_fit_is_refused():
+    model, ids = make_model("paper"), make_ids()
+    one = ids[:1]
+    bounds = torch.tensor([0, 10, 23], dtype=torch.int32)
+    numbers = (torch.arange(23) >= 10).long()[None]
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` packs sequences into a batch of 1"):
+        model(ids, cu_seq_lens_q=bounds)
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must rise from 0"):
+        model(one, cu_seq_lens_q=torch.tensor([0, 10, 22]))
+    with pytest.raises(ValueError, match="different bounds"):
+        model(one, cu_seq_lens_q=bounds, seq_idx=(torch.arange(23) >= 11).long()[None])
+    with pytest.raises(ValueError, match="`seq_idx` must be"):
+        model(one, seq_idx=numbers[0])
+    with pytest.raises(ValueError, match="`seq_idx` restart within a row"):
+        model(ids, seq_idx=numbers.expand(2, -1))
+    with pytest.raises(ValueError, match="`position_ids` restart within a row"):
+        model(ids, position_ids=torch.tensor([[*range(10), *range(13)]]))
+    with pytest.raises(ValueError, match="`cu_seq_lens_k` needs `cu_seq_lens_q`"):
+        model(one, cu_seq_lens_k=bounds)
+    for given in (
+        {"cu_seq_lens_q": bounds},
+        {"seq_idx": numbers},
+        {"position_ids": torch.tensor([[*range(10), *range(13)]])},
+    ):
+        with pytest.raises(ValueError, match=rf"Packed sequences \(`{next(iter(given))}`\) cannot continue"):
+            model(one, **given, past_key_values=DynamicCache(config=model.config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_padded_rows(name, side):
+    """Positions that `generate` or a tokenizer's user makes beside a mask do not look like packed sequences."""
+    model, ids = make_model(name), make_ids()
+    real = slice(8, None) if side == "left" else slice(None, 15)
+    mask = torch.zeros_like(ids)
+    mask[0] = 1
+    mask[1, real] = 1
+    for filler in (0, 1):
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, filler)
+        out = model(ids, attention_mask=mask, position_ids=positions).logits
+        assert_same(out[0], lone(model, [ids[:1]]))
+        assert_same(out[1, real], lone(model, [ids[1:, real]]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mask_longer_than_the_tokens(name):
+    """Its beginning counts, as in Llama: a mask may be as long as a static cache."""
+    model, ids = make_model(name), make_ids()
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 9, dtype=torch.long)], dim=1)
+    mask[1, :8] = 0
+    expected = lone(model, [ids[1:, 8:]])
+    assert_same(model(ids, attention_mask=mask, use_cache=False).logits[1, 8:], expected)
+    cache = DynamicCache(config=model.config)
+    first = model(ids[:, :15], attention_mask=mask, past_key_values=cache).logits
+    rest = model(ids[:, 15:], attention_mask=mask, past_key_values=cache).logits
+    assert_same(torch.cat([first, rest], dim=1)[1, 8:], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_mask_of_the_new_tokens_only(name, static):
+    """Positions go on from what the cache holds, and softmax layers see the cached columns."""
+    model, ids = make_model(name), make_ids()
+    cache = DynamicCache(config=model.config)
+    if static:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+    model(ids[:, :10], past_key_values=cache)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 6:] = 0
+    out = model(ids[:, 10:18], attention_mask=mask, past_key_values=cache).logits
+    assert_same(out[0], lone(model, [ids[:1]])[10:18])
+    assert_same(out[1, :6], lone(model, [ids[1:]])[10:16])
+    # The length of the cache is counted in columns, padding included.
+    assert cache.get_seq_length() == 18
+    if not set(model.config.layer_types) - {"conv", "linear_attention"}:
+        last = model(ids[:, 16:], attention_mask=torch.ones(2, 7), past_key_values=cache).logits
+        assert_same(last[1], lone(model, [ids[1:]])[16:])
+    else:
+        with pytest.raises(ValueError, match="`attention_mask` has 5 columns"):
+            model(ids[:, 18:], attention_mask=torch.ones(2, 5), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_turn_after_rows_that_ended_early(name):
+    """`generate` fills up a finished row with padding, which a recurrent state cannot forget."""
+    model, ids = make_model(name), make_ids()
+    first = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    cache = first.get("cache", first.get("past_key_values"))
+    mask = torch.ones_like(first.sequences)
+    mask[1, 26:] = 0
+    turn = torch.cat([mask[:, :-1], torch.ones(2, 4, dtype=torch.long)], dim=1)
+    with pytest.raises(ValueError, match="not padding among the 28 cached columns of row 1"):
+        model(ids[:, :4], attention_mask=turn, past_key_values=cache)
+    for mask in (turn, torch.ones_like(turn)):
+        kept = DynamicCache(config=model.config)
+        together = torch.cat([first.sequences[:, :-1], ids[:, :4]], dim=1)
+        model(together[:, :28], attention_mask=mask[:, :28], past_key_values=kept)
+        out = model(together[:, 28:], attention_mask=mask, past_key_values=kept).logits
+        if name in ("paper", "mqar", "pure", "conv"):
+            assert_same(out[1], lone(model, [together[1:][mask[1:] == 1][None]])[-4:])
+
+
+def test_masks_and_positions_of_wrong_shapes_are_refused():
+    for name in ("paper", "every_type", "softmax"):
+        model, ids = make_model(name), make_ids()
+        for shape in ((1, 23), (3, 23), (2, 22)):
+            with pytest.raises(ValueError, match=r"`attention_mask` must be \[batch, tokens\]"):
+                model(ids, attention_mask=torch.ones(shape))
+        for shape in ((3, 23), (2, 22), (23,), (1, 1, 23)):
+            with pytest.raises(ValueError, match=r"`position_ids` must be \[batch, tokens\]"):
+                model(ids, position_ids=torch.ones(shape, dtype=torch.long))
+        with pytest.raises(ValueError, match="at least one token per row"):
+            model(ids[:, :0])
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="`attention_mask` has 2 columns"):
+        model(ids[:, :2], attention_mask=torch.ones(2, 2), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_prefix_cached_in_inference_mode(name, static):
+    model, ids = make_model(name), make_ids()
+    if static and name in ("softmax", "every_type", "softmax_first", "based", "hybrid"):
+        pytest.skip("the library's own static layers change inference tensors in place")
+    cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, :-1], past_key_values=cache)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(out, model.generate(ids, use_cache=False, max_new_tokens=4, do_sample=False, pad_token_id=0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECURRENT)
+def test_one_row_of_cache_for_many_rows(name):
+    """For several beams or samples that continue one prompt."""
+    model, ids = make_model(name), make_ids(1)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-1], past_key_values=cache)
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
+    with pytest.raises(ValueError, match="holds 3 rows, but the batch has 2"):
+        model(make_ids(2, 1), past_key_values=cache)
+
+
+def test_what_cannot_be_is_refused_clearly():
+    model, ids = make_model("paper"), make_ids()
+    with pytest.raises(TypeError, match=r"must be a `Cache`.*tuple"):
+        model(ids, past_key_values=((torch.zeros(1), torch.zeros(1)),))
+    with pytest.raises(NotImplementedError, match=r"Use `torch.export.export` instead"):
+        torch.jit.trace(model, ids, strict=False)
+    with pytest.raises(ValueError, match="`is_causal=False` is not possible"):
+        model(ids, is_causal=False)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot record its past"):
+        cache.activate_past_recording()
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="cannot be used in training with gradient checkpointing"):
+        model(ids, past_key_values=cache, labels=ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("length", [1, 9])
+def test_training_goes_on_from_a_cache(name, length):
+    """The output layer's gradient depends on the last hidden states only, so a fixed prefix leaves it as it is."""
+    model, ids = make_model(name, tie_word_embeddings=False).double(), make_ids()
+
+    def gradient(logits):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits[:, -length:].flatten(0, 1), ids[:, -length:].flatten()).backward()
+        return model.lm_head.weight.grad.clone()
+
+    expected = gradient(model(ids, use_cache=False).logits)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :-length], past_key_values=cache)
+    assert_same(gradient(model(ids[:, -length:], past_key_values=cache).logits), expected)
+    assert model.model.layers[0].input_layernorm.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_no_keyword_is_swallowed(model_class):
+    model, ids = model_class(make_config("paper", pad_token_id=0)).eval(), make_ids()
+    for given in (
+        {"attention_masks": torch.ones_like(ids)},
+        {"past_key_value": DynamicCache(config=model.config)},
+        {"cache_params": DynamicCache(config=model.config)},
+        {"nonsense": 1},
+    ):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(given))}'"):
+            model(ids, **given)
+    harmless = dict.fromkeys(TransformersKwargs.__annotations__)
+    harmless |= {"output_hidden_states": True, "num_items_in_batch": torch.tensor(3), "output_router_logits": False}
+    assert model(ids, **harmless, return_dict=True).hidden_states is not None
+
+
+def test_compiled_models_refuse_keywords_too():
+    model = compiled(make_model("paper"))
+    with pytest.raises(Exception, match="attention_masks"):
+        model(make_ids(), attention_masks=torch.ones(2, 23))
+    assert model(make_ids(), output_hidden_states=False).logits.shape == (2, 23, 50)
+
+
+@torch.no_grad()
+def test_an_unconfigured_cache_serves_softmax_layers():
+    model, ids = make_model("softmax"), make_ids()
+    cache = DynamicCache()
+    outputs = [model(part, past_key_values=cache).logits for part in ids.split([10, 12, 1], dim=1)]
+    assert_same(torch.cat(outputs, dim=1), model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "softmax"])
+def test_missing_attention_weights_are_told(name, monkeypatch):
+    from modeling_rebased import modeling_rebased
+
+    told = []
+    monkeypatch.setattr(modeling_rebased.logger, "warning_once", told.append)
+    model = make_model(name, attn_implementation="sdpa")
+    model(make_ids())
+    assert not told
+    model(make_ids(), output_attentions=True)
+    assert len(told) == 1 and "`output_attentions=True`" in told[0]
+    model = make_model(name, attn_implementation="eager")
+    model(make_ids(), output_attentions=True)
+    assert len(told) == (2 if name == "paper" else 1)
+
+
+def test_the_epsilon_of_rmsnorm():
+    norm = ReBasedRMSNorm(4, eps=0.25)
+    torch.testing.assert_close(norm(torch.full((1, 4), 0.5)), torch.full((1, 4), 0.5 / 0.5**0.5))
+    assert torch.equal(norm(torch.zeros(1, 4)), torch.zeros(1, 4))
