@@ -1043,6 +1043,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As the library's, but a generated token, which is never padding, brings no mask for recurrent layers."""
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        # Where PEFT puts virtual tokens before the prompt, it makes the mask longer after this.
         cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
         generated = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
         if not generated or cache is None or masks is None or not self._is_stateful:
@@ -1050,10 +1051,11 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         if not set(self.config.layer_types) - PURELY_RECURRENT:
             del inputs["attention_mask"]
             return inputs
-        if not isinstance(masks, dict):
+        if not isinstance(masks, dict) and masks.shape[1] - 1 == count_layer(cache, self.config).columns:
             sizes = torch.empty((*inputs["input_ids"].shape, 0), dtype=self.dtype, device=masks.device)
             masks = self.create_masks_for_generate(self.config, sizes, masks, cache)
-        inputs["attention_mask"] = {**masks, "linear_attention": None}
+        if isinstance(masks, dict):
+            inputs["attention_mask"] = {**masks, "linear_attention": None}
         return inputs
 
     @either_cache_name

@@ -3,6 +3,7 @@
 Expectations are lone rows or lone sequences, run by themselves without a mask, positions or a cache.
 """
 
+import contextlib
 import inspect
 import itertools
 
@@ -18,11 +19,13 @@ from modeling_rebased import (
     ReBasedForTokenClassification,
     ReBasedModel,
 )
+from modeling_rebased.cache_rebased import CACHE_NAME
 from modeling_rebased.modeling_rebased import ReBasedRMSNorm
 from tests.modeling_rebased.cases import MODELS, RECURRENT, make_config, make_ids, make_model
 
 
 LENGTHS = (7, 1, 12, 3)
+LENGTH = 23
 HEADS = [
     ReBasedForCausalLM,
     ReBasedForQuestionAnswering,
@@ -381,3 +384,55 @@ def test_the_epsilon_of_rmsnorm():
     norm = ReBasedRMSNorm(4, eps=0.25)
     torch.testing.assert_close(norm(torch.full((1, 4), 0.5)), torch.full((1, 4), 0.5 / 0.5**0.5))
     assert torch.equal(norm(torch.zeros(1, 4)), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("name", ["paper", "mqar", "every_type", "softmax"])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompt_tuning_generates(name, kind):
+    """Virtual tokens before the prompt: they are in the cache and in the mask, but not in the ids."""
+    import peft
+
+    if CACHE_NAME not in inspect.getsource(peft.PeftModelForCausalLM.prepare_inputs_for_generation):
+        pytest.skip("this PEFT does not know what this transformers calls its cache")
+    model, ids = make_model(name), make_ids()
+    options = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4, **options))
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    tuned.eval()
+    with torch.no_grad():
+        out = tuned.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+        for _ in range(5):
+            ids = torch.cat([ids, tuned(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_decoding_step_never_waits_for_the_device(name, masked, monkeypatch):
+    """Tensors on the meta device have no values, so reading one on the host fails."""
+    if masked and "full_attention" in make_config(name).layer_types:
+        pytest.skip("the library itself asks whether a mask for full attention has padding")
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # unknown to that device
+    model, ids = make_model(name).to("meta"), make_ids().to("meta")
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == LENGTH
+    for step in range(1, 4):
+        options = {"attention_mask": torch.ones(2, LENGTH + step, device="meta")} if masked else {}
+        model(ids[:, :1], past_key_values=cache, **options)
+        assert cache.get_seq_length() == LENGTH + step
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_generated_token_brings_no_mask_to_recurrent_layers(name):
+    model, ids = make_model(name), make_ids()
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for kwargs in seen[1:]:
+        mask = kwargs.get("attention_mask")
+        assert mask is None or mask["linear_attention"] is None
