@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._inductor.utils import run_and_get_code
 
 from modeling_rebased import (
     triton_inputs_rebased,
@@ -573,6 +574,28 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(step(*token, state), compiled(*token, other))
     assert torch.equal(state, other)
+
+
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_a_compiled_step_changes_the_state_where_it_lies(by_slot):
+    """No copy of the state: the operator gets the graph's own input, which CUDA graphs need at a fixed address."""
+    q, k, v = make(2, 1, 2, 1, 4, 3)
+    indices = torch.tensor([4, 1], device=DEVICE) if by_slot else None
+    state = torch.rand(6 if by_slot else 2, 1, 10, 4, device=DEVICE)
+    other = state.clone()
+
+    def step(q, k, v, state, indices):
+        # a view, as caches hand states on
+        state = state.view(state.shape[0], 1, 10, 4)
+        return rebased_attention_decode(q * 2.0, k, v, state, state_indices=indices, backend="triton") + 1.0
+
+    o, (code, *_) = run_and_get_code(torch.compile(step, fullgraph=True), q, k, v, state, indices)
+    assert relative(o, step(q, k, v, other, indices).double()) < 1e-6
+    assert relative(state, other.double()) < 1e-6
+    body = code[code.index("def call(") : code.index("return (buf", code.index("def call("))]
+    assert body.count("decode.default(") == 1
+    assert f"empty_strided_{DEVICE}({tuple(state.shape)}" not in body  # no memory for a second state
+    assert ".copy_(" not in body and "clone" not in body
 
 
 def copy_files(folder: Path) -> Path:
