@@ -4,7 +4,7 @@
 # make test-releases   the core of the suite on the oldest allowed, the pinned and the newest releases, each in an
 #             environment of its own (RELEASES=newest for one of them); see tests/run_releases.py
 # make test-vllm   tests with vLLM and the kernels library on this machine's CPU, in an environment of its own
-# make lint   ruff's checks and formatting
+# make lint   ruff's checks and formatting, and mypy's types
 # Each makes .venv first if it is missing. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
@@ -34,6 +34,7 @@ test-vllm: $(VLLM_READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time)"

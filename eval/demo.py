@@ -7,6 +7,7 @@ The demo then scores a model of two layers on the paper's own task, associative 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -48,6 +49,27 @@ def write(checkpoint: Path, prompts: list[str], new_tokens: int) -> None:
         print(f"[{produced} bytes, {produced / (time.perf_counter() - started):.0f} a second]\n")
 
 
+def run_with_clock(command: list[str], environment: dict[str, str], log: Path, every: float = 5.0) -> tuple[int, str]:
+    """Run a command, show the seconds that it has taken so far, and return its status and what it said.
+
+    Args:
+        command, environment: as for `subprocess.Popen`.
+        log: a file for what the command says.
+        every: seconds between two signs of life: one line that is written over on a terminal, a line each elsewhere.
+    """
+    started = time.perf_counter()
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        while True:
+            try:
+                status = process.wait(timeout=every)
+                break
+            except subprocess.TimeoutExpired:
+                end = "\r" if sys.stdout.isatty() else "\n"
+                print(f"scoring: {time.perf_counter() - started:.0f} s so far", end=end, flush=True)
+    return status, log.read_text(encoding="utf-8", errors="replace")
+
+
 def score(checkpoint: Path, task: str, *options: str) -> dict[str, float]:
     """Run one task by lm-eval's command line, offline, and return its metrics by name."""
     started = time.perf_counter()
@@ -58,9 +80,9 @@ def score(checkpoint: Path, task: str, *options: str) -> dict[str, float]:
         print("$ lm-eval", shlex.join(command[3:]), flush=True)
         command += ["--output_path", folder]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise SystemExit(f"lm-eval failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        status, said = run_with_clock(command, environment, Path(folder) / "log")
+        if status != 0:
+            raise SystemExit(f"lm-eval failed:\n{said[-6000:]}")
         (path,) = Path(folder).rglob("results_*.json")
         result = json.loads(path.read_text(encoding="utf-8"))["results"][task]
     print(f"scored in {time.perf_counter() - started:.0f} s")
@@ -75,6 +97,14 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=300)
     parser.add_argument("--limit", type=int, default=7, help="documents to score; 8 takes in the novel: all there is")
     args = parser.parse_args()
+    for folder in (args.checkpoint, CHECKPOINTS / "mqar-d128"):
+        if not (folder / "config.json").is_file():
+            parser.error(
+                f"{folder} holds no model. The demo needs a checkout of the repository, whose folder checkpoints/ has "
+                "the two models; --checkpoint FOLDER names another language model."
+            )
+    if importlib.util.find_spec("lm_eval") is None:
+        parser.error("the demo scores with lm-eval, which is not installed: pip install 'modeling-rebased[eval]'")
 
     write(args.checkpoint, args.prompt, args.new_tokens)
     figures = score(args.checkpoint, "heldout_english", "--limit", str(args.limit))

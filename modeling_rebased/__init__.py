@@ -42,6 +42,8 @@ for _auto_class, _model_class in (
     _model_class.register_for_auto_class(_auto_class.__name__)
     _auto_class.register(ReBasedConfig, _model_class, exist_ok=True)
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ReBasedConfig",
     "ReBasedForCausalLM",

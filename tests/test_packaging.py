@@ -1,6 +1,7 @@
 """What gets installed: one top-level name, all modules and data files under it, importable without the checkout."""
 
 import configparser
+import importlib
 import importlib.util
 import os
 import shutil
@@ -71,6 +72,7 @@ print(AutoConfig.from_pretrained(config_path(config_names()[0])).model_type, mod
 def test_an_editable_install_finds_the_same_modules(tmp_path):
     """In `make test` the package is installed with `pip install -e`: its folders must not appear at the top."""
     code = """
+import importlib
 import importlib.util
 print(importlib.util.find_spec("modeling_rebased") is not None)
 names = ("configuration", "conversion", "training", "serving", "eval", "tests")
@@ -95,6 +97,26 @@ def test_setup_cfg_lists_every_package():
             parts = init.parent.relative_to(REPOSITORY).parts
             found.add(".".join(parts if folder == "modeling_rebased" else ("modeling_rebased", *parts)))
     assert listed == found
+
+
+def test_console_commands_are_functions_of_the_package():
+    parser = configparser.ConfigParser()
+    parser.read(REPOSITORY / "setup.cfg")
+    commands = dict(
+        line.split(" = ") for line in parser["options.entry_points"]["console_scripts"].split("\n") if line
+    )
+    assert sorted(commands) == ["rebased-convert", "rebased-distill", "rebased-mqar", "rebased-tasks", "rebased-train"]
+    for target in commands.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_package_has_a_version_and_types(unpacked_wheel):
+    import modeling_rebased
+
+    (metadata,) = unpacked_wheel.glob("*.dist-info/METADATA")
+    assert f"\nVersion: {modeling_rebased.__version__}\n" in metadata.read_text()
+    assert (unpacked_wheel / "modeling_rebased" / "py.typed").is_file()
 
 
 def test_the_model_folder_stays_flat_and_self_contained():

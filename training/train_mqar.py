@@ -1,7 +1,8 @@
 """Train small models on multi-query associative recall (MQAR): one run, or a sweep over models, sizes and rates.
 
     rebased-mqar --models rebased,based --hidden 64 --lengths 1024 --lrs 1e-3,3e-3 --seeds 0,1 \\
-        --output output/mqar.jsonl
+        --output output/mqar.jsonl          # the paper's task, on a GPU
+    rebased-mqar --preset laptop            # a small task: 0.99 on two cores in about two minutes
 
 `rebased-mqar` is `python -m modeling_rebased.training.train_mqar`. The recipe is the authors' (ReBased, section 5.1):
 100,000 examples, 64 epochs, batch 512, AdamW with weight decay 0.1 on every parameter, the learning rate falling along
@@ -20,6 +21,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +36,24 @@ from .mqar_results import append_result
 from .mqar_runs import MODELS, Options, Run, kind_of
 from .mqar_speed import time_steps
 from .mqar_sweep import sweep
+
+
+# A task that two cores of a laptop learn to 0.99 within two minutes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "laptop": {
+        "lengths": [32],
+        "pairs": 4,
+        "vocab_size": 128,
+        "lrs": [1e-2],
+        "epochs": 20,
+        "batch_size": 64,
+        "train_examples": 6400,
+        "test_examples": 500,
+        "dropout": 0.0,
+    }
+}
+# Training tokens beyond which a CPU takes hours.
+MANY_TOKENS = 100_000_000
 
 
 def _number(text: str, kind: type, allowed: str, holds: Callable[[Any], bool]) -> Any:
@@ -86,6 +106,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     """Read the command line: the runs, what they share, and the rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--preset", choices=PRESETS, help="laptop: a small task that two cores learn in about two minutes")
     add("--models", default="rebased", help=f"comma-separated, of {', '.join(MODELS)}")
     add("--hidden", type=_list(_count), default=[64], help="hidden sizes")
     add("--lengths", type=_list(_count), default=[128], help="of 128, 256, 512, 1024, 2048, or any with --pairs")
@@ -97,6 +118,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--train-examples", type=_count, default=100_000)
     add("--test-examples", type=_count, default=3_000)
     add("--data-seed", type=int, default=0)
+    add("--vocab-size", type=_count, default=8192, help="keys and values are each half of it")
     add("--dropout", type=_fraction, default=0.1, help="of the embeddings")
     add("--stop-at", type=float, default=0.99, help="test accuracy that ends a run; 2 never does")
     add("--output", default="output/mqar.jsonl")
@@ -128,6 +150,9 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         type=_positive,
         help="stop runs at the end of their epoch after so long; they stay unfinished",
     )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS)
+    parser.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
     models = args.models.split(",")
     if unknown := [name for name in models if name not in MODELS]:
@@ -146,6 +171,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
                 train_examples=args.train_examples,
                 test_examples=args.test_examples,
                 data_seed=args.data_seed,
+                vocab_size=args.vocab_size,
                 dropout=args.dropout,
                 stop_at=args.stop_at,
             )
@@ -167,6 +193,8 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         parser.error(f"--batch-size {args.batch_size} is larger than --train-examples {args.train_examples}")
     on_gpu = args.device.startswith("cuda")
     _check_writable(parser, args)
+    if not on_gpu and max(run.epochs * run.train_examples * run.length for run in runs) > MANY_TOKENS:
+        print("This needs a GPU: on a CPU it takes hours. --preset laptop is a task for two cores.", file=sys.stderr)
     options = Options(
         device=args.device,
         kernel_backend=args.kernel_backend,

@@ -298,6 +298,16 @@ def test_floor_counts_a_layer_by_hand():
     assert floor["bytes"] == 10 * 32 * (5 * 24 + 384 + 2 * inner)
 
 
+def test_the_laptop_preset_is_a_default_that_arguments_change(tmp_path, capsys):
+    output = ["--output", str(tmp_path / "r.jsonl"), "--device", "cpu"]
+    (run,), _, _ = train_mqar.parse(["--preset", "laptop", *output])
+    assert (run.length, run.pairs, run.vocab_size, run.lr, run.batch_size, run.stop_at) == (32, 4, 128, 1e-2, 64, 0.99)
+    assert capsys.readouterr().err == ""
+    assert train_mqar.parse(["--preset", "laptop", "--lrs", "1e-3", *output])[0][0].lr == 1e-3
+    train_mqar.parse(output)
+    assert "This needs a GPU" in capsys.readouterr().err
+
+
 def test_wrong_arguments_are_named(capsys):
     for argv, words in (
         (["--models", "rebased,mamba"], "mamba"),
