@@ -417,7 +417,7 @@ def check_authors_have(config: ReBasedConfig) -> None:
     Raises:
         ConversionError: naming every field at odds, what it is and what it must be.
     """
-    rows = [
+    rows: list[tuple[str, Any, list[Any]]] = [
         ("norm_type", config.norm_type, ["layernorm"]),
         ("norm_eps", config.norm_eps, [1e-5]),
         ("mlp_type", config.mlp_type, ["none", "gelu"]),

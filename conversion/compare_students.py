@@ -294,7 +294,9 @@ def read_training(model: str, folder: Path) -> tuple[list[dict[str, Any]], list[
     Returns:
         Rows of the training table, the curves of the losses, and perplexities of the stages before and after.
     """
-    rows, curves, perplexities = [], [], []
+    rows: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    perplexities: list[dict[str, Any]] = []
     before = "start"
     for stage in ("transfer", "logits"):
         if (folder / stage / "perplexity.json").is_file():

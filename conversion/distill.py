@@ -96,9 +96,8 @@ class DistillArguments:
     compile: bool = field(
         default=False, metadata={"help": "Compile the layers and the loss with torch.compile; pays from a minute on."}
     )
-    kernel_backend: str | None = field(
-        default=None,
-        metadata={"help": "Overrides the student's kernel_backend in training: auto, eager or triton."},
+    kernel_backend: Literal["auto", "eager", "triton"] | None = field(
+        default=None, metadata={"help": "Overrides the student's kernel_backend in training."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Of both distributions in stage logits."})
     text_weight: float = field(
@@ -227,7 +226,7 @@ class DistillTrainer(Trainer):
         if self.clock is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.clock)
+            self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.clock)
         return self.lr_scheduler
 
     def compute_loss(

@@ -335,7 +335,8 @@ def to_fla(
     part = layer is not None or attention_only
     check_fla_has(config, layers, whole=not (part or alone))
 
-    record, theirs = {}, None
+    record: dict[str, Any] = {}
+    theirs = None
     if not part:
         record, _ = read_record(folder, "fla")
         theirs = from_record(record, state, {})
@@ -398,7 +399,7 @@ def check_fla_has(config: ReBasedConfig, layers: range, whole: bool) -> None:
         (False, True, True),
         (False, True, False),
     ]
-    rows = [
+    rows: list[tuple[str, Any, list[Any]]] = [
         ("layer_types", types, [["linear_attention"]]),
         ("(normalize, use_gamma, use_beta)", flags, possible),
         ("kernel_coefficients", config.coefficients, [(0.0, 0.0, 1.0)]),

@@ -93,7 +93,7 @@ def definitions_of(module: str, wanted: set[str]) -> str:
     """Return those top-level functions and constants of a module that have these names, and those that they use."""
     text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
     tree = ast.parse(text)
-    definitions = {}
+    definitions: dict[str, ast.stmt] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             definitions[node.name] = node

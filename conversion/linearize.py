@@ -75,7 +75,8 @@ def linearize(
         ConversionError: the model has something that ours has no place for, or an argument does not fit it.
     """
     check_destination(destination, overwrite, source)
-    folder, options = Path(source), {"local_files_only": True}
+    folder = Path(source)
+    options: dict[str, Any] = {"local_files_only": True}
     is_gguf = folder.suffix == ".gguf"
     if is_gguf:
         folder, options["gguf_file"] = folder.parent, folder.name

@@ -23,6 +23,7 @@ import gc
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,7 +91,13 @@ def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
         step()
         torch.cuda.reset_peak_memory_stats()
         ms = median_ms(step, 7)
-        row = {"model": name, "T": length, "compiled": compiled, "ms": ms, "tokens_per_s": ids.numel() / ms * 1e3}
+        row: dict[str, Any] = {
+            "model": name,
+            "T": length,
+            "compiled": compiled,
+            "ms": ms,
+            "tokens_per_s": ids.numel() / ms * 1e3,
+        }
         rows.append({**row, "peak_gib": torch.cuda.max_memory_allocated() / 2**30})
         print(f"training    {name:14s} T {length:6d} compiled {compiled!s:5s} {row['tokens_per_s']:8.0f} tokens/s")
         sys.stdout.flush()
@@ -101,7 +108,7 @@ def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:
 
 def time_generate(model: ReBasedForCausalLM, ids: torch.Tensor, steps: int, cache: str) -> dict[str, float]:
     """Return the time per token and of the context, in milliseconds, and the peak memory of `generate()`, in GiB."""
-    options = {"do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if cache == "static":
         options["cache_implementation"] = "static"
 
@@ -156,7 +163,7 @@ def main() -> None:
         sys.exit("This benchmark is for GPUs, and torch sees none here.")
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    tables = {"decode": [], "training": [], "generation": []}
+    tables: dict[str, list] = {"decode": [], "training": [], "generation": []}
     try:
         decode_table(tables["decode"], 12, 16, 64)
         training_table(tables["training"], arguments.tokens, arguments.lengths)

@@ -160,7 +160,8 @@ def extra_memory() -> Iterator[list[float]]:
     """Return the GiB at the peak of a call on top of what exists before or after it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before, result = torch.cuda.memory_allocated(), []
+    before = torch.cuda.memory_allocated()
+    result: list = []
     yield result
     torch.cuda.synchronize()
     result.append((torch.cuda.max_memory_allocated() - max(before, torch.cuda.memory_allocated())) / 2**30)
@@ -293,7 +294,8 @@ def main() -> None:
     print(
         f"{machine['gpu']}: copy {rates['copy_tb_per_s']:.2f} TB/s, matmul {rates['matmul_tflop_per_s']:.0f} TFLOP/s"
     )
-    rows, wrong = [], []
+    rows: list = []
+    wrong: list = []
     try:
         wrong = run(arguments, rates, rows)
     finally:  # also what there is when it is interrupted

@@ -115,7 +115,8 @@ def main() -> None:
         parser.error(f"versions: no triton_rebased.py in {', '.join(missing)}")
     if not torch.cuda.is_available():
         sys.exit("The kernels are for GPUs, and torch sees none here.")
-    rows, kernels = [], []
+    rows: list = []
+    kernels: list = []
     try:
         run(arguments, rows, kernels)
     finally:  # also what there is where a version is wrong

@@ -283,7 +283,7 @@ def plot(found: list[Cell], path: str | Path) -> None:
         axis.grid(True, axis="y", alpha=0.25)
     axes[0, 0].set_ylabel("accuracy")
     seeds = sorted({seed for cell in shown for seed in cell.by_seed})
-    grey = {"color": "#666666", "ls": ""}
+    grey: dict[str, Any] = {"color": "#666666", "ls": ""}
     handles = [
         Line2D([], [], marker=SEED_MARKERS[seed % len(SEED_MARKERS)], label=f"seed {seed}", **grey) for seed in seeds
     ]

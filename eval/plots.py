@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def save(figure: Any, path: str | Path) -> None:
     pyplot.close(figure)
 
 
-def plain_log_axis(axis: Axes, which: str, values: Iterable[float], ticks: Iterable[float] | None = None) -> None:
+def plain_log_axis(
+    axis: Axes, which: Literal["x", "y"], values: Iterable[float], ticks: Iterable[float] | None = None
+) -> None:
     """Make the "x" or "y" axis logarithmic with plain numbers at its ticks: 0.2, 1, 5, 2,048.
 
     Args:
@@ -107,7 +109,7 @@ def plain_log_axis(axis: Axes, which: str, values: Iterable[float], ticks: Itera
 
 
 def label_lines(
-    axis: Axes, ends: list[tuple[float, float, str, str]], gap: float = 0.065, inside: bool = True
+    axis: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.065, inside: bool = True
 ) -> None:
     """Write each line's name beside its last point, apart from the others.
 

@@ -99,7 +99,7 @@ def sweep(runs: list[Run], options: Options, output: str, jobs: int = 1, save: s
             results += run_group(group, options, output, save)
         return results
     context = get_context("spawn")
-    turn = {"initializer": _share_turn, "initargs": (context.Lock(),)} if options.take_turns else {}
+    turn: dict[str, Any] = {"initializer": _share_turn, "initargs": (context.Lock(),)} if options.take_turns else {}
     with ProcessPoolExecutor(jobs, mp_context=context, **turn) as pool:
         futures = [
             pool.submit(run_group, group, options, output, save, number % jobs)

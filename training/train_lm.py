@@ -22,7 +22,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -79,8 +79,8 @@ class ModelArguments:
             "or 'bytes' for a new model."
         },
     )
-    kernel_backend: str | None = field(
-        default=None, metadata={"help": "Overrides the configuration's kernel_backend: auto, eager or triton."}
+    kernel_backend: Literal["auto", "eager", "triton"] | None = field(
+        default=None, metadata={"help": "Overrides the configuration's kernel_backend."}
     )
 
 
@@ -225,7 +225,8 @@ class LMTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # The library's own way does not shift the labels of a compiled model.
-        smoother, self.label_smoother = self.label_smoother, None
+        smoother = self.label_smoother
+        self.label_smoother: Any = None
         self.smoothed_loss = None if smoother is None else functools.partial(smoother, shift_labels=True)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
