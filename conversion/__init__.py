@@ -1,7 +1,7 @@
-"""Checkpoints in and out: other formats to and from this one.
+"""Convert checkpoints of other formats to this one and back.
 
 Each command of `rebased-convert` (`cli.py`) is a function here, with the same arguments. docs/conversion.md says what
-is exact and what is not.
+is exact and what is approximate.
 """
 
 from .authors import from_authors, to_authors

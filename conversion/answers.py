@@ -1,12 +1,12 @@
-"""Text to distil on: what the softmax model itself answers to plain requests.
+"""Make text to distil on: what the softmax model itself answers to plain requests.
 
     python -m modeling_rebased.conversion.answers --teacher SmolLM2-135M-Instruct/ --topics text.txt \\
         --count 1024 --output answers.npy
     python -m modeling_rebased.conversion.distill --stage logits ... --train_file text.txt answers.npy
 
-A student that only reads books forgets how to answer. The requests are templates filled with the longer words of a
-text; the answers are sampled, in the teacher's own chat format, and stored as token ids, each dialogue after an
-end-of-text token, as documents are. Nothing here has seen the prompts that students are compared on.
+A student that reads only books forgets how to answer. The requests are templates, filled with the longer words of a
+text. The answers are sampled in the teacher's own chat format and stored as token ids. As with documents, an
+end-of-text token stands before each dialogue. The prompts that students are compared on are not among these requests.
 """
 
 import argparse
@@ -51,18 +51,18 @@ REQUESTS = (
 
 
 def topics(text: str, count: int) -> list[str]:
-    """The most frequent words of six letters or more that are written small, the most frequent first."""
+    """Return the most frequent lower-case words of six letters or more, the most frequent first."""
     return [word for word, _ in Counter(re.findall(r"\b[a-z]{6,}\b", text)).most_common(count)]
 
 
 def requests(words: list[str], count: int, seed: int = 0) -> list[str]:
-    """`count` requests about words drawn at random, the templates in turn."""
+    """Return `count` requests about words drawn at random, with the templates in turn."""
     draw = random.Random(seed)
     return [REQUESTS[i % len(REQUESTS)].format(*draw.sample(words, 3)) for i in range(count)]
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> BatchEncoding:
-    """The prompts as the tokenizer's chat template has them, padded on the left: input_ids, attention_mask [B, T]."""
+    """Return the prompts in the tokenizer's chat template, padded on the left: input_ids, attention_mask [B, T]."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
@@ -85,13 +85,13 @@ def sample_answers(
     batch_size: int = 1024,
     temperature: float = 0.8,
 ) -> list[int]:
-    """Token ids of the dialogues, one after another.
+    """Return the token ids of the dialogues, one after another.
 
     Args:
         teacher: a model with a chat format.
         tokenizer: its tokenizer, with a chat template.
         prompts: what the user says.
-        new_tokens: an answer's length at most.
+        new_tokens: the greatest length of an answer.
         batch_size: dialogues at once.
         temperature: of the sampling.
     """

@@ -1,8 +1,8 @@
-"""Checkpoints of the paper's authors, in and out, bit for bit.
+"""Convert checkpoints of the paper's authors to this package and back, bit for bit.
 
-Their model is a stack of pre-norm layers whose mixers are the gated short convolution (BaseConv), ReBased or Based,
-with a GELU MLP or none, and an output layer tied to the word embedding. A checkpoint is a `state_dict` saved with
-`torch.save`; there is no configuration with it, so it is read off the tensors.
+The authors' model is a stack of pre-norm layers whose mixers are the gated short convolution (BaseConv), ReBased or
+Based, with a GELU MLP or none, and an output layer tied to the word embedding. A checkpoint is a `state_dict` saved
+with `torch.save`. It has no configuration, so the configuration is read off the tensors.
 """
 
 import os
@@ -80,27 +80,27 @@ def from_authors(
     """Convert a checkpoint of the authors' code into a folder for `from_pretrained`.
 
     Args:
-        source: a file of `torch.save`: the `state_dict`, alone or under "state_dict", "model_state_dict" or "model",
-            its names with or without a common prefix such as Lightning's "model.".
-        destination: the folder to make.
-        num_heads: heads of the attention layers. Needed, unless the sizes leave one possibility.
-        kernel: "rebased" or "based". Needed where queries and keys have no learnt normalisation, for then the two have
-            the same names; defaults to "rebased" where they have.
-        normalize: whether queries and keys are normalised without parameters. Needed for "rebased" without any: the
-            plain x^2 kernel and the normalised one look the same.
-        use_beta: whether a beta stored with a gamma is used. By default, if any of its numbers is not 0: an unused one
-            stays at its initial 0.
-        attention_eps: added to the normaliser; it is in no tensor. 1e-12 in the authors' code.
-        embedding_dropout: for training on; it is in no tensor. 0.1 in the MQAR runs.
-        max_position_embeddings: the length trained on, where there are no learned positions to tell.
-        overwrite: replace `destination` if it exists.
-        dry_run: only report what maps where.
+        source: a file of `torch.save` with the `state_dict`, alone or under "state_dict", "model_state_dict" or
+            "model". Its names may share a prefix, such as Lightning's "model.".
+        destination: the new folder.
+        num_heads: number of heads of the attention layers. Needed unless the sizes allow only one number.
+        kernel: "rebased" or "based". Needed if queries and keys have no learnt normalisation, because the two kernels
+            then have the same names. Otherwise the default is "rebased".
+        normalize: whether queries and keys are normalised without parameters. Needed for "rebased" without parameters,
+            because the plain x^2 kernel and the normalised one then look the same.
+        use_beta: whether a beta stored with a gamma is used. By default it is used if any of its numbers is not 0: an
+            unused beta stays at its initial 0.
+        attention_eps: number added to the normaliser, which no tensor tells. It is 1e-12 in the authors' code.
+        embedding_dropout: dropout for further training, which no tensor tells. It is 0.1 in the MQAR runs.
+        max_position_embeddings: the length of training, if there are no learned positions to tell it.
+        overwrite: whether to replace `destination` if it exists.
+        dry_run: whether to only report what maps where.
 
     Returns:
-        What maps where, and what was inferred.
+        A report of what maps where and what was inferred.
 
     Raises:
-        ConversionError: naming the argument or tensor at fault. Nothing is left behind.
+        ConversionError: an argument or tensor is wrong; the message names it. Nothing is left behind.
     """
     check_destination(destination, overwrite, source)
     theirs, wrapper, beside = read_state_dict(source)
@@ -149,11 +149,11 @@ def read_layout(
     embedding_dropout: float,
     max_position_embeddings: int | None,
 ) -> tuple[ReBasedConfig, dict[str, str | None], list[str]]:
-    """Read the configuration off the tensors. Arguments as in `from_authors`; names are without a prefix.
+    """Read the configuration off the tensors, whose names have no prefix. The arguments are those of `from_authors`.
 
     Returns:
-        The configuration; for each of the state's names, in its order, the name in our model, or `None` for a tensor
-        that is stored and not used; and notes on what was inferred.
+        The configuration. For each name in the state, in its order, the name in this package's model, or `None` for a
+        tensor that is stored but not used. Notes on what was inferred.
     """
     if kernel not in (None, "rebased", "based"):
         raise ConversionError(f"--kernel is {kernel!r}; it must be 'rebased' or 'based'.")
@@ -237,7 +237,7 @@ def read_layout(
 
 
 def _recognise(i: int, own: dict[str, torch.Tensor]) -> tuple[str, str, bool]:
-    """Which mixer layer i has, under which name, and whether it has an MLP."""
+    """Return which mixer layer i has, under which name, and whether it has an MLP."""
     mlp = any(name.startswith("state_mixer.") for name in own)
     expected = set(NORMS) | (set(MLP) if mlp else set())
     mixer = {name for name in own if name.startswith("sequence_mixer.")}
@@ -255,7 +255,7 @@ def _recognise(i: int, own: dict[str, torch.Tensor]) -> tuple[str, str, bool]:
 def _heads(
     state: State, mapping: dict[str, Any], layers: list[int], hidden_size: int, heads: int | None, notes: list[str]
 ) -> dict[str, int]:
-    """num_attention_heads, feature_dim and head_dim of the attention layers, which must agree."""
+    """Return num_attention_heads, feature_dim and head_dim of the attention layers, which must agree."""
     theirs = {ours: name for name, ours in mapping.items()}
     sizes = {}
     for i in layers:
@@ -293,7 +293,7 @@ def _flags(
     use_beta: bool | None,
     notes: list[str],
 ) -> dict[str, Any]:
-    """The kernel and the three flags of the normalisation, as far as the tensors tell, else as the arguments do."""
+    """Return the kernel and the flags of the normalisation, from the tensors where they tell, else the arguments."""
 
     def settle(field: str, found: bool, given: bool | None, why: str) -> bool:
         if given not in (None, found):
@@ -350,19 +350,20 @@ def to_authors(
 ) -> Report:
     """Convert a ReBased folder into a checkpoint of the authors' code.
 
-    Where the folder came from `from_authors` names, their order and the wrapper are those of the original file, and
-    unchanged weights are the same bit for bit. Otherwise names are as their trainer saves them.
+    If the folder came from `from_authors`, the names, their order and the wrapper are those of the original file, and
+    unchanged weights are equal bit for bit. Otherwise the names are those that the authors' trainer saves.
 
     Args:
         source: the folder of a model.
-        destination: the file to make, of `torch.save` (or safetensors, if the name ends in ".safetensors").
+        destination: the new file, written by `torch.save`, or as safetensors if its name ends in ".safetensors".
         overwrite, dry_run: as in `from_authors`.
 
     Returns:
-        What maps where.
+        A report of what maps where.
 
     Raises:
-        ConversionError: the authors' code has no such model; the message names the configuration's fields at odds.
+        ConversionError: the authors' code has no such model. The message names the fields of the configuration that it
+            cannot express.
     """
     check_destination(destination, overwrite, source)
     config, state = load_folder(source)
@@ -389,7 +390,7 @@ def to_authors(
 
 
 def authors_names(config: ReBasedConfig) -> Iterator[tuple[str, str | None]]:
-    """The authors' names of a model's tensors, in their order, each with ours, or `None` for a beta not used."""
+    """Return the authors' names in their order, each with this package's name, or `None` for an unused beta."""
     yield EMBEDDING, "model.embed_tokens.weight"
     if config.position_embedding_type == "learned":
         yield POSITIONS, "model.embed_positions.weight"
@@ -415,7 +416,7 @@ def check_authors_have(config: ReBasedConfig) -> None:
     """Check that the authors' code can build the model.
 
     Raises:
-        ConversionError: naming every field at odds, what it is and what it must be.
+        ConversionError: a field does not fit. The message names each one, what it is and what it must be.
     """
     rows: list[tuple[str, Any, list[Any]]] = [
         ("norm_type", config.norm_type, ["layernorm"]),

@@ -1,10 +1,10 @@
-"""The released models of Based, in.
+"""Convert the released models of Based to this package.
 
 Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (2024), published by
 HazyResearch as based-360m, based-1b and based-1b-50b: gated short convolutions, with Taylor linear attention and
-sliding-window softmax attention of rotary positions between them, RMSNorm and SwiGLU. Their names are those of
-flash-attn's GPT model. A folder of the Hub has a `config.json` of transformers' GPT2 with more in it; what neither it
-nor the tensors tell is asked for.
+sliding-window softmax attention of rotary positions between them, RMSNorm and SwiGLU. The names of their tensors are
+those of flash-attn's GPT model. A folder of the Hub has a `config.json` of transformers' GPT2 with more fields. What
+neither this file nor the tensors tell must be given as an argument.
 """
 
 import json
@@ -79,30 +79,31 @@ def from_based(
 ) -> Report:
     """Convert a released model of Based into a folder for `from_pretrained`.
 
-    An argument that is given goes before what `config.json` says.
+    An argument that is given takes precedence over `config.json`.
 
     Args:
-        source: a folder of the Hub (`config.json`, and `model.safetensors` or `pytorch_model.bin`); or a file, of
-            `torch.save` or safetensors, with the `state_dict` alone or under "state_dict", "model_state_dict" or
-            "model".
-        destination: the folder to make.
-        num_heads: heads of the attention layers. In no tensor, so needed where there is no `config.json`; 16 in the
-            released models.
-        window_size: as their configurations have it. A token sees the `window_size // 2` before it and itself, so
-            `sliding_window` is one more than the half. In no tensor either.
-        attention_eps: added to the normaliser of the linear attention; their default is 1e-12.
-        norm_eps: of RMSNorm; 1e-5 if nothing tells.
-        rope_theta: base of the rotary embedding; 10000 if nothing tells.
-        max_position_embeddings: the length trained on; 2048 if nothing tells.
-        tokenizer: folder with their tokenizer, which is GPT-2's. By default the one in `source`, if any.
-        overwrite: replace `destination` if it exists.
-        dry_run: only report what maps where.
+        source: a folder of the Hub (`config.json`, and `model.safetensors` or `pytorch_model.bin`), or a file of
+            `torch.save` or safetensors. The file holds the `state_dict`, alone or under "state_dict",
+            "model_state_dict" or "model".
+        destination: the new folder.
+        num_heads: number of heads of the attention layers. No tensor tells it, so it is needed without a
+            `config.json`. It is 16 in the released models.
+        window_size: the value in the published configurations. A token sees itself and the `window_size // 2` tokens
+            before it, so `sliding_window` is half of it and one more. No tensor tells it either.
+        attention_eps: number added to the normaliser of the linear attention. By default 1e-12, as published.
+        norm_eps: epsilon of RMSNorm. By default 1e-5.
+        rope_theta: base of the rotary embedding. By default 10000.
+        max_position_embeddings: the length of training. By default 2048.
+        tokenizer: folder with the models' tokenizer, which is GPT-2's. By default the one in `source`, if any.
+        overwrite: whether to replace `destination` if it exists.
+        dry_run: whether to only report what maps where.
 
     Returns:
-        What maps where, and what was inferred.
+        A report of what maps where and what was inferred.
 
     Raises:
-        ConversionError: naming the argument, tensor or field of `config.json` at fault. Nothing is left behind.
+        ConversionError: an argument, a tensor or a field of `config.json` is wrong; the message names it. Nothing is
+            left behind.
     """
     check_destination(destination, overwrite, source)
     theirs, state, left_out = read_checkpoint(Path(source))
@@ -147,7 +148,7 @@ def from_based(
 
 
 def read_checkpoint(source: Path) -> tuple[dict[str, Any], State, list[str]]:
-    """The fields of `config.json`, none where there is no such file; the tensors; and what is left out beside them.
+    """Return the fields of `config.json` (none without that file), the tensors, and what is left out beside them.
 
     Raises:
         ConversionError: there are no weights, or they or the configuration cannot be read.
@@ -173,7 +174,7 @@ def read_checkpoint(source: Path) -> tuple[dict[str, Any], State, list[str]]:
 
 
 def _mixer(theirs: dict[str, Any], word: str) -> dict[str, Any]:
-    """The part of `config.json` about the mixer whose class has `word` in its name; empty where there is none."""
+    """Return the part of `config.json` about the mixer whose class has `word` in its name, empty if there is none."""
     for key in ("mixer", "alt_mixer", "alt_mixer_2"):
         part = theirs.get(key)
         if isinstance(part, dict) and word in str(part.get("_target_", "")).rsplit(".", 1)[-1]:
@@ -182,7 +183,7 @@ def _mixer(theirs: dict[str, Any], word: str) -> dict[str, Any]:
 
 
 def _settle(field: str, given: float | None, found: dict[str, Any], default: float | None = None) -> Any:
-    """The argument, else `field` of a part of `config.json`, else the default."""
+    """Return the argument, else `field` of a part of `config.json`, else the default."""
     value = given if given is not None else found.get(field)
     if value is None:
         return default
@@ -192,10 +193,10 @@ def _settle(field: str, given: float | None, found: dict[str, Any], default: flo
 
 
 def check_config(theirs: dict[str, Any]) -> None:
-    """Check that what `config.json` says is what the released models say, where it decides on the computation.
+    """Check that `config.json` agrees with the released models in all that decides the computation.
 
     Raises:
-        ConversionError: naming every field at odds, what it is and what it must be.
+        ConversionError: a field does not fit. The message names each one, what it is and what it must be.
     """
     linear, sliding = _mixer(theirs, "LinearAttention"), _mixer(theirs, "Slid")
     feature_map = linear.get("feature_map", {})
@@ -228,16 +229,16 @@ def check_config(theirs: dict[str, Any]) -> None:
 def read_layout(
     state: State, settings: dict[str, Any], notes: list[str]
 ) -> tuple[ReBasedConfig, dict[str, tuple[str, ...]]]:
-    """The configuration, and for each of the state's names the names of what it holds in our model.
+    """Return the configuration, and for each name in the state the names of its parts in this package's model.
 
     Args:
         state: tensors by their names, without a prefix.
         settings: what the tensors do not tell, by the names of `from_based`'s arguments, and the ids of the tokens
-            that begin and end a text; `None` where nothing does.
-        notes: what is inferred is added to it.
+            that begin and end a text, or `None` without such tokens.
+        notes: list to which what is inferred is added.
 
     Raises:
-        ConversionError: the tensors make no such model, or a setting that they need is `None`.
+        ConversionError: the tensors are not of such a model, or a setting that they need is `None`.
     """
     if EMBEDDING not in state and HEAD not in state:
         raise ConversionError(f"SOURCE has neither {EMBEDDING!r} nor {HEAD!r}.")
@@ -305,7 +306,7 @@ def read_layout(
 
 
 def _recognise(i: int, own: dict[str, torch.Tensor]) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """Which mixer layer i has, and the names in it, each with ours."""
+    """Return which mixer layer i has, and the names in it, each with this package's name."""
     # Their older class names the convolution conv1.
     alias = {name.replace("mixer.conv1.", "mixer.conv."): name for name in own}
     for kind, names in MIXERS.items():
@@ -334,7 +335,7 @@ def _attention_fields(
     settings: dict[str, Any],
     notes: list[str],
 ) -> dict[str, Any]:
-    """The configuration's fields of the attention layers."""
+    """Return the configuration's fields of the attention layers."""
     attention = sorted(set(kinds) - {"conv"})
     heads, window = settings["num_heads"], settings["window_size"]
     if not attention:

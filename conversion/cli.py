@@ -1,10 +1,10 @@
-"""rebased-convert: checkpoints of other code into ReBased models, and back.
+"""Convert checkpoints of other code into ReBased models and back: the command rebased-convert.
 
     rebased-convert COMMAND SOURCE [DESTINATION] [options]
     python -m modeling_rebased.conversion.cli ...               # the same in a checkout
 
-`rebased-convert COMMAND --help` says what a command takes, with examples. An output appears only when it is complete;
-after an error there is none.
+`rebased-convert COMMAND --help` explains a command, with examples. An output appears only when it is complete. After
+an error there is none.
 """
 
 import argparse
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 1 after an error, which is printed, or 2 for its usage."""
+    """Run the command line and return the exit status: 0, 1 after an error, which is printed, or 2 for wrong usage."""
     arguments = vars(_parser().parse_args(argv))
     function, _ = arguments.pop("function"), arguments.pop("command")
     # A terminated run cleans up as an interrupted one does.

@@ -9,18 +9,18 @@ from transformers import TrainerCallback, TrainingArguments
 
 
 class Clock:
-    """A learning rate that falls in a line until the time is up.
+    """Lower the learning rate along a straight line until the time is up.
 
-    For `LambdaLR`, which stores it with a checkpoint, so that a run that goes on knows how long it has trained. The
-    time until the first step ends, when code is compiled, counts, but the learning rate does not fall in it.
+    `LambdaLR` stores the clock with a checkpoint, so that a continued run knows how long it has trained. The time
+    until the first step ends, in which code is compiled, counts. The learning rate does not fall during that time.
 
     Args:
-        warmup_steps: steps in which the learning rate rises.
+        warmup_steps: number of steps in which the learning rate rises.
 
     Attributes:
         seconds: how long to train.
         spent: seconds since the start, in this process and those before it.
-        progress: share of the time that is spent, from the first step on; at 1 the run is over.
+        progress: share of the time that is spent, from the first step on. At 1 the run is over.
     """
 
     def __init__(self, warmup_steps: int):
@@ -30,11 +30,11 @@ class Clock:
         self.stepped = False
 
     def start(self, seconds: float) -> None:
-        """A process begins to train."""
+        """Note that a process begins to train."""
         self.seconds, self.last, self.stepped = seconds, time.monotonic(), False
 
     def tick(self) -> None:
-        """A step has ended."""
+        """Note that a step has ended."""
         passed = torch.tensor(time.monotonic() - self.last, dtype=torch.float64)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Every process must see the same time, or their weights part ways.
@@ -52,12 +52,12 @@ class Clock:
             self.progress = 1.0
 
     def __call__(self, step: int) -> float:
-        """The learning rate's factor after `step` steps."""
+        """Return the factor of the learning rate after `step` steps."""
         return min(1.0, (step + 1) / (self.warmup_steps + 1)) * (1.0 - self.progress)
 
 
 class StopByClock(TrainerCallback):
-    """Tells a `Clock` the time, and ends the run when it is up."""
+    """Tell a `Clock` the time, and end the run when the time is up."""
 
     def __init__(self, clock: Clock, seconds: float):
         self.clock = clock

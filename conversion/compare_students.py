@@ -3,9 +3,9 @@
     python -m modeling_rebased.conversion.compare_students output/ --teacher teacher/ --student pure=output/pure \\
         --student hybrid=output/hybrid --text heldout.txt --text other.txt
 
-A student's folder may hold start/, which `linearize` made, and transfer/ and logits/, the output folders of
-`conversion.distill`; the last of them is the student. Perplexities that distill measured of the same text are taken
-from there, others are measured here. Writes, as they come,
+A student's folder may hold start/, which `linearize` made, and the output folders transfer/ and logits/ of
+`conversion.distill`. The last of them is the student. Perplexities of the same text that distill measured are taken
+from there, and others are measured here. The results are written as they come:
 
     OUTPUT/results.json    all numbers and answers
     OUTPUT/report.md       perplexities of every stage, decoding speed and memory, and how fluent the answers are
@@ -13,9 +13,9 @@ from there, others are measured here. Writes, as they come,
 
 `python -m modeling_rebased.eval.plots OUTPUT` draws the losses of training, which are in results.json.
 
-On a GPU perplexities are in float32 with TF32 products, the rest is in bfloat16. Answers are greedy with a repetition
-penalty of 1.1, the same for all; decoding goes step by step with the cache of transformers, after a context of which
-every model has seen every token.
+On a GPU perplexities are in float32 with TF32 products, and the rest is in bfloat16. Answers are greedy with a
+repetition penalty of 1.1 for all models. Decoding goes step by step with the cache of transformers, after a context of
+which every model has seen every token.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ PROMPTS = (
 
 
 def stages_of(folder: Path) -> dict[str, Path]:
-    """The stages that a student's folder holds, in order; the folder itself is one where it is a model."""
+    """Return the stages in a student's folder, in order. A folder that is itself a model is one stage."""
     found = {name: folder / path for name, path in STAGES.items() if (folder / path / "config.json").is_file()}
     if not found and (folder / "config.json").is_file():
         found = {"student": folder}
@@ -83,7 +83,7 @@ def stages_of(folder: Path) -> dict[str, Path]:
 
 
 def load(folder: Path, dtype: torch.dtype, backend: str, device: str) -> PreTrainedModel:
-    """Return a model for inference; if it is a ReBased model, on the backend named."""
+    """Return a model for inference. A ReBased model uses the given backend."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type == ReBasedConfig.model_type:
         config.kernel_backend = backend
@@ -97,7 +97,7 @@ def load(folder: Path, dtype: torch.dtype, backend: str, device: str) -> PreTrai
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], new_tokens: int
 ) -> list[str]:
-    """Greedy answers in the chat format, all prompts in one batch."""
+    """Return greedy answers in the chat format, with all prompts in one batch."""
     inputs = chat(tokenizer, prompts).to(model.device)
     output = model.generate(
         **inputs,
@@ -113,7 +113,7 @@ def answer(
 def judged_by(
     judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], answers: list[str]
 ) -> float:
-    """The judge's perplexity of the answers, given their prompts: low where it finds them fluent and to the point."""
+    """Return the judge's perplexity of the answers given their prompts, which is low for fluent, apt answers."""
     total, count = 0.0, 0
     for prompt, text in zip(prompts, answers):
         before = chat(tokenizer, (prompt,))["input_ids"]
@@ -128,7 +128,7 @@ def judged_by(
 
 
 def repeated(answers: list[str]) -> float:
-    """Share of the answers' runs of four words that had been said before in the same answer: high in a loop."""
+    """Return the share of four-word runs that repeat one of the same answer, which is high in a loop."""
     runs = new = 0
     for text in answers:
         words = text.split()
@@ -141,7 +141,7 @@ def repeated(answers: list[str]) -> float:
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in a cache."""
+    """Yield all tensors in a cache."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -157,7 +157,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, ids: torch.Tensor, piece: int) -> tuple[Cache, torch.Tensor]:
-    """The cache after ids [1, T], fed in pieces, and the next token [1, 1]."""
+    """Return the cache after ids [1, T], which are fed in pieces, and the next token [1, 1]."""
     cache = None
     for start in range(0, ids.shape[1], piece):
         output = model(
@@ -171,13 +171,13 @@ def fill(model: PreTrainedModel, ids: torch.Tensor, piece: int) -> tuple[Cache, 
 def decode_speed(
     model: PreTrainedModel, ids: torch.Tensor, batches: list[int], steps: int, piece: int = 1024
 ) -> list[dict[str, Any]]:
-    """Tokens per second of greedy steps after the context `ids`, [1, T], at several batch sizes.
+    """Measure the tokens per second of greedy steps after the context `ids`, [1, T], at several batch sizes.
 
-    The context is read once; for a larger batch its cache is repeated.
+    The context is read once, and its cache is repeated for larger batches.
 
     Returns:
-        A row for each batch size: "tokens_per_s" of the whole batch, "ms" of a step, "cache_mib" of the cache, and on
-        a GPU "peak_gib", of weights, cache and the step's work together.
+        A row per batch size: "tokens_per_s" of the whole batch, "ms" per step, "cache_mib" of the cache, and on a GPU
+        "peak_gib" of weights, cache and the step's work together.
     """
     cuda = ids.is_cuda
     rows = []
@@ -216,7 +216,7 @@ def decode_speed(
 
 
 def table(rows: list[list[Any]]) -> str:
-    """A table in Markdown; the first row is its head."""
+    """Return a table in Markdown, whose first row is its head."""
     lines = ["| " + " | ".join(_cell(each) for each in row) + " |" for row in rows]
     return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
 
@@ -228,7 +228,7 @@ def _cell(value: Any) -> str:
 
 
 def report(results: dict[str, Any]) -> str:
-    """report.md."""
+    """Return the text of report.md."""
     text = ["# Linearized students beside their teacher\n"]
     rows = results.get("perplexity", [])
     kinds = list(dict.fromkeys((row["file"], row["length"]) for row in rows))
@@ -276,7 +276,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def side_by_side(results: dict[str, Any]) -> str:
-    """answers.md."""
+    """Return the text of answers.md."""
     answers = results["answers"]
     text = ["# Answers to twenty prompts\n\nGreedy, with a repetition penalty of 1.1, the same for all models.\n"]
     for i, prompt in enumerate(results["prompts"]):
@@ -289,7 +289,7 @@ def side_by_side(results: dict[str, Any]) -> str:
 
 
 def read_training(model: str, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """What `conversion.distill` left of each stage.
+    """Read what `conversion.distill` left of each stage.
 
     Returns:
         Rows of the training table, the curves of the losses, and perplexities of the stages before and after.
@@ -323,7 +323,7 @@ def read_training(model: str, folder: Path) -> tuple[list[dict[str, Any]], list[
 
 
 def machine() -> dict[str, str]:
-    """What this runs on."""
+    """Return the device and the releases of this run."""
     import transformers
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -331,10 +331,10 @@ def machine() -> dict[str, str]:
 
 
 class Comparison:
-    """The measurements and what they found, written to a folder whenever something is added.
+    """Measure models, and write the results to a folder whenever something is added.
 
     Args:
-        arguments: the command line's.
+        arguments: those of the command line.
     """
 
     def __init__(self, arguments: argparse.Namespace):
@@ -360,7 +360,7 @@ class Comparison:
         self.judge: PreTrainedModel | None = None
 
     def run(self) -> None:
-        """Measure everything; what fails is noted, and what comes after it is measured all the same."""
+        """Measure everything. A failure is noted, and what comes after it is still measured."""
         end = time.monotonic() + self.arguments.max_seconds
         self.write()
         # What matters most comes first: the finished models, and only then the stages before.
@@ -400,7 +400,7 @@ class Comparison:
         return True
 
     def measure_perplexity(self, name: str, stage: str) -> None:
-        """Of one stage of a model, on every text and at every length of which it is not known yet."""
+        """Measure the perplexity of one stage of a model on every text and length where it is not known yet."""
         model = None
         rows = self.results.setdefault("perplexity", [])
         for (path, length), blocks in self.texts.items():
@@ -414,7 +414,7 @@ class Comparison:
         rows.sort(key=lambda row: order.index((row["model"], row["stage"])))
 
     def measure_answers(self, name: str, stage: str, backend: str) -> None:
-        """A model's answers, and what the teacher thinks of them."""
+        """Collect a model's answers, and let the teacher judge them."""
         if self.judge is None:
             self.judge = load(self.arguments.teacher, torch.float32, "eager", self.device)
         model = load(self.models[name][stage], self.half, backend, self.device)
@@ -425,7 +425,7 @@ class Comparison:
         print(f"answers of {name}: perplexity {judged:.2f} to the teacher, {row['repeated']:.3f} repeated", flush=True)
 
     def measure_speed(self, name: str, stage: str, backend: str) -> None:
-        """How fast a model decodes after a long context of random tokens."""
+        """Measure how fast a model decodes after a long context of random tokens."""
         self.judge = None
         model = load(self.models[name][stage], self.half, backend, self.device)
         generator = torch.Generator().manual_seed(0)

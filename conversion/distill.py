@@ -8,14 +8,17 @@
     accelerate launch -m modeling_rebased.conversion.distill ...                 # any number of GPUs
 
 `rebased-distill` is `python -m modeling_rebased.conversion.distill`. Beside the arguments below, every one of
-transformers' TrainingArguments can be given. Stage "transfer" teaches each linear layer, by itself, to say what the
-teacher's attention says of the same input; all but its queries, keys, their normalisation and the gate is frozen.
+transformers' TrainingArguments can be given. Stage "transfer" teaches each linear layer by itself to match the
+output of the teacher's attention on the same input. It trains only queries, keys, their normalisation and the gate.
 Stage "logits" teaches the whole student the teacher's distribution of the next token. The defaults of each stage are
 the published recipe (docs/conversion.md).
 
-The same command goes on from the newest complete checkpoint in OUTPUT_DIR. A finished run is left as it is, and a
-folder that holds another run is refused. The model and its card go to OUTPUT_DIR/final, held-out perplexities of
-teacher and student, before and after, to OUTPUT_DIR/perplexity.json, and the losses to OUTPUT_DIR/trainer_state.json.
+The same command continues from the newest complete checkpoint in OUTPUT_DIR. A finished run is left as it is, and a
+folder that holds another run is refused. A run writes:
+
+    OUTPUT_DIR/final                 the model and its card
+    OUTPUT_DIR/perplexity.json       held-out perplexities of the teacher, and of the student before and after
+    OUTPUT_DIR/trainer_state.json    the losses
 """
 
 import argparse
@@ -69,7 +72,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class DistillArguments:
-    """What is taught to what, on what."""
+    """Hold the models, the text and the settings of one stage."""
 
     stage: Literal["transfer", "logits"] = field(metadata={"help": "What is matched: attention outputs, or logits."})
     teacher: str = field(metadata={"help": "Folder of the softmax model."})
@@ -109,7 +112,7 @@ class DistillArguments:
 
 @dataclass
 class DistillTrainingArguments(TrainingArguments):
-    """transformers' arguments, with the published recipe as defaults."""
+    """Hold the arguments of transformers, with the published recipe as defaults."""
 
     learning_rate: float = field(
         default=6e-4, metadata={"help": "Peak learning rate; default: 1e-2 in stage transfer, 6e-4 in logits."}
@@ -145,14 +148,14 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DistillArguments, DistillTrain
 
 
 class AttentionTap:
-    """Sees, and can replace, what goes into attention modules, and sees what comes out.
+    """Record the inputs and outputs of attention modules, and replace inputs on request.
 
     Args:
         modules: the attention modules, by layer.
 
     Attributes:
         inputs, outputs: [B, T, hidden_size] of each layer in the last forward pass.
-        replace: what to put in the inputs' place, by layer. Then the outputs are cut off the graph for the layers that
+        replace: inputs to use instead, by layer. The outputs are then detached from the graph for the layers that
             follow, so that each layer learns by itself.
     """
 
@@ -186,13 +189,13 @@ class AttentionTap:
 
 
 class DistillTrainer(Trainer):
-    """The library's Trainer with a teacher.
+    """Train a student with the Trainer of transformers and a teacher.
 
     Args:
-        model: the student; in stage "transfer" what `without_mlps` makes of it.
-        teacher: the softmax model; not trained, not saved.
+        model: the student, or in stage "transfer" what `without_mlps` makes of it.
+        teacher: the softmax model, which is neither trained nor saved.
         distill: the stage and its settings.
-        others: as the library's.
+        others: as in the Trainer.
     """
 
     def __init__(self, *, teacher: PreTrainedModel, distill: DistillArguments, **kwargs: Any):
@@ -222,7 +225,7 @@ class DistillTrainer(Trainer):
                     layer.compile(dynamic=False)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As the library's, or by the clock where there is one."""
+        """Make the schedule of the Trainer, or one by the clock if there is a clock."""
         if self.clock is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
@@ -261,10 +264,10 @@ class DistillTrainer(Trainer):
 
 
 def linear_layers(student: ReBasedForCausalLM) -> list[int]:
-    """Numbers of the layers that have linear attention.
+    """Return the numbers of the layers that have linear attention.
 
     Raises:
-        ConversionError: none has.
+        ConversionError: no layer has it.
     """
     layers = [i for i, layer_type in enumerate(student.config.layer_types) if layer_type in LINEAR_LAYER_TYPES]
     if not layers:
@@ -275,7 +278,7 @@ def linear_layers(student: ReBasedForCausalLM) -> list[int]:
 def without_mlps(student: ReBasedForCausalLM) -> ReBasedForCausalLM:
     """Return a model that shares the student's parameters and has no MLPs.
 
-    In stage "transfer" each attention module hears the teacher, so nobody hears the student's MLPs.
+    In stage "transfer" each attention module gets the teacher's inputs, so the student's MLPs have no effect.
     """
     config = copy.deepcopy(student.config)
     config.mlp_type = "none"
@@ -286,7 +289,7 @@ def without_mlps(student: ReBasedForCausalLM) -> ReBasedForCausalLM:
 
 
 def freeze_all_but_transferred(student: ReBasedForCausalLM) -> None:
-    """Leave only the queries, keys, their normalisation and the gates of linear layers to be trained."""
+    """Freeze everything but the queries, keys, their normalisation and the gates of linear layers."""
     student.requires_grad_(False)
     for i in linear_layers(student):
         for name, parameter in student.model.layers[i].self_attn.named_parameters():
@@ -295,7 +298,7 @@ def freeze_all_but_transferred(student: ReBasedForCausalLM) -> None:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, blocks: TokenBlocks, batch_tokens: int = 4096) -> float:
-    """Return exp of the mean loss of a token, given those before it in its example."""
+    """Return the exponential of the mean loss per token, given the tokens before it in its example."""
     model.eval()
     length = blocks.length
     batch_size = max(1, batch_tokens // length)
@@ -310,7 +313,7 @@ def perplexity(model: PreTrainedModel, blocks: TokenBlocks, batch_tokens: int = 
 
 
 def check_pair(teacher: PreTrainedModel, student: ReBasedForCausalLM) -> None:
-    """Check that the student can be one of the teacher's.
+    """Check that the student fits the teacher.
 
     Raises:
         ConversionError: their sizes differ.
@@ -325,7 +328,7 @@ def read_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: in
     """Return the blocks of some files.
 
     Raises:
-        ConversionError: a file cannot be read, or they hold less than one block.
+        ConversionError: a file cannot be read, or the files hold less than one block.
     """
     try:
         return TokenBlocks(files, tokenizer, length)
@@ -337,7 +340,7 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
     """Refuse arguments that do not go together, before anything is loaded.
 
     Raises:
-        ConversionError: naming the argument.
+        ConversionError: an argument does not fit; the message names it.
     """
     if distill.max_seconds is not None and distill.max_seconds <= 0:
         raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
@@ -378,12 +381,12 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         command: what was typed, for the model's card.
 
     Returns:
-        For each held-out file and length a row with the perplexities of the "teacher" (in the type in which it taught)
-        and of the "student" and what it was "before" (in float32, with TF32 products on a GPU), as
-        OUTPUT_DIR/perplexity.json has them.
+        A row per held-out file and length, as in OUTPUT_DIR/perplexity.json. It has the perplexities of the "teacher"
+        (in the dtype in which it taught), and of the student now ("student") and at the start ("before"). The
+        student's are in float32, with TF32 products on a GPU.
 
     Raises:
-        ConversionError: an argument cannot be, or OUTPUT_DIR holds another run.
+        ConversionError: an argument is wrong, or OUTPUT_DIR holds another run.
     """
     set_seed(arguments.seed)
     # Not the library's --tf32: torch.compile before 2.13 cannot read what that sets.
@@ -489,7 +492,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
 def _identity(
     distill: DistillArguments, tokenizer: PreTrainedTokenizerBase, train: TokenBlocks, seed: int
 ) -> dict[str, Any]:
-    """Return what makes a run this run and no other."""
+    """Return the values that tell this run from another."""
     settings = ("stage", "context_length", "temperature", "text_weight", "lora_rank")
     return {
         "--student (a hash of its weights)": weights_identity(distill.student),
@@ -553,7 +556,7 @@ def _card(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     distill, arguments = parse_arguments(argv)
     try:

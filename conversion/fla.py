@@ -1,8 +1,8 @@
-"""flash-linear-attention's ReBased layers, in and out, bit for bit.
+"""Convert flash-linear-attention's ReBased layers to this package and back, bit for bit.
 
-Its `ReBasedLinearAttention` normalises each head by itself, with one gamma and beta for queries, keys and all heads. A
-checkpoint may hold one such layer, a stack of them, or a model around them with the names that all of the library's
-models share: `model.embeddings`, `attn_norm`, `mlp_norm`, `mlp.{gate,up,down}_proj`, RMSNorm and SwiGLU.
+The library's `ReBasedLinearAttention` normalises each head by itself, with one gamma and beta for queries, keys and
+all heads. A checkpoint may hold one such layer, a stack of them, or a model around them with the names that all of the
+library's models share: `model.embeddings`, `attn_norm`, `mlp_norm`, `mlp.{gate,up,down}_proj`, RMSNorm and SwiGLU.
 """
 
 import os
@@ -55,21 +55,22 @@ def from_fla(
     Args:
         source: a file of `torch.save` (a `state_dict`, alone or under "state_dict", "model_state_dict" or "model") or
             a `.safetensors` file.
-        destination: the folder to make.
-        num_heads: heads of the layers. Needed only where they have neither gamma nor beta, whose size tells.
-        normalize: whether queries and keys are normalised. It is in no tensor; defaults to the library's `True`.
-        attention_eps: the layer's `eps`, in no tensor. The library's default is 1e-5; its modes "chunk" and
+        destination: the new folder.
+        num_heads: number of heads of the layers. Needed only if they have neither gamma nor beta, whose size tells it.
+        normalize: whether queries and keys are normalised, which no tensor tells. By default `True`, as in the
+            library.
+        attention_eps: the layer's `eps`, which no tensor tells. The library's default is 1e-5. Its modes "chunk" and
             "fused_chunk" do not read it and add 1e-10.
-        norm_eps: of a whole model's RMSNorm, in no tensor. The library's default is 1e-6.
-        max_position_embeddings: the length trained on, in no tensor.
-        overwrite: replace `destination` if it exists.
-        dry_run: only report what maps where.
+        norm_eps: epsilon of a whole model's RMSNorm, which no tensor tells. The library's default is 1e-6.
+        max_position_embeddings: the length of training, which no tensor tells.
+        overwrite: whether to replace `destination` if it exists.
+        dry_run: whether to only report what maps where.
 
     Returns:
-        What maps where, and what was inferred.
+        A report of what maps where and what was inferred.
 
     Raises:
-        ConversionError: naming the argument or tensor at fault. Nothing is left behind.
+        ConversionError: an argument or tensor is wrong; the message names it. Nothing is left behind.
     """
     check_destination(destination, overwrite, source)
     theirs, wrapper, beside = read_state_dict(source)
@@ -136,7 +137,7 @@ def from_fla(
 
 
 def _find_layers(state: State) -> tuple[list[str], list[str]]:
-    """What stands before each layer's names, by the layer's number; and the names that are not of the layers."""
+    """Return the prefix of each layer's names by the layer's number, and the names that belong to no layer."""
     roots = {name.removesuffix("q_proj.weight") for name in state if name.endswith("q_proj.weight")}
     if roots == {""}:
         return [""], []
@@ -158,7 +159,7 @@ def _find_layers(state: State) -> tuple[list[str], list[str]]:
 def _layer_fields(
     state: State, roots: list[str], heads: int | None, normalize: bool | None, notes: list[str]
 ) -> dict[str, Any]:
-    """The configuration's fields of the attention, which must be one for all layers."""
+    """Return the configuration's fields of the attention, which all layers must share."""
     found = set()
     for root in roots:
         for name in PROJECTIONS:
@@ -215,7 +216,7 @@ def _layer_fields(
 
 
 def _model_fields(state: State, roots: list[str], rest: list[str], mapping: dict[str, str]) -> dict[str, Any]:
-    """The fields of the model around the layers. Adds its names to `mapping`."""
+    """Return the fields of the model around the layers, and add its names to `mapping`."""
     blocks = [root.removesuffix("attn.") for root in roots]
     base = blocks[0].removesuffix("layers.0.")
     embedding, head = f"{base}embeddings.weight", "lm_head.weight"
@@ -243,16 +244,16 @@ def _model_fields(state: State, roots: list[str], rest: list[str], mapping: dict
 
 
 def attention_shapes(config: ReBasedConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor in `attention.safetensors`."""
+    """Return the name and shape of every tensor in `attention.safetensors`."""
     shapes = {name.removeprefix("model."): shape for name, shape in model_shapes(config).items()}
     return {name: shape for name, shape in shapes.items() if ".self_attn." in name}
 
 
 def check_attention(config: ReBasedConfig, state: State, where: str) -> None:
-    """Check that `state` has just the attention tensors that `config` asks for.
+    """Check that `state` has exactly the attention tensors that `config` asks for.
 
     Raises:
-        ConversionError: naming a tensor that is missing, unknown or of a wrong shape.
+        ConversionError: a tensor is missing, unknown or of a wrong shape; the message names it.
     """
     shapes = attention_shapes(config)
     for name in sorted(set(shapes) | set(state)):
@@ -263,13 +264,13 @@ def check_attention(config: ReBasedConfig, state: State, where: str) -> None:
 
 
 def load_attention(folder: str | os.PathLike) -> nn.ModuleList:
-    """The layers that `from_fla` wrote without a model around them.
+    """Load the layers that `from_fla` wrote without a model around them.
 
     Args:
-        folder: the folder that it made.
+        folder: the folder that `from_fla` made.
 
     Returns:
-        One attention module a layer; `module(hidden_states)[0]` maps [B, T, hidden_size] to the same shape.
+        One attention module per layer. `module(hidden_states)[0]` maps [B, T, hidden_size] to the same shape.
 
     Raises:
         ConversionError: the folder is not complete.
@@ -305,21 +306,21 @@ def to_fla(
 ) -> Report:
     """Convert ReBased layers, or a model of them, into a `state_dict` for flash-linear-attention.
 
-    Where the folder came from `from_fla` names, their order and the wrapper are those of the original file, and
-    unchanged weights are the same bit for bit. Otherwise names are as the library's models have them.
+    If the folder came from `from_fla`, the names, their order and the wrapper are those of the original file, and
+    unchanged weights are equal bit for bit. Otherwise the names are those of the library's models.
 
     Args:
         source: the folder of a model, or one that `from_fla` made of layers alone.
-        destination: the file to make, of `torch.save` (or safetensors, if the name ends in ".safetensors").
-        layer: convert this layer alone, by its number from 0, into the `state_dict` of a `ReBasedLinearAttention`.
-        attention_only: convert the attention layers alone, as `layers.{i}.attn.`, whatever the model around them.
+        destination: the new file, written by `torch.save`, or as safetensors if its name ends in ".safetensors".
+        layer: number from 0 of the only layer to convert, into the `state_dict` of a `ReBasedLinearAttention`.
+        attention_only: whether to convert only the attention layers, as `layers.{i}.attn.`, of any model.
         overwrite, dry_run: as in `from_fla`.
 
     Returns:
-        What maps where, and the arguments that the library's layer must be built with.
+        A report of what maps where, with the arguments that build the library's layer.
 
     Raises:
-        ConversionError: the library has no such layer or model; the message names the fields at odds.
+        ConversionError: the library has no such layer or model. The message names the fields that it cannot express.
     """
     check_destination(destination, overwrite, source)
     folder = Path(source)
@@ -366,7 +367,7 @@ def to_fla(
 
 
 def fla_names(config: ReBasedConfig, layers: range, bare: bool, whole: bool) -> Iterator[tuple[str, str]]:
-    """The library's names of the tensors, each with ours: of a bare layer, a stack of layers or a whole model."""
+    """Return the library's names of a layer, a stack of layers or a model, each with this package's name."""
     base = "model." if whole else ""
     if whole:
         yield "model.embeddings.weight", "model.embed_tokens.weight"
@@ -391,7 +392,7 @@ def check_fla_has(config: ReBasedConfig, layers: range, whole: bool) -> None:
     """Check that the library can build these layers, and the model around them if it is asked for.
 
     Raises:
-        ConversionError: naming every field at odds, what it is and what it must be.
+        ConversionError: a field does not fit. The message names each one, what it is and what it must be.
     """
     types = sorted({config.layer_types[i] for i in layers})
     flags = (config.normalize, config.use_gamma, config.use_beta)

@@ -1,4 +1,4 @@
-"""GGUF files: what transformers reads of them, and what it would pass over."""
+"""Read GGUF files with transformers, and refuse what transformers would pass over."""
 
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,17 @@ from .report import ConversionError
 
 
 def check_gguf(path: Path, theirs: PreTrainedConfig) -> None:
-    """Check that the library reads all of a GGUF file, and read the size of a head, which it does not always.
+    """Check that transformers reads all of a GGUF file, and read the size of a head, which it does not always do.
 
-    It passes over tensors that it has no place for, scaled rotary embeddings (and with them those of Llama 3.1 and
-    after, whose factors are a tensor) and sliding windows, without a word; and it takes Qwen3's heads to be of 128.
+    Without a warning, transformers passes over unknown tensors, scaled rotary embeddings (such as those of Llama 3.1,
+    whose factors are a tensor) and sliding windows. It also assumes that Qwen3's heads have 128 numbers.
 
     Args:
         path: the file.
-        theirs: what the library made of it; `head_dim` is set.
+        theirs: the configuration that transformers made of it. Its `head_dim` is set here.
 
     Raises:
-        ConversionError: naming what it would pass over.
+        ConversionError: transformers would pass over something; the message names it.
     """
     import gguf
 
@@ -63,7 +63,7 @@ def check_gguf(path: Path, theirs: PreTrainedConfig) -> None:
 
 
 def gguf_tokenizer(folder: Path, options: dict[str, Any], theirs: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a GGUF file, or `None` where it has none that the library can read."""
+    """Return the tokenizer in a GGUF file, or `None` if it has none that transformers can read."""
     try:
         tokens = AutoTokenizer.from_pretrained(folder, **options)
     except Exception:  # the library raises what it likes; a model without a tokenizer is still a model

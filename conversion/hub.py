@@ -1,4 +1,4 @@
-"""A folder for the Hub: sharded safetensors, configuration, code, generation settings, tokenizer and a model card."""
+"""Make a folder for the Hub: sharded safetensors, configuration, code, generation settings, tokenizer and card."""
 
 import os
 import re
@@ -59,38 +59,38 @@ def export(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Report:
-    """Make a folder for the Hub of a model's folder, and upload it if asked to.
+    """Make a folder for the Hub from a model's folder, and upload it if asked to.
 
     The weights are copied bit for bit, unless `dtype` changes their type.
 
     Args:
-        source: the folder of a model, as `save_pretrained` or a trainer writes it. What its own README.md says in
-            `license`, `datasets`, `language` and `base_model` is the default of these.
-        destination: the folder to make.
-        license: the Hub's identifier, such as "apache-2.0"; "other" needs `license_name`.
-        license_name, license_link: of a license that the Hub has no identifier for.
-        name: of the model, in the card; by default that of `push` or `destination`.
+        source: the folder of a model, as `save_pretrained` or a trainer writes it. Its own README.md gives the
+            defaults of `license`, `datasets`, `language` and `base_model`.
+        destination: the new folder.
+        license: the Hub's identifier, such as "apache-2.0". "other" needs `license_name`.
+        license_name, license_link: name and address of a license that has no identifier on the Hub.
+        name: name of the model in the card. By default that of `push` or `destination`.
         datasets: the Hub's identifiers of what the model was trained on.
-        languages: their codes, such as "en".
+        languages: codes of the languages, such as "en".
         base_model: the Hub's identifier of the model that this one was made from.
-        tags: beside "rebased" and "linear-attention".
-        results: files that `lm-eval --output_path` wrote, or folders with them, of which the newest is taken.
-        card_text: a Markdown file to stand in the card, for what no configuration says: the training, the limits.
-        tokenizer: a folder with one, if `source` has none.
-        dtype: "float32", "bfloat16" or "float16"; by default as they are.
-        max_shard_size: of one safetensors file.
-        push: "user/name" of the repository to create, if it is not there, and upload to, with the account that
-            `hf auth login` knows.
-        private: whether a repository that is created can be seen by its owner only.
-        overwrite: replace `destination` if it exists.
-        dry_run: write and upload nothing.
+        tags: tags beside "rebased" and "linear-attention".
+        results: files that `lm-eval --output_path` wrote, or folders, of which the newest file is taken.
+        card_text: a Markdown file with what no configuration says, such as the training and the limits.
+        tokenizer: a folder with a tokenizer, if `source` has none.
+        dtype: "float32", "bfloat16" or "float16". By default the weights keep their dtypes.
+        max_shard_size: greatest size of one safetensors file.
+        push: "user/name" of the repository to upload to, with the account that `hf auth login` knows. The repository
+            is created if it does not exist.
+        private: whether a new repository can be seen only by its owner.
+        overwrite: whether to replace `destination` if it exists.
+        dry_run: whether to write and upload nothing.
 
     Returns:
-        The tensors, and what the folder has.
+        A report of the tensors and of what the folder holds.
 
     Raises:
-        ConversionError: naming the argument or file at fault. Nothing is left behind, unless it is the upload that
-            failed: then `destination` is complete.
+        ConversionError: an argument or a file is wrong; the message names it. Nothing is left behind. If only the
+            upload failed, `destination` is complete.
     """
     check_destination(destination, overwrite, source)
     if push is not None:
@@ -161,7 +161,7 @@ def export(
 
 
 def upload(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
-    """Upload a folder to the Hub, creating the repository if it is not there; returns its address.
+    """Upload a folder to the Hub, create the repository if it does not exist, and return its address.
 
     Raises:
         ConversionError: the Hub refused or could not be reached. The folder stays as it is.
@@ -185,7 +185,7 @@ def upload(folder: str | os.PathLike, repo_id: str, private: bool = False) -> st
 def _generation_config(
     folder: Path, config: ReBasedConfig, tokens: PreTrainedTokenizerBase | None
 ) -> GenerationConfig:
-    """The source's settings, or those that follow from its configuration, with the tokenizer's special tokens."""
+    """Return the source's settings, or those that follow from its configuration, with the special tokens."""
     if (folder / "generation_config.json").is_file():
         try:
             settings = GenerationConfig.from_pretrained(folder)
@@ -202,7 +202,7 @@ def _generation_config(
 
 
 def _said_by_readme(folder: Path) -> dict[str, Any]:
-    """What the README.md of a model's folder says in its metadata."""
+    """Return the metadata in the README.md of a model's folder."""
     path = folder / "README.md"
     if not path.is_file():
         return {}
@@ -244,15 +244,15 @@ def hub_card(
     """Return the card of a model for the Hub, its metadata checked.
 
     Args:
-        config, parameters: of the model.
-        evaluation: from `read_results`.
+        config, parameters: configuration and number of parameters of the model.
+        evaluation: what `read_results` returned.
         text: Markdown to stand after the description.
         repository: "user/name" on the Hub, for the example of its use.
         prompt: text for the example to continue, if there is a tokenizer.
         others: as in `export`.
 
     Raises:
-        ConversionError: a field of the metadata is not one that the Hub knows.
+        ConversionError: the Hub does not know a field of the metadata.
     """
     evaluation = evaluation or Evaluation()
     if license is None:
@@ -300,10 +300,10 @@ def hub_card(
 
 
 def check_card(card: ModelCard) -> None:
-    """Check a card as far as that goes without the Hub: its metadata reads back as it was meant.
+    """Check a card as far as possible without the Hub: its metadata must read back as it was meant.
 
     Raises:
-        ConversionError: naming the field.
+        ConversionError: a field does not; the message names it.
     """
     again = ModelCard(str(card))
     if again.data.to_dict() != card.data.to_dict():

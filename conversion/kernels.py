@@ -1,4 +1,4 @@
-"""The operator as a package for Hugging Face's `kernels` library, for programs that have not installed this package.
+"""Make a package for Hugging Face's `kernels` library, for programs that have not installed this package.
 
 `kernels.get_local_kernel` loads the package from a folder, and `kernels.get_kernel` from a repository of the Hub to
 which the folder was uploaded. It is pure Python and needs torch alone, and Triton on a GPU. Its files are copies of
@@ -37,7 +37,7 @@ def export_kernels(folder: str | os.PathLike, *, overwrite: bool = False) -> str
     Args:
         folder: the new folder. It gets `build/torch-cpu` and `build/torch-cuda`, each with the same Python files
             and a `metadata.json` of its own.
-        overwrite: replace `folder` if it exists.
+        overwrite: whether to replace `folder` if it exists.
 
     Returns:
         What was written and how to load it.

@@ -1,4 +1,4 @@
-"""What all formats share: names and shapes of tensors, layers with numbers, and the configuration made of them."""
+"""Handle what all formats share: names and shapes of tensors, numbered layers, and configurations."""
 
 import re
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ State = dict[str, torch.Tensor]
 
 
 def make_config(**fields: Any) -> ReBasedConfig:
-    """A configuration of what was found in a checkpoint.
+    """Return a configuration of what was found in a checkpoint.
 
     Raises:
-        ConversionError: no model has these sizes.
+        ConversionError: no model can have these sizes.
     """
     try:
         return ReBasedConfig(**fields)
@@ -27,13 +27,13 @@ def make_config(**fields: Any) -> ReBasedConfig:
 
 
 def own_fields(config: ReBasedConfig) -> dict[str, Any]:
-    """The fields of a configuration of ours, to make another one of."""
+    """Return the fields of a configuration of this package, to make another one from."""
     ignored = ("model_type", "auto_map", "transformers_version", "dtype")
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
 def model_shapes(config: ReBasedConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of the model, without its memory; a tied `lm_head.weight` is left out."""
+    """Return name and shape of every tensor of a model, without its memory and without a tied `lm_head.weight`."""
     with torch.device("meta"):
         model = ReBasedForCausalLM(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -46,7 +46,7 @@ def check_names(missing: Iterable[str], unknown: Iterable[str], where: str) -> N
     """Refuse names that are missing or unknown.
 
     Raises:
-        ConversionError: naming them.
+        ConversionError: there are such names; the message lists them.
     """
     if missing or unknown:
         raise ConversionError(
@@ -56,10 +56,10 @@ def check_names(missing: Iterable[str], unknown: Iterable[str], where: str) -> N
 
 
 def check_against(config: ReBasedConfig, state: State, where: str) -> None:
-    """Check that `state` has just the tensors that `config` asks for.
+    """Check that `state` has exactly the tensors that `config` asks for.
 
     Raises:
-        ConversionError: naming the tensors that are missing, unknown or of a wrong shape.
+        ConversionError: tensors are missing, unknown or of a wrong shape; the message names them.
     """
     shapes = model_shapes(config)
     check_names(set(shapes) - set(state), set(state) - set(shapes), repr(where))
@@ -72,7 +72,7 @@ def check_against(config: ReBasedConfig, state: State, where: str) -> None:
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are the same bit for bit."""
+    """Return whether two tensors are equal bit for bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
@@ -91,10 +91,10 @@ def matrix_size(state: State, name: str) -> tuple[int, int]:
 
 
 def set_same_size(fields: dict[str, Any], field: str, tensor: torch.Tensor, dim: int, layer: int) -> None:
-    """Put a tensor's size into a field of the configuration, which must be one for all layers.
+    """Put a tensor's size into a field of the configuration, which all layers must share.
 
     Raises:
-        ConversionError: a layer before had another size.
+        ConversionError: an earlier layer had another size.
     """
     size = tensor.shape[dim] if tensor.ndim else 0
     if fields.setdefault(field, size) != size:

@@ -1,7 +1,7 @@
-"""Softmax models of the Llama family, and Based models, as the start of a ReBased model.
+"""Start a ReBased model from a softmax model of the Llama family.
 
-Nothing here is exact: what is copied is copied bit for bit, and the queries and keys of the linear layers start from
-the closest that (q.k)^2 comes to what they replace. Training does the rest; see `distill.py`.
+What is copied is copied bit for bit. The queries and keys of the linear layers start as close as (q.k)^2 comes to the
+softmax that they replace. `distill.py` then trains the model.
 """
 
 import os
@@ -43,36 +43,36 @@ def linearize(
 ) -> Report:
     """Start a ReBased model from a softmax decoder of the Llama family: Llama, SmolLM, Mistral, Qwen2, Qwen3.
 
-    Or from one that was converted with softmax in every layer before, which spares reading a GGUF file again.
+    A model that was converted before with softmax in every layer also works, and loads faster than a GGUF file.
 
-    Embeddings, norms, MLP and the value and output projections are copied, and in layers that keep softmax the query
-    and key projections too, with the norms that Qwen3 has on them. The queries and keys of the linear layers start as
-    `reduce_heads` says, normalised by head, with a beta that makes the kernel (2 + s)^2 / 4 = 1 + s + s^2/4, close to
-    exp(s) for small s.
+    Embeddings, norms, MLP, and the value and output projections are copied. In layers that keep softmax, so are the
+    query and key projections, with the norms that Qwen3 has on them. The queries and keys of the linear layers start
+    as `reduce_heads` describes. They are normalised per head, with a beta that makes the kernel (2 + s)^2 / 4 = 1 + s
+    + s^2/4, which is close to exp(s) for small s.
 
-    The result is no finished model, except with softmax in every layer, which says what the original says: train it
-    with `distill`.
+    The result must be trained with `distill`. Only with softmax in every layer is it a finished model, which computes
+    what the original computes.
 
     Args:
         source: the folder of the model, with safetensors, or a `.gguf` file (with the package gguf installed), whose
             weights are read as float32.
-        destination: the folder to make.
-        layers: "pure", every layer linear; "window", every layer linear plus a softmax window; "hybrid", every fourth
-            layer keeps softmax and the others are as in "window"; "softmax", all keep it; or a type for each layer,
-            separated by commas: "linear_attention", "hybrid_sliding", "full_attention".
+        destination: the new folder.
+        layers: "pure" makes every layer linear, and "window" adds a softmax window to each. With "hybrid" every fourth
+            layer keeps softmax, and the others are as in "window". With "softmax" all layers keep it. Or a type per
+            layer, separated by commas: "linear_attention", "hybrid_sliding", "full_attention".
         feature_dim: size of a query or key of the linear layers, at most the model's head_dim. By default 64, or the
             head_dim if that is smaller.
-        window: tokens that the window sees.
-        rotate: whether queries and keys of the linear layers are rotated by position, as the model's own are. By
-            default, if its rotary embedding is of the plain kind and `feature_dim` divides its head_dim.
-        overwrite: replace `destination` if it exists.
-        dry_run: only report what maps where.
+        window: number of tokens that the window sees.
+        rotate: whether queries and keys of the linear layers are rotated by position, as in the original model. By
+            default they are if its rotary embedding is of the plain kind and `feature_dim` divides its head_dim.
+        overwrite: whether to replace `destination` if it exists.
+        dry_run: whether to only report what maps where.
 
     Returns:
-        What maps where.
+        A report of what maps where.
 
     Raises:
-        ConversionError: the model has something that ours has no place for, or an argument does not fit it.
+        ConversionError: the model has a part that a ReBased model has no place for, or an argument does not fit it.
     """
     check_destination(destination, overwrite, source)
     folder = Path(source)
@@ -119,10 +119,10 @@ def linearize(
 
 
 def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:
-    """The type of each layer.
+    """Return the type of each layer.
 
     Raises:
-        ConversionError: `layers` is no variant, and no list of as many types as the model has layers.
+        ConversionError: `layers` is neither a variant nor a list with one type per layer.
     """
     count = theirs.num_hidden_layers
     if layers == "hybrid":
@@ -142,10 +142,11 @@ def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:
 def student_config(
     theirs: PreTrainedConfig, types: list[str], feature_dim: int | None, window: int, rotate: bool | None
 ) -> ReBasedConfig:
-    """The configuration of the ReBased model that starts from a model of configuration `theirs`.
+    """Return the configuration of the ReBased model that starts from a model of configuration `theirs`.
 
     Raises:
-        ConversionError: naming the fields of `theirs` that ours has no place for, or the argument that does not fit.
+        ConversionError: fields of `theirs` have no place in a ReBased model, or an argument does not fit. The message
+            names them.
     """
     fields = _model_fields(theirs)
     head_dim, rope = fields["head_dim"], fields["rope_parameters"] or {}
@@ -179,10 +180,10 @@ def student_config(
 
 
 def _model_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of our configuration that say what `theirs` is, whatever its layers become.
+    """Return the fields of the ReBased configuration that follow from `theirs`, whatever its layers become.
 
     Raises:
-        ConversionError: naming the fields of `theirs` that ours has no place for.
+        ConversionError: fields of `theirs` have no place in a ReBased model. The message names them.
     """
     if theirs.model_type == ReBasedConfig.model_type and set(theirs.layer_types) == {"full_attention"}:
         return own_fields(theirs)
@@ -235,7 +236,7 @@ def _model_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
 
 
 def initial_state(teacher: State, config: ReBasedConfig, report: Report) -> State:
-    """The weights to start from, by their names in the ReBased model of `config`."""
+    """Return the weights to start from, by their names in the ReBased model of `config`."""
     state: State = {}
     reduced: dict[int, dict[str, torch.Tensor]] = {}
     beta = exp_beta(config.feature_dim, 2.0)
@@ -264,12 +265,12 @@ def initial_state(teacher: State, config: ReBasedConfig, report: Report) -> Stat
 
 
 def _reduce_layer(teacher: State, config: ReBasedConfig, i: int) -> dict[str, torch.Tensor]:
-    """q_proj and k_proj of a linear layer, from the teacher's.
+    """Return q_proj and k_proj of a linear layer, made from those of the teacher.
 
-    Where the teacher normalises its queries and keys their gains become part of the projections. Its division by a
-    head's root mean square differs from token to token, which no projection can do and the linear layer's own
-    normalisation does again; here it is by what it is for inputs of unit covariance, so that no head outweighs others
-    that share its key.
+    If the teacher normalises its queries and keys, the gains become part of the projections. The teacher also divides
+    by a head's root mean square, which differs from token to token, so a projection cannot do it. The linear layer's
+    own normalisation does it again. Here each head is divided by its root mean square for inputs of unit covariance,
+    so that no head outweighs others that share its key.
     """
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     root = f"model.layers.{i}.self_attn."

@@ -1,4 +1,4 @@
-"""Results of lm-eval, for the card of a model."""
+"""Read results of lm-eval for the card of a model."""
 
 import json
 import math
@@ -23,13 +23,13 @@ METRICS = {
 
 @dataclass
 class Evaluation:
-    """What the files of lm-eval's results say.
+    """Hold what files of lm-eval's results say.
 
     Attributes:
-        results: for the card's metadata.
-        rows: (task, shots, metric, value, standard error), for its table.
-        versions: of lm-eval.
-        skipped: figures that are no finite numbers.
+        results: entries of the card's metadata.
+        rows: (task, shots, metric, value, standard error) of the card's table.
+        versions: releases of lm-eval.
+        skipped: figures that are not finite.
     """
 
     results: list[EvalResult] = field(default_factory=list)
@@ -42,11 +42,11 @@ def read_results(paths: list[str | os.PathLike], parameters: int | None = None) 
     """Read files that `lm-eval --output_path` wrote.
 
     Args:
-        paths: files, or folders, of whose `results_*.json` the newest is taken.
-        parameters: of the model. Results that say that their model had another number are refused.
+        paths: files, or folders, of which the newest `results_*.json` is taken.
+        parameters: number of parameters of the model. Results of a model with another number are refused.
 
     Raises:
-        ConversionError: a file is not lm-eval's, or is of another model.
+        ConversionError: a file does not come from lm-eval, or belongs to another model.
     """
     evaluation = Evaluation()
     for each in paths:

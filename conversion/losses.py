@@ -1,4 +1,4 @@
-"""The losses of both stages of distillation."""
+"""Compute the losses of both stages of distillation."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """|output - expected|^2 / |expected|^2 of each example [T, hidden_size], averaged over the batch.
+    """Return |output - expected|^2 / |expected|^2 of each example [T, hidden_size], averaged over the batch.
 
-    Relative, so that layers of large and small outputs count alike; by example, so that a batch split over GPUs or
-    accumulated in steps has the same mean.
+    The error is relative, so that layers with large and small outputs count alike. It is taken per example, so that a
+    batch that is split over GPUs or accumulated in steps has the same mean.
     """
     output, expected = output.float().flatten(1), expected.float().flatten(1)
     return ((output - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-20)).mean()
@@ -24,17 +24,17 @@ def logits_loss(
     text_weight: float,
     compiled: bool = False,
 ) -> torch.Tensor:
-    """The loss of stage "logits", per token.
+    """Return the loss of stage "logits" per token.
 
     (1 - text_weight) * t^2 * KL(teacher_t || student_t) + text_weight * cross entropy of the text, with both
     distributions at temperature t (Hinton et al., 2015).
 
     Args:
         logits, expected: the student's and the teacher's, [B, T, V].
-        labels: the text, [B, T]. It is shifted here.
+        labels: the text, [B, T], which is shifted here.
         temperature: t.
-        text_weight: share of the text itself.
-        compiled: use torch.compile.
+        text_weight: share of the loss of the text itself.
+        compiled: whether to use torch.compile.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     return _LogitsLoss.apply(
@@ -43,7 +43,7 @@ def logits_loss(
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """The loss and its gradient together, some tokens at a time: float32 logits of all tokens never exist at once."""
+    """Compute the loss and its gradient for some tokens at a time, without float32 logits of all tokens."""
 
     TOKENS = 2048
 
@@ -86,7 +86,7 @@ def _loss_part(
     teacher: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the weighted losses of some tokens, float32, and its gradient [tokens, V] in the logits' type."""
+    """Return the float32 sum of some tokens' weighted losses, and its gradient [tokens, V] in the logits' dtype."""
     own = F.log_softmax(logits.float(), dim=-1)
     softened = own if temperature == 1 else F.log_softmax(logits.float() / temperature, dim=-1)
     aim = F.log_softmax(expected.float() / temperature, dim=-1)

@@ -1,4 +1,4 @@
-"""Read checkpoints, trusting none of them."""
+"""Read checkpoints without trusting any of them."""
 
 import json
 import os
@@ -32,11 +32,11 @@ def read_state_dict(source: str | os.PathLike, skip: str | None = None) -> tuple
         skip: pattern found in the names of entries that are no weights, whatever they hold.
 
     Returns:
-        The tensors in the file's order; the key they were wrapped in (one of `WRAPPERS`), if any; the other keys
-        beside it, and those that were skipped.
+        The tensors in the file's order, the key that they were wrapped in (one of `WRAPPERS`), if any, and the other
+        keys beside it and those that were skipped.
 
     Raises:
-        ConversionError: the file is missing, truncated, holds anything but plain tensors, or code.
+        ConversionError: the file is missing or truncated, or it holds code or anything but plain tensors.
     """
     path = Path(source)
     if not path.is_file():
@@ -65,7 +65,7 @@ def read_state_dict(source: str | os.PathLike, skip: str | None = None) -> tuple
 
 
 def _without(state: dict[Any, Any], skip: str | None, skipped: list[str]) -> dict[Any, Any]:
-    """The entries in whose names the pattern `skip` is not found; the other names are added to `skipped`."""
+    """Return the entries whose names do not match `skip`, and add the other names to `skipped`."""
     if skip is None:
         return state
     names = [name for name in state if isinstance(name, str) and re.search(skip, name)]
@@ -102,10 +102,10 @@ def _load_pickle(path: Path) -> Any:
 
 
 def read_safetensors(path: Path) -> State:
-    """The tensors of one `.safetensors` file, by its order of names.
+    """Return the tensors of one `.safetensors` file, in the order of its names.
 
     Raises:
-        ConversionError: it is truncated or not such a file.
+        ConversionError: the file is truncated or not such a file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -117,10 +117,10 @@ def read_safetensors(path: Path) -> State:
 
 
 def check_tensors(state: dict[Any, Any], where: str) -> None:
-    """Refuse whatever is not an ordinary tensor of floating-point numbers.
+    """Refuse everything but ordinary tensors of floating-point numbers.
 
     Raises:
-        ConversionError: naming the entry.
+        ConversionError: there is another entry; the message names it.
     """
     if not state:
         raise ConversionError(f"SOURCE {where!r} holds no tensors.")
@@ -145,8 +145,8 @@ def load_folder(source: str | os.PathLike) -> tuple[ReBasedConfig, State]:
     """Read a ReBased model's folder, as `save_pretrained` writes it.
 
     Returns:
-        The configuration, and the tensors by name, checked against it: none missing, none unknown, all of the right
-        shape. Where the embeddings are tied `lm_head.weight` is left out.
+        The configuration, and the tensors by name. No tensor is missing or unknown, and all have the right shape. If
+        the embeddings are tied, `lm_head.weight` is left out.
 
     Raises:
         ConversionError: the folder is not a complete ReBased causal language model.
@@ -161,10 +161,10 @@ def load_folder(source: str | os.PathLike) -> tuple[ReBasedConfig, State]:
 
 
 def load_config(folder: Path) -> ReBasedConfig:
-    """The configuration in `folder`.
+    """Return the configuration in `folder`.
 
     Raises:
-        ConversionError: there is none, or it is another model's or impossible.
+        ConversionError: there is none, it belongs to another model, or it is impossible.
     """
     if not (folder / "config.json").is_file():
         raise ConversionError(
@@ -187,15 +187,15 @@ def load_config(folder: Path) -> ReBasedConfig:
 
 
 def read_weights(folder: Path, skip: str | None = None, skipped: list[str] | None = None) -> State:
-    """All tensors of a folder's safetensors, one file or sharded.
+    """Return all tensors of a folder's safetensors, in one file or in shards.
 
     Args:
-        folder: with `model.safetensors`, or its shards and their index.
+        folder: a folder with `model.safetensors`, or with its shards and their index.
         skip: as in `read_state_dict`.
-        skipped: the names that were skipped are added to it.
+        skipped: list to which the names that are skipped are added.
 
     Raises:
-        ConversionError: there are none, a shard is missing or the index names a file outside the folder.
+        ConversionError: there are no tensors, a shard is missing, or the index names a file outside the folder.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -222,18 +222,18 @@ def read_weights(folder: Path, skip: str | None = None, skipped: list[str] | Non
 
 
 def load_model(model_class: Any, folder: str | os.PathLike, where: str, **options: Any) -> PreTrainedModel:
-    """`model_class.from_pretrained(folder)`, all of whose weights are the folder's.
+    """Return `model_class.from_pretrained(folder)`, and make sure that all weights come from the folder.
 
-    The library makes up weights that it does not find and passes over those that it has no place for, with a warning.
+    With only a warning, the library makes up weights that it does not find, and passes over those without a place.
 
     Args:
-        model_class: the library's, an Auto class or a model's own.
-        folder: with safetensors, or a GGUF file that `options` name.
+        model_class: an Auto class or a model's own class.
+        folder: a folder with safetensors, or with a GGUF file that `options` name.
         where: the argument and its value, for messages.
-        options: of `from_pretrained`.
+        options: arguments of `from_pretrained`.
 
     Raises:
-        ConversionError: the weights are missing, truncated, or not just those that the configuration asks for.
+        ConversionError: the weights are missing or truncated, or not exactly those that the configuration asks for.
     """
     try:
         model, found = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
@@ -246,7 +246,7 @@ def load_model(model_class: Any, folder: str | os.PathLike, where: str, **option
 def load_tokenizer(
     folder: Path, given: str | os.PathLike | None, config: ReBasedConfig
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `given` or `folder`, or `None` if there is none in the latter."""
+    """Return the tokenizer in `given` or else in `folder`, or `None` if `folder` has none."""
     path = folder if given is None else Path(given)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         if given is not None:
@@ -268,7 +268,7 @@ def load_tokenizer(
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:
-    """What torch objects to in a pickle, without its advice to load the file with weights_only=False."""
+    """Return why torch refuses a pickle, without its advice to load the file with weights_only=False."""
     said = str(error)
     found = re.search(r"GLOBAL [\w.]+", said) or re.search(r"(?<=WeightsUnpickler error:)\s*\S.*", said)
     return "weights only load failed" if found is None else found.group().strip()[:300]

@@ -1,4 +1,4 @@
-"""What a conversion remembers of its source, so that the way back gives the very same file."""
+"""Remember what a conversion needs to give back the very same file."""
 
 import json
 from pathlib import Path
@@ -29,10 +29,10 @@ def write_record(folder: Path, record: dict[str, Any] | None, unused: State | No
 
 
 def read_record(folder: Path, source_format: str) -> tuple[dict[str, Any], State]:
-    """The record that a conversion from `source_format` left in `folder`, or an empty one; and its unused tensors.
+    """Return the record that a conversion from `source_format` left in `folder`, or an empty one, and unused tensors.
 
     Raises:
-        ConversionError: it is there and damaged.
+        ConversionError: the record is damaged.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -51,10 +51,10 @@ def read_record(folder: Path, source_format: str) -> tuple[dict[str, Any], State
 
 
 def from_record(record: dict[str, Any], state: State, unused: State) -> State | None:
-    """The source's tensors under their own names and in their own order, by the record's `keys`.
+    """Return the source's tensors under their own names and in their own order, by the record's `keys`.
 
-    `keys` maps each name of the source to a name in `state`, or to null where the tensor is among `unused`. Returns
-    `None` where there is no record or the model has changed since so that it no longer fits.
+    `keys` maps each name of the source to a name in `state`, or to null if the tensor is among `unused`. The result is
+    `None` if there is no record, or if the model has changed since so that the record no longer fits.
     """
     keys = record.get("keys")
     if not isinstance(keys, dict) or set(filter(None, keys.values())) != set(state):

@@ -1,4 +1,4 @@
-"""The queries and keys that a linear layer starts from: the closest that few numbers come to a softmax head."""
+"""Compute the queries and keys that a linear layer starts from: the closest fit of few numbers to a softmax head."""
 
 import math
 
@@ -6,10 +6,10 @@ import torch
 
 
 def exp_beta(feature_dim: int, constant: float) -> float:
-    """The beta with which the kernel of queries and keys normalised by head is (constant + s)^2.
+    """Return the beta with which the kernel of queries and keys normalised per head is (constant + s)^2.
 
-    Such queries have mean 0, so the vector that is beta everywhere is at right angles to them, and
-    (q + beta)(k + beta) = q.k + F beta^2. Over sqrt(F) that is s + constant for beta^2 = constant / sqrt(F).
+    Such queries have mean 0, so the vector that is beta everywhere is orthogonal to them, and
+    (q + beta)(k + beta) = q.k + F beta^2. Divided by sqrt(F), this is s + constant for beta^2 = constant / sqrt(F).
     """
     return math.sqrt(constant / math.sqrt(feature_dim))
 
@@ -17,20 +17,20 @@ def exp_beta(feature_dim: int, constant: float) -> float:
 def reduce_heads(
     queries: torch.Tensor, keys: torch.Tensor, feature_dim: int, rotated: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of `feature_dim` numbers whose products come closest to those of the full ones.
+    """Return queries and keys of `feature_dim` numbers whose products come closest to those of the full ones.
 
     For x and y of unit covariance the error of the score x^T Q^T K y is the Frobenius norm of Q^T K - Q'^T K', summed
-    over the query heads that share a key head. With Q' = B^T Q and K' = A K the best B and A come from a singular
+    over the query heads that share a key head. With Q' = B^T Q and K' = A K, the best B and A come from a singular
     value decomposition of the size of a head.
 
-    Where queries and keys are rotated by position, pairs of numbers are complex numbers that turn at one frequency
-    each, and only numbers of like frequency may be added. The head's pairs are parted into `feature_dim / 2` bands,
-    whose first frequency is that of the reduced pair, and each band is reduced to one complex number.
+    If queries and keys are rotated by position, pairs of numbers are complex numbers that each turn at one frequency,
+    and only numbers of like frequency may be added. The head's pairs are divided into `feature_dim / 2` bands. The
+    first frequency of a band is that of the reduced pair, and each band is reduced to one complex number.
 
     Args:
         queries: float64 [H, head_dim, inputs].
         keys: float64 [H_kv, head_dim, inputs].
-        feature_dim: at most head_dim; with `rotated` an even divisor of it.
+        feature_dim: at most head_dim. With `rotated` it is an even divisor of head_dim.
         rotated: whether a rotary embedding follows.
 
     Returns:
@@ -58,7 +58,7 @@ def reduce_heads(
 
 
 def _best_projection(queries: torch.Tensor, keys: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, group, d, inputs] and [n, d, inputs] to [n, group, size, inputs] and [n, size, inputs], real or complex."""
+    """Reduce [n, group, d, inputs] and [n, d, inputs] to `size` instead of d numbers, real or complex."""
     root_q, inverse_q = _square_root((queries @ queries.mH).sum(1))
     root_k, inverse_k = _square_root(keys @ keys.mH)
     u, s, vh = torch.linalg.svd(root_q @ root_k)
@@ -69,7 +69,7 @@ def _best_projection(queries: torch.Tensor, keys: torch.Tensor, size: int) -> tu
 
 
 def _square_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The square root of positive semi-definite matrices, and its pseudo-inverse."""
+    """Return the square root of positive semi-definite matrices, and its pseudo-inverse."""
     values, vectors = torch.linalg.eigh(matrix)
     floor = values.amax(-1, keepdim=True) * 1e-12
     root = values.clamp_min(0).sqrt()

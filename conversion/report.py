@@ -1,4 +1,4 @@
-"""What a conversion says: its report, its errors and its progress."""
+"""Tell the user about a conversion: its report, its errors and its progress."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,25 +12,25 @@ Item = TypeVar("Item")
 
 
 class ConversionError(ValueError):
-    """An input or argument that cannot be converted. The message names it, what was given and what is allowed."""
+    """Signal an input or argument that cannot be converted: what it is, what was given and what is allowed."""
 
 
 def progress(items: Iterable[Item], what: str) -> Iterable[Item]:
-    """`items`, with a progress bar on a terminal."""
+    """Yield `items`, with a progress bar on a terminal."""
     return tqdm(items, desc=what, disable=None, leave=False)
 
 
 @dataclass
 class Report:
-    """What a conversion did, or in a dry run would do.
+    """Hold what a conversion did, or would do in a dry run.
 
     Attributes:
-        source, destination: paths.
-        rows: (name in the source, what it is, name in the destination), in the destination's order; "-" where a tensor
-            has no counterpart.
-        notes: what was inferred or assumed, a sentence each.
+        source, destination: paths of the source and the destination.
+        rows: (name in the source, what it is, name in the destination), in the destination's order. The name is "-"
+            where a tensor has no counterpart.
+        notes: sentences that each tell what was inferred or assumed.
         dry_run: whether nothing was written.
-        closing: the last line, instead of the usual one.
+        closing: the last line of the report, instead of the usual one.
     """
 
     source: str
@@ -41,7 +41,7 @@ class Report:
     closing: str | None = None
 
     def map(self, source: str, tensor: torch.Tensor, destination: str) -> None:
-        """Add a row: `source` becomes `destination`."""
+        """Add a row that says that `source` becomes `destination`."""
         what = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
         self.rows.append((source, what, destination))
 
@@ -60,7 +60,7 @@ class Report:
 
 
 def some(names: list[str]) -> str:
-    """A list of names for a message: the first few and how many more."""
+    """Return a list of names for a message: the first few, and how many more there are."""
     if not names:
         return "none"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

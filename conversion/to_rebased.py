@@ -1,4 +1,4 @@
-"""A Based model of this package as the start of a ReBased model."""
+"""Start a ReBased model from a Based model of this package."""
 
 import os
 from pathlib import Path
@@ -17,22 +17,22 @@ def to_rebased(
 ) -> Report:
     """Start a ReBased model from a Based one of this package.
 
-    All weights are kept. The linear layers get the kernel (q.k)^2 and a normalisation by head with gamma 1 and the
-    beta that makes it (1 + s)^2: Based's 1 + s + s^2/2 is half of that plus a half, the part that cannot be ignored.
-    Since queries and keys are now normalised their scores are others than before, so the model must be trained
-    further; its first loss is finite.
+    All weights are kept. The linear layers get the kernel (q.k)^2 and a normalisation per head with gamma 1, and with
+    the beta that makes the kernel (1 + s)^2. Based's kernel 1 + s + s^2/2 is half of that plus 1/2, the part that
+    keeps a model from ignoring tokens. Queries and keys are now normalised, so their scores differ from before, and
+    the model must be trained further. Its first loss is finite.
 
     Args:
         source: the folder of a Based model.
-        destination: the folder to make.
-        overwrite: replace `destination` if it exists.
-        dry_run: only report what maps where.
+        destination: the new folder.
+        overwrite: whether to replace `destination` if it exists.
+        dry_run: whether to only report what maps where.
 
     Returns:
-        What maps where.
+        A report of what maps where.
 
     Raises:
-        ConversionError: the model is not Based, or its queries and keys are normalised already.
+        ConversionError: the model is not a Based model, or its queries and keys are normalised already.
     """
     check_destination(destination, overwrite, source)
     config, state = load_folder(source)

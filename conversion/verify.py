@@ -1,4 +1,4 @@
-"""Does a folder work for a stranger, who has torch and transformers and nothing else, and say what its source says?"""
+"""Check that a folder works with torch and transformers alone, and computes what its source computes."""
 
 import filecmp
 import json
@@ -26,25 +26,25 @@ def verify(
     new_tokens: int = 8,
     timeout: float = 900,
 ) -> Report:
-    """Load a folder as a stranger would, compare its logits with its source's, and let it generate.
+    """Load a folder as a stranger would, compare its logits with those of its source, and let it generate.
 
-    A process of its own loads the folder with `trust_remote_code=True`; in it only torch, transformers and what these
-    require can be imported. That runs the code in the folder: verify only a folder that you would run.
+    A separate process loads the folder with `trust_remote_code=True`. That process can import only torch, transformers
+    and what these require. It runs the code in the folder, so verify only a folder whose code you would run.
 
     Args:
         folder: the folder of a model.
-        source: the folder of the model it was made from; by default `folder` itself, run by this package's code.
-        tolerance: the largest difference of logits in float32, absolute or relative. Weights of another type than the
-            source's need a larger one: about 0.05 for bfloat16.
-        new_tokens: how many tokens to generate.
-        timeout: seconds to wait for the process.
+        source: the folder of the model that it was made from. By default `folder` itself, run by this package's code.
+        tolerance: the largest difference of logits in float32, absolute or relative. If the weights were cast to
+            another dtype, a larger tolerance is needed: about 0.05 for bfloat16.
+        new_tokens: number of tokens to generate.
+        timeout: number of seconds to wait for the process.
 
     Returns:
-        What was found.
+        A report of what was found.
 
     Raises:
-        ConversionError: the folder does not load, says something else than its source, or generates other tokens with
-            the cache than without it.
+        ConversionError: the folder does not load, its logits differ from the source's, or it generates other tokens
+            with the cache than without it.
     """
     path = Path(folder)
     config, state = load_folder(path)

@@ -1,4 +1,4 @@
-"""Write a checkpoint whole, or not at all."""
+"""Write a checkpoint whole or not at all."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def written(destination: str | os.PathLike, overwrite: bool = False, source: Any
 
 
 def check_destination(destination: str | os.PathLike, overwrite: bool = False, source: Any = None) -> Path:
-    """The absolute path of `destination`, once it is certain that it may be written.
+    """Return the absolute path of `destination`, after checking that it may be written.
 
     Raises:
         ConversionError: as in `written`.
@@ -67,8 +67,8 @@ def write_model(
         folder: a new folder.
         config: the configuration.
         state: every tensor that `model_shapes` lists.
-        record, unused: what the way back needs; see `RECORD`.
-        generation_config: instead of the one that follows from the configuration.
+        record, unused: what the conversion back needs; see `RECORD`.
+        generation_config: generation settings, instead of those that follow from the configuration.
         tokenizer, card: written beside the model.
         max_shard_size: in bytes, or as "5GB".
     """
@@ -86,7 +86,7 @@ def write_model(
 
 
 def write_state_dict(path: Path, state: State, wrapper: str | None = None) -> None:
-    """Write tensors as `torch.save` does, or as safetensors where the name ends so."""
+    """Write tensors as `torch.save` does, or as safetensors if the name ends in ".safetensors"."""
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
 
