@@ -38,7 +38,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """Return a number with so many significant digits, thousands apart; nothing for `None`."""
     if value is None:
         return ""
-    places = digits - len(f"{abs(value):.0f}") if abs(value) >= 1 else digits
+    places = digits - len(str(int(abs(value)))) if abs(value) >= 1 else digits
     return f"{value:,.{max(0, places)}f}"
 
 
@@ -104,16 +104,28 @@ def decode() -> str:
 
 
 def model_speed() -> dict[str, dict[str, float]]:
-    """Return tokens per second of the 150M models, by column and model, and the peak memory of generation."""
+    """Return tokens per second of the 150M models, by column and model, and the peak memory of generation.
+
+    A model that ran out of memory has NaN.
+    """
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in read_csv(RESULTS / "generation/h100/training.csv"):
         name = f"training, T = {row['T']:,}" + (", compiled" if row["compiled"] == "True" else "")
         found[name][row["model"]] = row["tokens_per_s"]
     for row in read_csv(RESULTS / "generation/h100/generation.csv"):
-        name = f"generation after {row['context']:,} tokens"
-        found[name][row["model"]] = row["tokens_per_s"]
-        found[f"{name}, peak GiB"][row["model"]] = row["peak_gib"]
+        kind = f"{row['cache']} cache, " if "cache" in row else ""
+        name = f"{kind}batch {row['batch']}, after {row['context']:,} tokens"
+        found[f"generation, {name}"][row["model"]] = row["tokens_per_s"]
+        found[f"generation, {name}, peak GiB"][row["model"]] = row["peak_gib"]
     return found
+
+
+def long_generation() -> tuple[dict[str, float], dict[str, float]]:
+    """Return tokens per second and peak GiB of generation at batch 64 after 32,768 tokens, by model."""
+    found = model_speed()
+    names = [name for name in found if name.endswith("batch 64, after 32,768 tokens")]
+    name = next((each for each in names if "static" in each), names[0])  # a static cache is the faster one
+    return found[name], found[f"{name}, peak GiB"]
 
 
 def models() -> str:
@@ -121,10 +133,11 @@ def models() -> str:
     rows = []
     for name, values in model_speed().items():
         ours, softmax = values["150m-rebased"], values["150m-softmax"]
-        if name.endswith("GiB"):
-            rows.append([name, f"{ours:.2f}", f"{softmax:.2f}", f"{softmax / ours:.2f} times less"])
-        else:
-            rows.append([name, f"{ours:,.0f}", f"{softmax:,.0f}", f"{number(ours / softmax)} times faster"])
+        digits = 2 if name.endswith("GiB") else 0
+        texts = ["out of memory" if value != value else f"{value:,.{digits}f}" for value in (ours, softmax)]
+        ratio = softmax / ours if digits else ours / softmax
+        word = "times less" if digits else "times faster"
+        rows.append([name, *texts, "" if ratio != ratio else f"{number(ratio)} {word}"])
     return table(["tokens per second", "150m-rebased", "150m-softmax", "ReBased is"], rows)
 
 
@@ -441,14 +454,12 @@ def recall_512() -> tuple[Any, Any]:
 def overview() -> str:
     """Return the one table of results of the README."""
     training = kernel_times("h100/kernels.csv", "training")
-    speed = model_speed()
+    generation, peak = long_generation()
     figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
     bits = {name: row["bits_per_byte"] for name, row in figures["heldout_english"].items()}
     ours, based = recall_512()
     found = perplexities()
     spread = [f"{cell.mean:.2f} ± {statistics.stdev(cell.accuracies):.2f}" for cell in (ours, based)]
-    generation = speed["generation after 32,768 tokens"]
-    peak = speed["generation after 32,768 tokens, peak GiB"]
     hybrid, teacher = (
         found[model, stage, "heldout", 1024] for model, stage in (("hybrid", "logits"), ("teacher", ""))
     )
@@ -525,7 +536,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def sentences() -> dict[str, list[str]]:
     """Return sentences with figures by page; each must stand in its page, whatever its line breaks."""
-    generation = model_speed()["generation after 32,768 tokens"]
+    generation, _ = long_generation()
     times = generation["150m-rebased"] / generation["150m-softmax"]
     ours, based = recall_512()
     gap = welch(ours.accuracies, based.accuracies)

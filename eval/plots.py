@@ -382,8 +382,9 @@ def redraw(folder: Path) -> list[Path]:
             drawn.append(path.parent / "eager.png")
             plot_eager(read_csv(path.parent / "eager.csv"), machine["title"], drawn[-1])
     for path in sorted(folder.glob("**/generation.csv")):
-        drawn.append(path.with_name("models.png"))
-        plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
+        if "ms_per_token" in read_csv(path)[0]:  # older files have no time per token of generate()
+            drawn.append(path.with_name("models.png"))
+            plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
     for path in sorted(folder.glob("**/slices.json")):
         drawn.append(path.with_name("slices.png"))
         plot_slices(json.loads(path.read_text(encoding="utf-8")), drawn[-1])
