@@ -1,5 +1,10 @@
 """vLLM's engine with ReBased models, against transformers' `generate` one prompt at a time, in float32 on a CPU."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -153,3 +158,38 @@ def test_what_cannot_be_served_is_refused_by_name(name, changes, options, messag
     folder = testing.save_model(name, tmp_path / "model", **changes)
     with pytest.raises(Exception, match=message), testing.engine(folder, skip_tokenizer_init=True, **options):
         pass
+
+
+TENSOR_PARALLEL = """
+import json
+import sys
+
+from tests.serving import vllm_testing as testing
+
+if __name__ == "__main__":
+    folder, prompts, new_tokens = json.loads(sys.argv[1])
+    testing.ENVIRONMENT |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    options = {"skip_tokenizer_init": True, "max_num_batched_tokens": 48, "max_num_seqs": 8}
+    with testing.engine(Path(folder), tensor_parallel_size=2, enable_prefix_caching=False, **options) as llm:
+        print("answer", json.dumps(testing.greedy(llm, prompts, new_tokens)))
+"""
+
+
+@pytest.mark.parametrize("name", ["based", "hybrid-window"])
+def test_tensor_parallel(name, tmp_path):
+    """Two processes share the heads and channels, and the states with them, and give the same tokens."""
+    folder = testing.save_model(name, tmp_path / "model")
+    prompts = testing.random_prompts([1, 3, 30, 100], 200)
+    script = tmp_path / "two_processes.py"
+    script.write_text(TENSOR_PARALLEL)
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps([str(folder), prompts, NEW_TOKENS])],
+        cwd=testing.ENGLISH.parents[1],
+        env={**os.environ, "PYTHONPATH": str(testing.ENGLISH.parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    answers = [line for line in done.stdout.splitlines() if line.startswith("answer ")]
+    assert answers, done.stderr[-3000:]
+    assert json.loads(answers[0].removeprefix("answer ")) == testing.generate_one_by_one(folder, prompts, NEW_TOKENS)
