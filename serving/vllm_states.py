@@ -21,8 +21,10 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadata
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
-from modeling_rebased.attention_rebased import rebased_attention, rebased_attention_decode
+from modeling_rebased import rebased_attention
+from modeling_rebased.attention_rebased import rebased_attention_decode
 from modeling_rebased.configuration_rebased import ReBasedConfig
 
 from .plan import state_dtypes, state_shapes
@@ -86,17 +88,6 @@ def register_layer(prefix: str, layer: nn.Module) -> None:
     layers[prefix] = layer
 
 
-def decode_in_place(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: torch.Tensor, slots: torch.Tensor, **options
-) -> torch.Tensor:
-    """One token of each request: q [B, H, F], k [B, H_kv, F], v [B, H_kv, D] -> [B, H, D]; changes `states[slots]`."""
-    q, k, v = q[:, None], k[:, None], v[:, None]
-    state = states[slots]
-    out = rebased_attention_decode(q, k, v, state, **options)
-    states[slots] = state
-    return out[:, 0]
-
-
 class LinearAttentionStates(nn.Module):
     """ReBased attention of a packed batch, continuing from each request's state and updating it.
 
@@ -133,7 +124,13 @@ class LinearAttentionStates(nn.Module):
         decoded, prefilled = metadata.num_decode_tokens, metadata.num_prefill_tokens
         if decoded:
             slots = metadata.state_indices_tensor_d[:, 0]
-            output[:decoded] = decode_in_place(q[:decoded], k[:decoded], v[:decoded], states, slots, **self.options)
+            # vLLM pads a batch for a CUDA graph with slot 0, which belongs to nobody; the operator with negative ones.
+            slots = slots.where(slots != NULL_BLOCK_ID, -1)
+            part = slice(decoded)
+            out = rebased_attention_decode(
+                q[part, None], k[part, None], v[part, None], states, state_indices=slots, **self.options
+            )
+            output[part] = out[:, 0]
         if prefilled:
             part = slice(decoded, decoded + prefilled)
             slots = metadata.state_indices_tensor_p

@@ -163,6 +163,7 @@ def test_what_cannot_be_served_is_refused_by_name(name, changes, options, messag
 TENSOR_PARALLEL = """
 import json
 import sys
+from pathlib import Path
 
 from tests.serving import vllm_testing as testing
 
