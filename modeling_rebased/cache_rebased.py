@@ -1,8 +1,9 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
-"""What recurrent layers keep in transformers' own caches, and the two names that a cache has as an argument.
+"""Keep the states of recurrent layers in transformers' own caches, and accept both names of the cache argument.
 
-A convolution keeps its last inputs in the `conv_states` of the library's `LinearAttentionLayer`, ReBased its state in
-`recurrent_states`. How many tokens came before stands in one more layer at the end of the cache, `TokenCountLayer`.
+A convolution keeps its last inputs in the `conv_states` of the library's `LinearAttentionLayer`. ReBased keeps its
+state in `recurrent_states`. One more layer at the end of the cache, `TokenCountLayer`, counts the tokens that came
+before.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ def keep_recurrent_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> N
 
 
 class TokenCountLayer(CacheLayerMixin):
-    """The last layer of a recurrent model's cache: how many tokens and columns came before.
+    """Count the tokens and columns that came before, as the last layer of a recurrent model's cache.
 
     `counts` is int64 [B, 2]: the real tokens of each row (its next position), and the columns of the batch, padding
     included (the length of the cache). No state tells either number. A layer of the cache follows the library's

@@ -1,5 +1,5 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
-"""ReBased attention in plain PyTorch: any device, any autograd feature, O(T) time.
+"""Compute ReBased attention in plain PyTorch, on any device, with any autograd feature, in O(T) time.
 
 The kernel is a polynomial of degree two in the scaled dot product (Aksenov et al., 2024, section 4):
 
@@ -19,7 +19,7 @@ from .configuration_rebased import feature_blocks, n_features
 
 
 def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
-    """The features phi(x) whose inner products make up the kernel, in the layout of the recurrent state.
+    """Return the features phi(x) whose inner products make up the kernel, in the layout of the recurrent state.
 
     In this order: `x_a * x_a` for every a; `sqrt(2) * x_a * x_b` for a < b, lexicographically (both only if c2 != 0);
     `x_a` for every a (only if c1 != 0); 1 (only if c0 != 0). Neither scale nor coefficients enter here: the query side
@@ -55,7 +55,7 @@ def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> to
 def _query_features(
     q: torch.Tensor, coefficients: tuple[float, float, float], weights: tuple[torch.Tensor | float, ...]
 ) -> torch.Tensor:
-    """phi(q) times the kernel's coefficients. `weights` (c0, c1, c2) may vary by query: tensors [..., 1]."""
+    """Return phi(q) times the kernel's coefficients. `weights` (c0, c1, c2) may vary by query: tensors [..., 1]."""
     features = feature_map(q, coefficients)
     present = [w for c, w in zip(reversed(coefficients), reversed(weights)) if c]
     blocks = features.split(feature_blocks(q.shape[-1], coefficients), dim=-1)
@@ -63,7 +63,7 @@ def _query_features(
 
 
 def _power_of_two_below(x: torch.Tensor) -> torch.Tensor:
-    """The largest power of two <= x, elementwise, for normal float32 or float64 x > 0: the mantissa's bits cleared."""
+    """Return the largest power of two <= x, elementwise, for normal float32 or float64 x > 0."""
     if x.dtype == torch.float64:
         return (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -79,7 +79,7 @@ def naive_rebased_attention(
     eps: float = 1e-12,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The definition, quadratic in T, a line a formula: the oracle for every other implementation.
+    """Compute the definition, quadratic in T, with one line per formula: the oracle for every other implementation.
 
     Args:
         q (`torch.Tensor`): [B, T, H_q, F].

@@ -1,5 +1,5 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
-"""The language-modelling loss without the logits of all tokens at once.
+"""Compute the language-modelling loss without the logits of all tokens at once.
 
 At 32,768 tokens and a vocabulary of 50,304 the logits have 1.6 billion numbers. The plain loss stores them in half
 precision, in float32, and once more as a gradient: 20 GB, which also take time to move. Here some thousand tokens at a
@@ -75,7 +75,7 @@ def can_fuse_loss(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the losses; the gradients are computed with it and scaled in the backward pass."""
+    """Compute the sum of the losses and its gradients together, and scale the gradients in the backward pass."""
 
     @staticmethod
     def forward(

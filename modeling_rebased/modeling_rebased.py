@@ -1,5 +1,5 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
-"""PyTorch ReBased model.
+"""Build the ReBased model in PyTorch.
 
 From the bottom up: normalisation of queries and keys, the sequence mixers (short convolutions, ReBased, softmax, both
 in one), the MLP, the layer, the model and its heads. Shapes: B batch, T tokens, H heads, F feature_dim, D head_dim.
@@ -63,7 +63,7 @@ logger = logging.get_logger(__name__)
 
 
 class ReBasedRMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, the root in float32, output in the input's dtype."""
+    """Compute weight * x / sqrt(mean(x^2) + eps) over the last dimension, with the root in float32."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -80,13 +80,13 @@ class ReBasedRMSNorm(nn.Module):
 
 
 def build_norm(config: ReBasedConfig) -> nn.Module:
-    """The norm of the residual stream."""
+    """Return a norm of the residual stream."""
     norm = nn.LayerNorm if config.norm_type == "layernorm" else ReBasedRMSNorm
     return norm(config.hidden_size, eps=config.norm_eps)
 
 
 class ReBasedQKNorm(nn.Module):
-    """The learnable part of the kernel (paper, section 4.2): gamma * (x - mean) / std + beta, each step optional.
+    """Normalise queries or keys: gamma * (x - mean) / std + beta, each step optional (paper, section 4.2).
 
     With all three it is LayerNorm; with none the identity, which leaves the plain x^2 kernel. Gamma and beta move the
     minimum of (q.k)^2, so that a token can be ignored.
@@ -101,7 +101,7 @@ class ReBasedQKNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if config.use_beta else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., size] -> [..., size]"""
+        """Map [..., size] to the same shape."""
         if self.normalize:
             return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
         if self.weight is not None:
@@ -122,7 +122,7 @@ def inverse_frequencies(dim: int, config: ReBasedConfig, device: torch.device | 
 
 
 class ReBasedRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary position embeddings for softmax layers, of every kind that transformers knows.
+    """Compute the cosines and sines of rotary positions for softmax layers, of every kind that transformers knows.
 
     Args:
         config (`ReBasedConfig`): its `rope_parameters` say which kind, its `head_dim` the size.
@@ -152,14 +152,14 @@ class ReBasedRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin [B or 1, T, dim] for int64 positions [B or 1, T], in x's dtype and on its device."""
+        """Return cos and sin [B or 1, T, dim] of int64 positions [B or 1, T], in x's dtype and on its device."""
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         emb = torch.cat((freqs, freqs), dim=-1)
         return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
 
 
 class ReBasedLinearRotaryEmbedding(ReBasedRotaryEmbedding):
-    """The same for linear layers, whose queries and keys have `feature_dim` numbers per head.
+    """Compute rotary positions for linear layers, whose queries and keys have `feature_dim` numbers per head.
 
     Kinds other than "default" are computed from `head_dim`. The configuration allows them only where the two sizes
     are equal.
@@ -174,7 +174,7 @@ class ReBasedLinearRotaryEmbedding(ReBasedRotaryEmbedding):
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(x_1, x_2) -> (-x_2, x_1), the halves of the last dimension."""
+    """Return (-x_2, x_1) of the halves (x_1, x_2) of the last dimension."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((-x2, x1), dim=-1)
 
@@ -182,7 +182,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k rotated by cos and sin [B or 1, T, dim], to which the heads' dimension, `unsqueeze_dim`, is added.
+    """Rotate q and k by cos and sin [B or 1, T, dim], which get the dimension of the heads, `unsqueeze_dim`.
 
     By default q and k are [B, H, T, dim]; with `unsqueeze_dim=2` they are [B, T, H, dim].
     """
@@ -191,7 +191,7 @@ def apply_rotary_pos_emb(
 
 
 class ReBasedCausalConv(nn.Module):
-    """What the short convolutions share: a depthwise causal convolution over packed sequences, padding and a cache.
+    """Compute a depthwise causal convolution over packed sequences, padding and a cache, for all short convolutions.
 
     A subclass makes `conv` of as many channels as it needs.
     """
@@ -266,7 +266,7 @@ class ReBasedCausalConv(nn.Module):
         return self.conv(windows.flatten(0, 1)).view(*segment_ids.shape, -1).to(window.dtype)
 
     def _taps(self, window: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """The convolution of [B, kernel_size + T, size] tap by tap, [B, T, size].
+        """Return the convolution of [B, kernel_size + T, size], tap by tap: [B, T, size].
 
         Faster than `F.conv1d` in groups of one channel, and torch.compile makes one kernel of it and of what follows.
         No tap reaches into another sequence of `segment_ids`, [B, T]. Like `F.conv1d` it rounds to the window's dtype
@@ -289,9 +289,9 @@ class ReBasedCausalConv(nn.Module):
 
 
 class ReBasedShortConv(ReBasedCausalConv):
-    """BaseConv (Arora et al., 2023), the short convolution that alternates with ReBased in the paper.
+    """Compute BaseConv (Arora et al., 2023), the short convolution that alternates with ReBased in the paper.
 
-    y = conv(u) * (W u + b) + u: the residual is the mixer's own, on top of the layer's.
+    It is y = conv(u) * (W u + b) + u. This residual belongs to the mixer and comes on top of the layer's.
     """
 
     def __init__(self, config: ReBasedConfig, layer_idx: int):
@@ -308,13 +308,13 @@ class ReBasedShortConv(ReBasedCausalConv):
         segment_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[B, T, hidden_size] -> [B, T, hidden_size]; other arguments as in `convolve`."""
+        """Map [B, T, hidden_size] to the same shape. The other arguments are those of `convolve`."""
         out = self.convolve(hidden_states, attention_mask, cache, segment_ids)
         return out * self.proj(hidden_states) + hidden_states
 
 
 class ReBasedGatedConv(ReBasedCausalConv):
-    """The short convolution of Based's released models (Arora et al., 2024).
+    """Compute the short convolution of Based's released models (Arora et al., 2024).
 
     y = W_o (silu(conv(u_1)) * u_2) + b_o with u_1, u_2 = W_i u + b_i, both `conv_intermediate_size` wide.
     """
@@ -335,14 +335,14 @@ class ReBasedGatedConv(ReBasedCausalConv):
         segment_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[B, T, hidden_size] -> [B, T, hidden_size]; other arguments as in `convolve`."""
+        """Map [B, T, hidden_size] to the same shape. The other arguments are those of `convolve`."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         convolved = self.convolve(convolved, attention_mask, cache, segment_ids)
         return self.out_proj(F.silu(convolved) * gate)
 
 
 class ReBasedLinearAttention(nn.Module):
-    """Linear attention with the configured kernel: ReBased's (q.k)^2 of learnt normalisation, or Based's."""
+    """Compute linear attention with the configured kernel: ReBased's (q.k)^2 with a learnt norm, or Based's."""
 
     def __init__(self, config: ReBasedConfig, layer_idx: int):
         super().__init__()
@@ -407,7 +407,7 @@ class ReBasedLinearAttention(nn.Module):
         cu_seqlens: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[B, T, hidden_size] and values [B, T, H_kv, D] -> [B, T, H, D]"""
+        """Map [B, T, hidden_size] and values [B, T, H_kv, D] to [B, T, H, D]."""
         q_norm, k_norm = self.q_norm, self.k_norm if self.k_norm is not None else self.q_norm
         split = (-1, self.feature_dim)
         if self.norm_by_head:
@@ -444,7 +444,7 @@ class ReBasedLinearAttention(nn.Module):
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """[B, H_kv, T, D] -> [B, H_kv * n_rep, T, D], each head n_rep times in a row"""
+    """Repeat each head n_rep times in a row: [B, H_kv, T, D] to [B, H_kv * n_rep, T, D]."""
     return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
 
 
@@ -458,7 +458,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention as it is defined, which also returns its weights; `attn_implementation="eager"`.
+    """Compute softmax attention by its definition and return its weights too (`attn_implementation="eager"`).
 
     query [B, H, T, D], key and value [B, H_kv, S, D] and a mask that is added to the scores, [B or 1, 1, T, S] ->
     [B, T, H, D] and weights [B, H, T, S], in query's dtype; the softmax is in float32.
@@ -473,7 +473,7 @@ def eager_attention_forward(
 
 
 def build_softmax_qk_norms(config: ReBasedConfig) -> tuple[nn.Module | None, nn.Module | None]:
-    """The norms of a softmax layer's queries and keys, of each head by itself with gains that all share (Qwen3)."""
+    """Return the norms of a softmax layer's queries and keys per head, with gains that all heads share (Qwen3)."""
     if not config.softmax_qk_norm:
         return None, None
     return ReBasedRMSNorm(config.head_dim, config.norm_eps), ReBasedRMSNorm(config.head_dim, config.norm_eps)
@@ -490,7 +490,7 @@ def softmax_attention(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """query [B, T, H * D], key [B, T, H_kv * D], values [B, T, H_kv, D] -> [B, T, H, D] and the weights, if any."""
+    """Map query [B, T, H * D], key [B, T, H_kv * D], values [B, T, H_kv, D] to [B, T, H, D] and weights, if any."""
     query, key = query.unflatten(-1, (-1, module.head_dim)), key.unflatten(-1, (-1, module.head_dim))
     q_norm, k_norm = norms
     if q_norm is not None and k_norm is not None:
@@ -517,7 +517,7 @@ def softmax_attention(
 
 
 class ReBasedSoftmaxAttention(nn.Module):
-    """Softmax attention, over all tokens or over a window."""
+    """Compute softmax attention over all tokens or over a window."""
 
     is_causal = True
 
@@ -543,7 +543,7 @@ class ReBasedSoftmaxAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, T, hidden_size] -> [B, T, hidden_size] and the attention weights, where the implementation has them."""
+        """Map [B, T, hidden_size] to the same shape, and return the attention weights if there are any."""
         output, weights = softmax_attention(
             self,
             (self.q_norm, self.k_norm),
@@ -559,9 +559,10 @@ class ReBasedSoftmaxAttention(nn.Module):
 
 
 class ReBasedHybridAttention(ReBasedLinearAttention):
-    """ReBased over the whole past and softmax over a window, of the same values, mixed head by head.
+    """Mix ReBased over the whole past and softmax over a window, on the same values, head by head.
 
-    o = sigmoid(gate) * o_rebased + (1 - sigmoid(gate)) * o_window, with a learnt gate for every head that starts at 0.
+    The output is sigmoid(gate) * o_rebased + (1 - sigmoid(gate)) * o_window. Each head has a learnt gate, which starts
+    at 0.
     """
 
     is_causal = True
@@ -589,7 +590,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         segment_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in the two parents of the idea; `attention_mask` is the linear part's, `window_mask` the softmax's."""
+        """Take the arguments of both attention classes: `window_mask` for softmax, `attention_mask` for ReBased."""
         values = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         linear = self.attend(
             hidden_states,
@@ -616,7 +617,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
 
 
 class ReBasedMLP(nn.Module):
-    """down(act(up(x))), or with `mlp_type="swiglu"` down(act(gate(x)) * up(x))."""
+    """Compute down(act(up(x))), or with `mlp_type="swiglu"` down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: ReBasedConfig):
         super().__init__()
@@ -630,7 +631,7 @@ class ReBasedMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, hidden_size] -> [B, T, hidden_size]"""
+        """Map [B, T, hidden_size] to the same shape."""
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(x)))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -657,7 +658,7 @@ ATTENTION_CLASSES = {
 
 
 class ReBasedDecoderLayer(GradientCheckpointingLayer):
-    """x = x + mixer(norm(x)); x = x + mlp(norm(x)). With mlp_type "none" the latter is x + norm(x)."""
+    """Compute x = x + mixer(norm(x)), then x = x + mlp(norm(x)), or x + norm(x) with mlp_type "none"."""
 
     def __init__(self, config: ReBasedConfig, layer_idx: int):
         super().__init__()
@@ -678,7 +679,7 @@ class ReBasedDecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """[B, T, hidden_size] -> [B, T, hidden_size]"""
+        """Map [B, T, hidden_size] to the same shape."""
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         if self.is_conv:
@@ -703,7 +704,7 @@ AUTO_MAP = {
 
 
 class ReBasedPreTrainedModel(PreTrainedModel):
-    """What the model and its heads share: what they support, how weights start, how masks are made."""
+    """Hold what the model and its heads share: what they support, how weights start, and how masks are made."""
 
     config: ReBasedConfig
     config_class = ReBasedConfig
@@ -723,9 +724,9 @@ class ReBasedPreTrainedModel(PreTrainedModel):
     }
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As the library's. The code beside the weights has every head, so every Auto class shall find its own.
+        """Save the model as the library does, with an entry for every head, whose code lies beside the weights.
 
-        By itself the library names only the class that is saved.
+        The library itself names only the class that is saved.
         """
         if self.is_remote_code():
             self.config.auto_map = AUTO_MAP | (getattr(self.config, "auto_map", None) or {})
@@ -761,7 +762,7 @@ class ReBasedPreTrainedModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor | None]:
-        """Make the masks of the kinds of layer this model has; `generate` calls it too, ahead of a compiled forward.
+        """Make the masks for the kinds of layer in this model. `generate` calls this too, before a compiled forward.
 
         Returns:
             `dict[str, torch.Tensor | None]`: "linear_attention" [B, T], for all recurrent layers;
@@ -780,7 +781,7 @@ def _create_masks(
     cache: Cache | None,
     packing: Packing | None,
 ) -> dict[str, torch.Tensor | None]:
-    """The masks of `create_masks_for_generate`, which for packed sequences keep them apart in softmax layers too."""
+    """Make the masks of `create_masks_for_generate`, which also keep packed sequences apart in softmax layers."""
     masks = {"linear_attention": padding_mask} if config.is_recurrent else {}
     options = {}
     if packing is not None:
@@ -819,10 +820,10 @@ def _create_masks(
 
 
 class ReBasedModel(ReBasedPreTrainedModel):
-    """The decoder: token ids to the last hidden states.
+    """Compute the last hidden states of token ids: the model without a head.
 
     Args:
-        config (`ReBasedConfig`): see there.
+        config (`ReBasedConfig`): the configuration.
     """
 
     def __init__(self, config: ReBasedConfig):
@@ -991,10 +992,10 @@ class ReBasedModel(ReBasedPreTrainedModel):
 
 
 class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
-    """ReBased with a language-modelling head.
+    """Add a language-modelling head to ReBased.
 
     Args:
-        config (`ReBasedConfig`): see there.
+        config (`ReBasedConfig`): the configuration.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -1041,7 +1042,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As the library's, but a generated token, which is never padding, brings no mask for recurrent layers."""
+        """Prepare as the library does, without a mask for recurrent layers: a generated token is never padding."""
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
         # Where PEFT puts virtual tokens before the prompt, it makes the mask longer after this.
         cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
@@ -1174,7 +1175,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
 
 
 class ReBasedGenericHead:
-    """Lets the library's generic heads find their base model.
+    """Let the library's generic heads find their base model.
 
     They make it by `AutoModel.from_config`. In a checkpoint's own code that must be this file's model, whichever copy
     of the configuration file `config` comes from, without asking once more whether to trust the code.
@@ -1186,19 +1187,19 @@ class ReBasedGenericHead:
 
 
 class ReBasedForSequenceClassification(ReBasedGenericHead, GenericForSequenceClassification, ReBasedPreTrainedModel):
-    """ReBased with a classifier on the last token that is not padding."""
+    """Add a classifier of sequences to ReBased. It reads the last token that is not padding."""
 
     forward = either_cache_name(GenericForSequenceClassification.forward)
 
 
 class ReBasedForTokenClassification(ReBasedGenericHead, GenericForTokenClassification, ReBasedPreTrainedModel):
-    """ReBased with a classifier on every token."""
+    """Add a classifier of every token to ReBased."""
 
     forward = either_cache_name(GenericForTokenClassification.forward)
 
 
 class ReBasedForQuestionAnswering(ReBasedGenericHead, GenericForQuestionAnswering, ReBasedPreTrainedModel):
-    """ReBased with the start and end of a span as outputs."""
+    """Add a head to ReBased that marks the start and the end of a span as the answer to a question."""
 
     forward = either_cache_name(GenericForQuestionAnswering.forward)
 
