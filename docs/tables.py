@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from modeling_rebased.eval.plot_mqar import cells, differences, markdown, read_runs, seed_accuracies, welch
-from modeling_rebased.eval.plots import label_of, read_csv
+from modeling_rebased.eval.plot_style import label_of
+from modeling_rebased.eval.plots import read_csv
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plots import color_of, label_of, new_figure, save
+from .plot_style import color_of, label_of, new_figure, save
 
 
 LENGTHS = (128, 256, 512, 1024, 2048)

@@ -6,7 +6,7 @@ import pytest
 
 from modeling_rebased.eval import plot_mqar
 from modeling_rebased.eval.plot_mqar import PUBLISHED, cells, markdown, read_runs
-from modeling_rebased.eval.plots import STYLES, color_of
+from modeling_rebased.eval.plot_style import STYLES, color_of
 from modeling_rebased.training.train_mqar import MODELS
 
 

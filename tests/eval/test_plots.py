@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_rebased.eval import plots
+from modeling_rebased.eval import plot_style, plots
 
 
 RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results"
@@ -57,7 +57,9 @@ def test_the_kernels_picture_says_its_sizes_and_names_its_lines(tmp_path, figure
     assert f"F = {features} " in title and "D = 32 " in title and "65,536 tokens" in title
     for axis in figures[0].axes:
         named = texts(axis)
-        assert named["ReBased"] == plots.color_of("rebased") and named["softmax"] == plots.color_of("softmax")
+        assert named["ReBased"] == plot_style.color_of("rebased") and named["softmax"] == plot_style.color_of(
+            "softmax"
+        )
         assert "retention" in named
         colors = {line.get_color() for line in axis.get_lines()}
         assert set(named.values()) - {"#777777"} <= colors
@@ -66,12 +68,12 @@ def test_the_kernels_picture_says_its_sizes_and_names_its_lines(tmp_path, figure
 
 def test_a_model_without_a_style_keeps_its_name_and_gets_a_colour_of_its_own():
     models = ["rebased", "mine", "yours"]
-    colors = [plots.color_of(model, models) for model in models]
-    assert len(set(colors)) == 3 and plots.label_of("mine") == "mine"
+    colors = [plot_style.color_of(model, models) for model in models]
+    assert len(set(colors)) == 3 and plot_style.label_of("mine") == "mine"
 
 
 def test_colours_and_names_are_each_used_once():
-    names, colors = zip(*plots.STYLES.values())
+    names, colors = zip(*plot_style.STYLES.values())
     assert len(set(names)) == len(names) and len(set(colors)) == len(colors)
 
 
