@@ -40,11 +40,14 @@ def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> to
         # and deterministic.
         diagonal = torch.arange(size, device=x.device)
         row, column = torch.triu_indices(size, size, 1, device=x.device)
-        identity = torch.eye(size, dtype=x.dtype, device=x.device)
         left = torch.cat([diagonal, row])
         right = torch.cat([diagonal, column])
         weight = torch.cat([x.new_ones(size), x.new_full((row.shape[0],), math.sqrt(2))])
-        features.append((x @ identity[:, left]) * (x @ (identity[:, right] * weight)))
+        if torch.compiler.is_exporting():  # torch.export cannot prove sizes of a product whose length is a symbol
+            features.append(x[..., left] * (x[..., right] * weight))
+        else:
+            identity = torch.eye(size, dtype=x.dtype, device=x.device)
+            features.append((x @ identity[:, left]) * (x @ (identity[:, right] * weight)))
     if c1:
         features.append(x)
     if c0:
@@ -106,12 +109,12 @@ def computation_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _chunk_size(length: int, features: int) -> int:
-    """Tokens that meet pairwise. The pairs cost O(chunk), the state O(features / chunk) a token."""
+def _chunk_size(features: int) -> int:
+    """Return how many tokens meet pairwise: per token, pairs cost O(chunk) and the state O(features / chunk)."""
     chunk = 64
     while chunk < features // 8:
         chunk *= 2
-    return length if length <= 4 * chunk else chunk
+    return chunk
 
 
 def eager_rebased_attention(
@@ -209,12 +212,19 @@ def _chunked(
     dtype = computation_dtype(q)
     features = n_features(feature_dim, coefficients)
 
-    chunk = _chunk_size(length, features)
-    with_state = initial_state is not None or output_final_state or length > chunk
-    # Chunks that are worked on at once: enough to keep the device busy, few enough to keep memory small.
-    block = length
-    if with_state:
-        block = chunk * max(1, min(64, 2**26 // max(1, batch * q_heads * chunk * features)))
+    chunk = _chunk_size(features)
+    if torch.compiler.is_exporting():
+        # The length may be a symbol, on which nothing may be decided: all chunks are worked on at once.
+        with_state, parts = True, [slice(0, length)]
+    else:
+        if length <= 4 * chunk:
+            chunk = length
+        with_state = initial_state is not None or output_final_state or length > chunk
+        # Chunks that are worked on at once: enough to keep the device busy, few enough to keep memory small.
+        block = length
+        if with_state:
+            block = chunk * max(1, min(64, 2**26 // max(1, batch * q_heads * chunk * features)))
+        parts = [slice(start, min(start + block, length)) for start in range(0, length, block)]
 
     # s**2 of large but finite inputs can exceed the dtype's range although o does not. Multiplying w and eps by the
     # same r**2 > 0 leaves o as it is, so r, a power of two for exactness, brings |r s| to at most 1. It is the
@@ -242,8 +252,7 @@ def _chunked(
     # Without gradients each block writes its part of the output; a graph of such writes would cost O(T) a block.
     output = None if torch.is_grad_enabled() else q.new_empty(batch, length, q_heads, head_dim)
     outputs = []
-    for start in range(0, length, block):
-        part = slice(start, min(start + block, length))
+    for part in parts:
         out, state = _block(
             q[:, part],
             k[:, part],
@@ -294,23 +303,33 @@ def _block(
     groups = q_heads // kv_heads
     dtype = key_factor.dtype
     c0, c1, c2 = coefficients
-    n_chunks = -(-length // chunk)
-    padding = n_chunks * chunk - length
+    exporting = torch.compiler.is_exporting()
+    n_chunks = length // chunk + 2 if exporting else -(-length // chunk)
+    tokens = torch.arange(n_chunks, device=q.device)[:, None] * chunk + torch.arange(chunk, device=q.device)  # [N, C]
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        """[B, T, *] -> [B, N, C, *], with copies of the last token after the end."""
+        if exporting:  # where how much is to be added may not be decided, and no sizes compared
+            return x[:, tokens.clamp_max(length - 1)]
+        padding = n_chunks * chunk - length
+        if padding:
+            x = torch.cat([x, x[:, -1:].expand(-1, padding, *x.shape[2:])], dim=1)
+        return x.unflatten(1, (n_chunks, chunk))
 
     def chunks(x: torch.Tensor) -> torch.Tensor:
-        """[B, T, H, *] -> [B, H, N, C, *], zeros after the end."""
-        if padding:
-            x = torch.cat([x, x.new_zeros(batch, padding, *x.shape[2:])], dim=1)
-        return x.transpose(1, 2).unflatten(2, (n_chunks, chunk))
+        """[B, T, H, *] -> [B, H, N, C, *]"""
+        return cut(x).movedim(3, 1)
 
     # The query heads of one key-value head stand beside each other, as more rows: [B, H_kv, N, C * G, F].
     q_c = chunks((q.to(dtype) * scale).unflatten(2, (kv_heads, groups))).flatten(3, 4)
     k_c = chunks(k.to(dtype)) * key_factor[:, :, None]  # [B, H_kv, N, C, F]
-    # The column of ones becomes the normaliser, and a dropped key is a row of zeros in both.
+    # The column of ones becomes the normaliser, and a key that is dropped or stands after the end is a row of zeros.
     values = torch.cat([v.to(dtype), torch.ones_like(v[..., :1], dtype=dtype)], dim=-1)
     if attention_mask is not None:
         values = values * attention_mask[:, :, None, None].to(dtype)
     v_c = chunks(values)  # [B, H_kv, N, C, D + 1]
+    if exporting or n_chunks * chunk > length:
+        v_c = v_c * (tokens < length)[..., None].to(dtype)
 
     with torch.no_grad():
         query_max = q_c.abs().amax(-1, keepdim=True) * feature_dim  # [B, H_kv, N, C * G, 1]
@@ -329,9 +348,7 @@ def _block(
         w = w + weights[0]
     allowed = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     if segment_ids is not None:
-        if padding:
-            segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, padding)], dim=1)
-        segments = segment_ids.unflatten(1, (n_chunks, chunk))  # [B, N, C]
+        segments = cut(segment_ids)  # [B, N, C]
         allowed = (allowed & (segments[:, :, :, None] == segments[:, :, None, :]))[:, None]  # [B, 1, N, C, C]
     w = w * allowed.repeat_interleave(groups, dim=-2).to(dtype)
     out = w @ v_c  # [B, H_kv, N, C * G, D + 1]
@@ -357,7 +374,12 @@ def _block(
         state = states[:, :, -1]
 
     out = out[..., :-1] / (out[..., -1:] + row_eps)
-    out = out.flatten(2, 3).unflatten(2, (n_chunks * chunk, groups))[:, :, :length]  # [B, H_kv, T, G, D]
+    out = out.unflatten(3, (chunk, groups))  # [B, H_kv, N, C, G, D]
+    if exporting:
+        position = torch.arange(length, device=q.device)
+        out = out[:, :, position // chunk, position % chunk]
+    else:
+        out = out.flatten(2, 3)[:, :, :length]  # [B, H_kv, T, G, D]
     return out.transpose(1, 2).reshape(batch, length, q_heads, head_dim), state
 
 

@@ -1,0 +1,39 @@
+"""torch.export of the eager backend, with a batch and a length that may change."""
+
+import pytest
+import torch
+from torch.export import Dim
+
+from tests.modeling_rebased.cases import make_ids, make_model
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def make_mask(ids):
+    mask = torch.ones_like(ids)
+    mask[0, : ids.shape[1] // 3] = 0
+    return mask
+
+
+@pytest.mark.parametrize(("name", "masked"), [("mqar", False), ("based", False), ("every_type", True)])
+def test_export_with_a_dynamic_batch_and_length(name, masked):
+    model, ids = make_model(name), make_ids()
+    shape = {0: Dim("batch"), 1: Dim("length")}
+    inputs = {"input_ids": ids} | ({"attention_mask": make_mask(ids)} if masked else {})
+    exported = torch.export.export(Logits(model), (), inputs, dynamic_shapes=dict.fromkeys(inputs, shape)).module()
+    for batch, length in ((3, 1), (5, 40), (1, 300)):
+        if length > model.config.max_position_embeddings and model.config.position_embedding_type == "learned":
+            continue
+        ids = torch.randint(1, 50, (batch, length))
+        inputs = {"input_ids": ids} | ({"attention_mask": make_mask(ids)} if masked else {})
+        kept = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        with torch.no_grad():
+            actual, expected = exported(**inputs)[kept], model(**inputs).logits[kept]
+        assert (actual - expected).norm() / expected.norm() < 1e-5
