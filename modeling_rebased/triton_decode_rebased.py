@@ -27,8 +27,8 @@ def _decode_kernel(
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_sb, stride_sh, stride_sf, stride_sd,
     stride_mb,
     alpha, beta, eps,
-    F: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NF: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    GP: tl.constexpr, BF: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NF: tl.constexpr, H: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, BF: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_INDICES: tl.constexpr,
 ):  # fmt: skip
     """Add phi(k) [v, 1] to state [NF, D + 1] in place, then read o of the G query heads from it, all in fp32.
@@ -69,6 +69,18 @@ def _decode_kernel(
     else:
         acc = tl.zeros([GP, BD], tl.float32)
         z = tl.zeros([GP], tl.float32)
+    # A power of two per query, `shrink`, keeps the squares of large queries times those of large keys, which the state
+    # may hold, in range. Numerator, normaliser and eps all carry its square.
+    f = tl.arange(0, FP)
+    if G == 1:
+        most = tl.max(tl.abs(tl.load(q + f, mask=f < F, other=0.0).to(tl.float32)), 0)
+    else:
+        inside = (g < G)[:, None] & (f < F)[None, :]
+        most = tl.max(
+            tl.abs(tl.load(q + g[:, None] * stride_qh + f[None, :], mask=inside, other=0.0).to(tl.float32)), 1
+        )
+    shrink = 1.0 / tl.maximum(most * F, 1.0)
+    shrink = (shrink.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     PAIRS: tl.constexpr = F * (F + 1) // 2 if QUAD else 0
     ROOT2: tl.constexpr = 1.4142135623730951
     for start in range(0, NF, BF):
@@ -102,8 +114,8 @@ def _decode_kernel(
         weight = tl.where(has_second, factor, tl.where(linear, alpha, beta))
         weight = tl.where(exists, weight, 0.0)
         if G == 1:
-            w = tl.load(q + first, mask=has_first & exists, other=1.0).to(tl.float32)
-            w *= tl.load(q + second, mask=has_second & exists, other=1.0).to(tl.float32)
+            w = tl.load(q + first, mask=has_first & exists, other=1.0).to(tl.float32) * shrink
+            w *= tl.load(q + second, mask=has_second & exists, other=1.0).to(tl.float32) * shrink
             w *= weight
             acc += w[:, None] * tile
             z += w * total
@@ -111,16 +123,18 @@ def _decode_kernel(
             ok = (g < G)[:, None] & exists[None, :]
             qg = q + g[:, None] * stride_qh
             w = tl.load(qg + first[None, :], mask=ok & has_first[None, :], other=1.0).to(tl.float32)
+            w *= shrink[:, None]
             w *= tl.load(qg + second[None, :], mask=ok & has_second[None, :], other=1.0).to(tl.float32)
+            w *= shrink[:, None]
             w *= weight[None, :]
             acc += tl.sum(w[:, :, None] * tile[None, :, :], 1)
             z += tl.sum(w * total[None, :], 1)
     if G == 1:
-        z0 = tl.sum(z, 0) + eps
+        z0 = tl.sum(z, 0) + eps * shrink * shrink
         out = tl.sum(acc, 0) * tl.where(z0 == 0.0, 0.0, 1.0 / z0)
         tl.store(o + (b64 * H + hkv) * D + d, out.to(o.dtype.element_ty), mask=d < D)
     else:
-        z += eps
+        z += eps * shrink * shrink
         out = acc * tl.where(z == 0.0, 0.0, 1.0 / z)[:, None]
         tl.store(
             o + (b64 * H + hkv * G + g)[:, None] * D + d[None, :], out.to(o.dtype.element_ty),
@@ -151,8 +165,8 @@ def decode_token(
             strides |= {f"stride_{name}b": x.stride(0), f"stride_{name}h": x.stride(2)}
         return (batch * kv_heads,), {
             **strides, "stride_mb": 0 if mask is None else mask.stride(0), "alpha": layout.alpha,
-            "beta": layout.beta, "eps": eps / layout.factor, "F": feature_dim, "D": head_dim, "BD": layout.d,
-            "NF": layout.features, "H": heads, "G": group, "GP": padded_group,
+            "beta": layout.beta, "eps": eps / layout.factor, "F": feature_dim, "FP": layout.f, "D": head_dim,
+            "BD": layout.d, "NF": layout.features, "H": heads, "G": group, "GP": padded_group,
             # features per step: the tile [heads, features, values] has to stay in one warp's registers
             "BF": max(1, min(16, 1024 // (layout.d * padded_group))), "QUAD": layout.quad, "LIN": layout.lin,
             "CONST": layout.const, "HAS_MASK": mask is not None, "HAS_INDICES": state_indices is not None,

@@ -486,6 +486,23 @@ def test_decode_by_slot_in_a_cuda_graph(dtype):
         assert not o[rows:].any()
 
 
+@pytest.mark.parametrize("coefficients", [REBASED, (1.0, 1.0, 0.5)])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_decode_of_large_queries_and_keys(heads, coefficients):
+    """(q.k)^2 is beyond float32, while the state of the keys is not."""
+    q, k, v = make(1, 4, heads, 1, 5, 3)
+    state = torch.zeros(1, 1, n_features(5, coefficients), 4, device=DEVICE)
+    arguments = {"coefficients": coefficients, "scale": 0.5, "eps": 1e-12}
+    steps = [slice(t, t + 1) for t in range(4)]
+    o = [
+        triton_rebased.triton_rebased_decode(q[:, t] * 1e15, k[:, t] * 1e12, v[:, t], state, **arguments)
+        for t in steps
+    ]
+    # At such a size only the quadratic part counts; it does not depend on the size.
+    reference, _ = oracle(q, k, v, (0.0, 0.0, coefficients[2]), 0.5, 1e-12)
+    assert relative(torch.cat(o, 1), reference) < 1e-5
+
+
 def test_decode_continues_a_prefill():
     q, k, v = make(1, 101, 2, 1, 16, 8)
     arguments = {"coefficients": REBASED, "scale": 0.25, "eps": 1e-6}
