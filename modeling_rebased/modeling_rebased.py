@@ -1032,6 +1032,11 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        if generation_config.is_assistant and self._is_stateful:
+            raise ValueError(
+                f"{type(self).__name__} with recurrent layers cannot be the `assistant_model`: its state cannot "
+                "forget the drafted tokens that are not accepted. A draft model needs softmax layers only."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
         if cache is not None and self._is_stateful:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -153,6 +154,54 @@ def test_the_softmax_twin_can_be_assisted():
     model, ids = make_model("softmax"), make_ids(1)
     out = generate(model, ids, prompt_lookup_num_tokens=3)
     assert torch.equal(out, greedy_reference(model, ids, 6))
+    assert torch.equal(generate(model, ids, assistant_model=make_model("softmax", intermediate_size=32)), out)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_model_cannot_draft(name):
+    with pytest.raises(ValueError, match="cannot be the `assistant_model`"):
+        generate(make_model("softmax"), make_ids(1), assistant_model=make_model(name))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_of_a_continuation(name):
+    """A continuation takes in only what is new: tokens that a state took in twice might leave the choice as it is."""
+    model, ids = make_model(name), make_ids()
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    first = generate(model, ids, **options)
+    second = generate(model, first.sequences, past_key_values=first.past_key_values, **options)
+    steps = torch.stack(first.logits + second.logits, dim=1)
+    expected = model(second.sequences, use_cache=False).logits[:, 22:-1]
+    assert ((steps - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "mqar"])
+def test_the_compiled_step_serves_every_length(name):
+    """One graph without recompilation, and all that it changes has a fixed address, as CUDA graphs need it."""
+    graphs = []
+
+    def inspect_graph(graph, inputs):
+        meta = torch._guards.TracingContext.get().fw_metadata
+        changed = {i for i, x in enumerate(meta.input_info) if x.mutates_data}
+        graphs.append((changed, set(meta.static_input_indices)))
+        assert all(isinstance(x, torch.Tensor) for x in inputs)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=inspect_graph, keep_inference_input_mutations=True)
+    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    model = make_model(name)
+    for length, new in ((23, 4), (17, 9), (30, 6)):
+        ids = make_ids(1, length)
+        out = generate(model, ids, max_new_tokens=new, cache_implementation="static", compile_config=config)
+        assert torch.equal(out, greedy_reference(model, ids, new))
+    ((changed, static),) = graphs
+    # The state of each layer, and the counts.
+    assert len(changed) == model.config.num_hidden_layers + 1
+    assert changed <= static
 
 
 @torch.no_grad()
