@@ -231,6 +231,23 @@ def test_a_mask_of_the_new_tokens_only(name, static):
 
 
 @torch.no_grad()
+def test_the_length_of_a_cache_is_counted_in_columns():
+    """Padding included, on the host as in the tensor that compiled steps change."""
+    model, ids = make_model("paper"), make_ids()
+    cache = DynamicCache(config=model.config)
+    mask = torch.ones_like(ids)
+    mask[:, :4] = 0
+    mask[1, :9] = 0
+    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids[:, :1], past_key_values=cache)
+    counter = cache.layers[-1]
+    assert cache.get_seq_length() == 24
+    counter.columns = None
+    assert cache.get_seq_length() == 24
+    assert counter.counts.tolist() == [[20, 24], [15, 24]]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_turn_after_rows_that_ended_early(name):
     """`generate` fills up a finished row with padding, which a recurrent state cannot forget."""
