@@ -6,7 +6,8 @@
 
 Writes three tables to the output folder, and `models.png`, a picture of the last two:
 
-    decode.csv        time of the one-token kernel by batch size, and of moving its state at the copy bandwidth
+    decode.csv        time of the one-token kernel by batch size, with states in the order of the rows and by random
+                      slots, and of moving the states at the copy bandwidth
     training.csv      time, tokens per second and peak memory of a training step
     generation.csv    time per token and peak memory of `generate()`
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -55,23 +57,35 @@ def decode_table(rows: list[dict], heads: int, feature_dim: int, head_dim: int) 
     x = torch.empty(2**28, device="cuda")
     y = torch.randn_like(x)
     bandwidth = 2 * x.nbytes / do_bench(lambda: x.copy_(y), return_mode="median")
-    for batch in (1, 8, 64, 256):
-        q, k = (torch.randn(batch, 1, heads, feature_dim, device="cuda").bfloat16() for _ in range(2))
-        v = torch.randn(batch, 1, heads, head_dim, device="cuda").bfloat16()
-        shape = (batch, heads, n_features(feature_dim), head_dim + 1)
-        states = [torch.rand(shape, device="cuda") for _ in range(8 if batch < 256 else 3)]
 
-        def step(q=q, k=k, v=v, states=states) -> None:
-            for state in states:
-                rebased_attention_decode(q, k, v, state, backend="triton")
-
+    def time_us(step: Callable[[], None], calls: int) -> float:
         step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        us = 1e3 * do_bench(graph.replay, return_mode="median") / len(states)
-        rows.append({"batch": batch, "us": us, "floor_us": 1e3 * 2 * states[0].nbytes / bandwidth})
-        print(f"decode      batch {batch:4d}  {us:7.1f} us, state read and written once {rows[-1]['floor_us']:.1f} us")
+        return 1e3 * do_bench(graph.replay, return_mode="median") / calls
+
+    for batch in (1, 8, 64, 256, 1024):
+        q, k = (torch.randn(batch, 1, heads, feature_dim, device="cuda").bfloat16() for _ in range(2))
+        v = torch.randn(batch, 1, heads, head_dim, device="cuda").bfloat16()
+        calls = 8 if batch < 256 else 3
+        pool = torch.rand(calls * batch, heads, n_features(feature_dim), head_dim + 1, device="cuda")
+        slots = torch.randperm(len(pool), device="cuda").int()
+
+        def step(q=q, k=k, v=v, pool=pool, calls=calls) -> None:
+            for state in pool.chunk(calls):
+                rebased_attention_decode(q, k, v, state, backend="triton")
+
+        def step_by_slot(q=q, k=k, v=v, pool=pool, slots=slots, calls=calls) -> None:
+            for part in slots.chunk(calls):
+                rebased_attention_decode(q, k, v, pool, state_indices=part, backend="triton")
+
+        us, by_slot_us = time_us(step, calls), time_us(step_by_slot, calls)
+        floor = 1e3 * 2 * pool.nbytes / calls / bandwidth
+        rows.append({"batch": batch, "us": us, "by_slot_us": by_slot_us, "floor_us": floor})
+        print(
+            f"decode      batch {batch:4d}  {us:7.1f} us, by slot {by_slot_us:.1f} us, moving the state {floor:.1f} us"
+        )
 
 
 def training_table(rows: list[dict], tokens: int, lengths: list[int]) -> None:

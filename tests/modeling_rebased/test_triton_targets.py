@@ -15,7 +15,7 @@ import torch
 from modeling_rebased import triton_rebased
 
 
-# Calls forward and backward with launches that are recorded only, then compiles what was to be launched.
+# Calls forward, backward and decoding with launches that are recorded only, then compiles what was to be launched.
 SCRIPT = """
 import collections
 import sys
@@ -44,6 +44,12 @@ triton_plan_rebased._is_blackwell = lambda device: capability == 100
 q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
 triton_rebased._Attention.apply(q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.25, 1e-12, False)[0].sum().backward()
+token = [x[:, :1].detach().expand(3, -1, -1, -1).contiguous() for x in (q, k, v)]
+state = torch.zeros(5, 2, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
+options = {"coefficients": (0.0, 0.0, 1.0), "scale": 0.25, "eps": 1e-12}
+for indices in (None, torch.zeros(3, dtype=torch.int32)):
+    rows = state if indices is not None else state[:3]
+    triton_rebased.triton_rebased_decode(*token, rows, state_indices=indices, **options)
 for kernel, arguments in launches:
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -80,7 +86,7 @@ def test_kernels_compile(capability, shared, width, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("compiled")]
-    names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel"}
+    names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_decode_kernel"}
     names |= {"_scale_kernel", "_gradient_kernel"} if width > 16 else set()
     assert {name for _, name, _ in lines} == names
     assert max(int(size) for *_, size in lines) <= shared * 1024
