@@ -197,7 +197,7 @@ def rebased_attention(
 
     ```
     """
-    coefficients = tuple(float(c) for c in coefficients)
+    coefficients = tuple(float(c) for c in coefficients)  # type: ignore[assignment]
     _check_tensors(q, k, v, coefficients)
     if not eps > 0:
         raise ValueError(f"`eps` must be positive, but got {eps}.")
@@ -285,7 +285,7 @@ def rebased_attention_decode(
         `ValueError`: shapes, dtypes or options that do not fit; the message names the argument. Slots are compared
             with the size of `state` on a CPU only, because the host would have to wait for a GPU to read them.
     """
-    coefficients = tuple(float(c) for c in coefficients)
+    coefficients = tuple(float(c) for c in coefficients)  # type: ignore[assignment]
     _check_tensors(q, k, v, coefficients)
     if q.shape[1] != 1:
         raise ValueError(f"`q` must hold one token, but it holds {q.shape[1]}.")

@@ -248,7 +248,8 @@ class ReBasedConfig(PreTrainedConfig):
     @property
     def coefficients(self) -> tuple[float, float, float]:
         """Return (c0, c1, c2) of the kernel."""
-        return tuple(float(c) for c in self.kernel_coefficients or KERNEL_COEFFICIENTS[self.kernel])
+        c0, c1, c2 = self.kernel_coefficients or KERNEL_COEFFICIENTS[self.kernel]
+        return float(c0), float(c1), float(c2)
 
     @property
     def n_features(self) -> int:
@@ -271,7 +272,7 @@ class ReBasedConfig(PreTrainedConfig):
         column, row = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
         if "hybrid_sliding" in types:  # its gate holds a number for every head
             column, row = "colwise_gather_output", "rowwise_split_input"
-        plan = {}
+        plan: dict[str, str] = {}
         if types != {"conv"}:
             plan |= dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), column)
             plan["self_attn.o_proj"] = row

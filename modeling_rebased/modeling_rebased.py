@@ -421,7 +421,7 @@ class ReBasedLinearAttention(nn.Module):
         # Under autocast the norms are in float32 and the projections not.
         q, k = q.to(values.dtype), k.to(values.dtype)
 
-        options = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
+        options: dict[str, Any] = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
         state = recurrent_state(cache, self.layer_idx)
         training = torch.is_grad_enabled() and (q.requires_grad or values.requires_grad)
         if state is not None and q.shape[1] == 1 and not training:
@@ -578,7 +578,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         self.window_q_norm, self.window_k_norm = build_softmax_qk_norms(config)
         self.gate = nn.Parameter(torch.zeros(heads))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -648,8 +648,8 @@ KEYWORDS = frozenset(
     }
     - {"logits", "labels", "vocab_size", "kwargs"}
 )
-CONV_CLASSES = {"residual": ReBasedShortConv, "gated": ReBasedGatedConv}
-ATTENTION_CLASSES = {
+CONV_CLASSES: dict[str, type[nn.Module]] = {"residual": ReBasedShortConv, "gated": ReBasedGatedConv}
+ATTENTION_CLASSES: dict[str, type[nn.Module]] = {
     "linear_attention": ReBasedLinearAttention,
     "sliding_attention": ReBasedSoftmaxAttention,
     "full_attention": ReBasedSoftmaxAttention,
@@ -1188,7 +1188,7 @@ class ReBasedGenericHead:
 
     def __init__(self, config: ReBasedConfig):
         AutoModel.register(type(config), ReBasedModel, exist_ok=True)
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
 
 
 class ReBasedForSequenceClassification(ReBasedGenericHead, GenericForSequenceClassification, ReBasedPreTrainedModel):

@@ -4,6 +4,8 @@ vLLM keeps one pool of pages. A request holds one page per `StatePage`, by its s
 Batches come packed, without padding: first the requests that decode one token each, then those that prefill.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
@@ -49,7 +51,7 @@ class StatePage(nn.Module, MambaBase):
         self.config: ReBasedConfig = vllm_config.model_config.hf_config
         self.model_dtype = vllm_config.model_config.dtype
         self.prefix = prefix
-        self.kv_cache = ()
+        self.kv_cache: tuple[torch.Tensor, ...] = ()
         register_layer(prefix, self)
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -99,7 +101,7 @@ class LinearAttentionStates(nn.Module):
 
     def __init__(self, config: ReBasedConfig, page: StatePage, prefix: str):
         super().__init__()
-        self.options = {
+        self.options: dict[str, Any] = {
             "coefficients": config.coefficients,
             "eps": config.attention_eps,
             "backend": config.kernel_backend,
