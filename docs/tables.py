@@ -187,6 +187,52 @@ def eager() -> str:
     )
 
 
+# ---------------------------------------------------------------- serving
+
+
+def serving_memory() -> str:
+    """Return the bytes that a request holds in vLLM, by the length of its context."""
+    rows = read_csv(RESULTS / "serving/memory.csv")
+    lengths = sorted({row["context_tokens"] for row in rows})
+
+    def megabytes(model: str, cached: str, length: int) -> str:
+        found = next(
+            row
+            for row in rows
+            if (row["model"], str(row["prefix_caching"]), row["context_tokens"]) == (model, cached, length)
+        )
+        return number(found["bytes_per_request"] / 1e6)
+
+    names = {"150m-rebased": "ReBased", "150m-hybrid": "ReBased and sliding windows", "150m-softmax": "softmax"}
+    return table(
+        ["model of 150M parameters", "prefix caching", *(f"{length:,} tokens" for length in lengths)],
+        [
+            [name, {"False": "off", "True": "on"}[cached], *(megabytes(model, cached, length) for length in lengths)]
+            for model, name in names.items()
+            for cached in ("False", "True")
+        ],
+        2,
+    )
+
+
+def serving_speed() -> str:
+    """Return the tokens per second of vLLM and of transformers on a CPU."""
+    rows = read_csv(RESULTS / "serving/speed.csv")
+    names = {"vllm": "vLLM", "transformers": "transformers' `generate`, one padded batch"}
+    return table(
+        ["engine", "seconds, best of 3", "seconds, worst of 3", "new tokens per second"],
+        [
+            [
+                names[row["engine"]],
+                number(row["seconds_best_of_3"]),
+                number(row["seconds_worst_of_3"]),
+                number(row["new_tokens_per_second"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
 # ---------------------------------------------------------------- associative recall
 
 
@@ -518,6 +564,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "counters": counters,
     "versions": versions,
     "eager": eager,
+    "serving-memory": serving_memory,
+    "serving-speed": serving_speed,
     "mqar-cells": lambda: markdown(cells(mqar_runs())),
     "mqar-differences": lambda: differences(cells(mqar_runs())),
     "mqar-rates": mqar_rates,

@@ -108,6 +108,7 @@ def _check_that_a_stop_frees_the_slot(llm, prompt):
     params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True, stop=" ")
     (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     assert output.outputs[0].finish_reason == "stop"
+    testing.greedy(llm, [prompt], 2)  # vLLM counts the pages in use at the end of a step
     assert testing.metric(llm, "vllm:kv_cache_usage_perc") == 0
 
 
