@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_rebased.training.arguments import with_dashes
 from modeling_rebased.training.text import TokenBlocks
 
 from .report import progress
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="of the sampling (default: 0.8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, type=Path, help="the .npy file to write")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(with_dashes(argv))
     if arguments.output.suffix != ".npy":
         sys.exit(f"--output is {arguments.output}; it must end in .npy.")
 

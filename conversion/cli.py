@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from modeling_rebased.training.arguments import with_dashes
+
 from .authors import from_authors, to_authors
 from .based import from_based
 from .fla import from_fla, to_fla
@@ -190,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 after an error, which is printed, or 2 for wrong usage."""
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(_parser().parse_args(with_dashes(argv)))
     function, _ = arguments.pop("function"), arguments.pop("command")
     # A terminated run cleans up as an interrupted one does.
     main_thread = threading.current_thread() is threading.main_thread()

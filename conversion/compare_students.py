@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from modeling_rebased import ReBasedConfig
+from modeling_rebased.training.arguments import with_dashes
 
 from .answers import chat
 from .distill import perplexity, read_blocks
@@ -466,7 +467,7 @@ def main(argv: list[str] | None = None) -> None:
         default="auto",
         help="of the linear layers in answers and decoding; what fails is tried again with eager",
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(with_dashes(argv))
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     Comparison(arguments).run()

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
+from modeling_rebased.training.arguments import with_dashes
+
 from .tasks import tasks_path
 
 
@@ -94,9 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / "english-6m")
     parser.add_argument("--prompt", nargs="*", default=list(PROMPTS))
-    parser.add_argument("--new_tokens", type=int, default=300)
+    parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--limit", type=int, default=7, help="documents to score; 8 takes in the novel: all there is")
-    args = parser.parse_args()
+    args = parser.parse_args(with_dashes())
     for folder in (args.checkpoint, CHECKPOINTS / "mqar-d128"):
         if not (folder / "config.json").is_file():
             parser.error(

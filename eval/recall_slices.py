@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from modeling_rebased.training.arguments import with_dashes
 from modeling_rebased.training.text import encode, read_documents
 
 from .plots import plot_slices
@@ -272,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     add("--trust-remote-code", action="store_true", help="run the code that lies in a checkpoint's folder")
     add("--output", metavar="DIR", help="write slices.json, slices.md and slices.png there")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_dashes(argv))
     if args.known_text and args.order != 2:
         parser.error(f"--known-text counts bigrams, so it goes with --order 2, not {args.order}")
 

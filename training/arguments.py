@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,7 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
         classes,
         prog=program,
         description=description,
-        formatter_class=_Formatter,
+        formatter_class=HelpFormatter,
         epilog="--help-all also shows the other options of transformers' TrainingArguments.",
     )
     if "--help-all" in argv or "--help_all" in argv:
@@ -69,7 +70,13 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
     return parser.parse_args_into_dataclasses(list(argv))
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+def with_dashes(argv: Sequence[str] | None = None) -> list[str]:
+    """Return a command line, by default this process's, with dashes for the `_` in the names of its options."""
+    argv = sys.argv[1:] if argv is None else argv
+    return [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), each) for each in argv]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults after each option, and the description as it was written."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -80,6 +87,6 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        if action.default in (None, argparse.SUPPRESS, "") or "default" in text:
+        if action.default in (None, False, argparse.SUPPRESS, "") or "default" in text or not text:
             return text
         return f"{text} (default: %(default)s)"

@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .arguments import with_dashes
 from .text import END_OF_TEXT
 
 
@@ -135,14 +136,14 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder, zip or tar archive of .txt files")
     parser.add_argument("--bible", type=Path, help="output of `bible -f 'gen1:1-rev22:21'`")
     parser.add_argument("--dictionary", type=Path, help="gcide.dict.dz")
-    parser.add_argument("--held_out", nargs="*", default=list(HELD_OUT), help="names (without .txt) to hold out")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    args = parser.parse_args()
+    parser.add_argument("--held-out", nargs="*", default=list(HELD_OUT), help="names (without .txt) to hold out")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    args = parser.parse_args(with_dashes())
 
     documents = {name: clean(text) for name, text in read_texts(args.text)}
     missing = sorted(set(args.held_out) - set(documents))
     if missing:
-        raise SystemExit(f"--held_out names documents that --text does not hold: {', '.join(missing)}")
+        raise SystemExit(f"--held-out names documents that --text does not hold: {', '.join(missing)}")
     held_out = {name: documents.pop(name) for name in args.held_out}
     if args.bible:
         documents.update(read_bible(args.bible))

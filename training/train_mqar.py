@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from . import mqar
+from .arguments import HelpFormatter, with_dashes
 from .mqar_loop import FastTrainer, use_deterministic_algorithms
 from .mqar_results import append_result
 from .mqar_runs import MODELS, Options, Run, kind_of
@@ -104,24 +105,25 @@ def _check_writable(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.Namespace]:
     """Read the command line: the runs, what they share, and the rest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    argv = with_dashes(argv)
+    parser = argparse.ArgumentParser(prog="rebased-mqar", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="laptop: a small task that two cores learn in about two minutes")
     add("--models", default="rebased", help=f"comma-separated, of {', '.join(MODELS)}")
     add("--hidden", type=_list(_count), default=[64], help="hidden sizes")
     add("--lengths", type=_list(_count), default=[128], help="of 128, 256, 512, 1024, 2048, or any with --pairs")
     add("--pairs", type=_count, help="key-value pairs a sequence; default: Figure 1's for the length")
-    add("--lrs", type=_list(_positive), default=[5e-4, 1e-3, 3e-3, 1e-2])
-    add("--seeds", type=_list(_integer), default=[0])
-    add("--epochs", type=_count, default=64)
-    add("--batch-size", type=_count, default=512)
-    add("--train-examples", type=_count, default=100_000)
-    add("--test-examples", type=_count, default=3_000)
-    add("--data-seed", type=int, default=0)
+    add("--lrs", type=_list(_positive), default=[5e-4, 1e-3, 3e-3, 1e-2], help="peak learning rates")
+    add("--seeds", type=_list(_integer), default=[0], help="of weights and order")
+    add("--epochs", type=_count, default=64, help="at most")
+    add("--batch-size", type=_count, default=512, help="examples per step")
+    add("--train-examples", type=_count, default=100_000, help="examples per epoch")
+    add("--test-examples", type=_count, default=3_000, help="examples of the test after each epoch")
+    add("--data-seed", type=int, default=0, help="of the data")
     add("--vocab-size", type=_count, default=8192, help="keys and values are each half of it")
     add("--dropout", type=_fraction, default=0.1, help="of the embeddings")
     add("--stop-at", type=float, default=0.99, help="test accuracy that ends a run; 2 never does")
-    add("--output", default="output/mqar.jsonl")
+    add("--output", default="output/mqar.jsonl", help="file of results, one line of JSON per run")
     add("--save", metavar="DIR", help="write every trained model to DIR/NAME")
     add("--work-dir", metavar="DIR", help="where unfinished runs are kept; default: beside OUTPUT")
     add("--jobs", type=_count, default=1, help="kinds of model trained at once on the GPU")
@@ -133,18 +135,18 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         help="train the first seed to this epoch at every rate, then go on with the one of lowest loss; "
         "MQAR first stays on a plateau for some epochs, and a race that ends there is a lottery",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--kernel-backend", choices=("auto", "eager", "triton"), default="auto")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--kernel-backend", choices=("auto", "eager", "triton"), default="auto", help="of the linear attention")
     add("--fp32", action="store_true", help="no bf16 autocast")
-    add("--no-compile", action="store_true")
-    add("--no-cuda-graph", action="store_true")
+    add("--no-compile", action="store_true", help="no torch.compile")
+    add("--no-cuda-graph", action="store_true", help="issue each step from Python")
     add(
         "--deterministic",
         action="store_true",
         help="the same numbers to the bit from run to run on one kind of GPU; slower",
     )
     add("--time-steps", action="store_true", help="train nothing: time a step of each kind of model, on a GPU")
-    add("--no-progress", action="store_true")
+    add("--no-progress", action="store_true", help="no progress bars")
     add(
         "--max-seconds",
         type=_positive,

@@ -12,6 +12,7 @@ import torch
 
 from modeling_rebased.eval.tasks import tasks_path
 from modeling_rebased.training import mqar, mqar_loop, mqar_speed, mqar_sweep, train_mqar
+from modeling_rebased.training.arguments import with_dashes
 from modeling_rebased.training.mqar_checkpoint import TASKS
 from modeling_rebased.training.mqar_loop import FastTrainer
 from modeling_rebased.training.mqar_results import append_result, read_results
@@ -306,6 +307,19 @@ def test_the_laptop_preset_is_a_default_that_arguments_change(tmp_path, capsys):
     assert train_mqar.parse(["--preset", "laptop", "--lrs", "1e-3", *output])[0][0].lr == 1e-3
     train_mqar.parse(output)
     assert "This needs a GPU" in capsys.readouterr().err
+
+
+def test_options_are_written_with_dashes_or_underscores(tmp_path, capsys):
+    for name in ("--batch-size", "--batch_size"):
+        (run,), _, _ = train_mqar.parse(
+            [name, "16", "--lrs=1e-3", "--output", str(tmp_path / "a_b.jsonl"), "--device=cpu"]
+        )
+        assert run.batch_size == 16
+    assert with_dashes(["--a_b=c_d", "e_f", "-g_h"]) == ["--a-b=c_d", "e_f", "-g_h"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train_mqar.parse(["--help"])
+    assert "examples per step (default: 512)" in capsys.readouterr().out
 
 
 def test_wrong_arguments_are_named(capsys):
