@@ -1,5 +1,7 @@
 """What vLLM cannot serve, refused by name before anything is loaded."""
 
+import dataclasses
+
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -22,6 +24,10 @@ class ReBasedServingChecks(VerifyAndUpdateConfig):
         """
         config: ReBasedConfig = model_config.hf_config
         types = set(config.layer_types)
+        if not config.is_recurrent:
+            # One class serves all mixtures of layers. Without states vLLM shall treat it as a softmax model.
+            info = model_config._model_info
+            model_config._model_info = dataclasses.replace(info, is_hybrid=False, has_inner_state=False)
         if "conv" in types and config.conv_kernel_size not in CONV_KERNEL_SIZES:
             raise ValueError(
                 f"`conv_kernel_size` must be one of {CONV_KERNEL_SIZES} for vLLM's convolution kernels, but it is "
