@@ -261,7 +261,7 @@ def report(results: dict[str, Any]) -> str:
         text.append(table(lines))
     if results.get("speed"):
         text.append(f"## Decoding after {results['speed'][0]['context']:,} tokens\n")
-        lines = [["model", "batch", "tokens per second", "ms a step", "cache, MiB", "peak memory, GiB"]]
+        lines = [["model", "batch", "tokens per second", "ms per step", "cache, MiB", "peak memory, GiB"]]
         lines += [
             [row["model"], *(row[key] for key in ("batch", "tokens_per_s", "ms", "cache_mib", "peak_gib"))]
             for row in results["speed"]

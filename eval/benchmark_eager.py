@@ -99,7 +99,7 @@ def main() -> None:
         f"{platform.machine()}, torch {torch.__version__}"
     )
     print(title)
-    print(f"{'tokens':>8} {'chunked':>10} {'quadratic':>10} {'us a token':>12} {'chunked fwd+bwd':>16} ", end="")
+    print(f"{'tokens':>8} {'chunked':>10} {'quadratic':>10} {'us per token':>12} {'chunked fwd+bwd':>16} ", end="")
     print(f"{'quadratic fwd+bwd':>18}   (ms, median of {arguments.repeats})")
     rows = []
     for length in arguments.lengths:

@@ -1,4 +1,4 @@
-"""The folder of a model trained on MQAR."""
+"""Write the folder of a model that was trained on MQAR."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_model(model: ReBasedForCausalLM, run: Run, folder: str | Path, result: 
     Args:
         model: the trained model.
         run: what it was trained on.
-        folder: where to; it appears when it is complete.
+        folder: the new folder, which appears when it is complete.
         result: the run's line of results, for the card.
     """
     model = model.to("cpu", torch.bfloat16).eval()

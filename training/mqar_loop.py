@@ -1,6 +1,6 @@
-"""The training loop of MQAR, arranged for a GPU.
+"""Train on MQAR with a loop that is arranged for a GPU.
 
-The data lies on the device, logits are made where an answer is asked only and never stored (fused_loss.py), the model
+The data lies on the device. Logits are made only where an answer is asked, and never stored (fused_loss.py). The model
 is compiled, and a whole step, from the choice of the batch to the optimizer, is one CUDA graph.
 """
 
@@ -24,11 +24,11 @@ from .mqar_runs import Options, Run, build_model, kind_of
 
 
 def use_deterministic_algorithms() -> None:
-    """Make this process's training the same to the bit from run to run; before its first work on the GPU.
+    """Make training in this process equal to the bit from run to run. Call it before the first work on the GPU.
 
-    The one sum here whose order is open is the gradient of the token embedding: torch.compile adds to its rows with
-    atomics, and a quarter of all tokens add to the filler's. Where the learned positions and the asked positions are
-    gathered, no element is added to twice.
+    Only one sum has an order that may change: the gradient of the token embedding. torch.compile adds to its rows with
+    atomic additions, and a quarter of all tokens add to the row of the filler. The gathers of learned positions and of
+    asked positions add to no element twice.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch demands it of products on a GPU
     torch.use_deterministic_algorithms(True)
@@ -40,7 +40,7 @@ def use_deterministic_algorithms() -> None:
 
 
 class Optimizer(torch.optim.AdamW):
-    """AdamW whose learning rate can change inside a CUDA graph."""
+    """Run AdamW with a learning rate that can change inside a CUDA graph."""
 
     def __init__(self, model: nn.Module, run: Run, on_gpu: bool):
         # In a CUDA graph the learning rate must be a tensor, and the step count stay on the GPU.
@@ -57,9 +57,9 @@ class Optimizer(torch.optim.AdamW):
 
 
 class FastTrainer:
-    """Trains runs that differ in learning rate and seed only, one after another.
+    """Train runs that differ only in learning rate and seed, one after another.
 
-    Model, optimizer, compiled code and CUDA graph are made once: a new run writes its first weights into the
+    Model, optimizer, compiled code and CUDA graph are made once. A new run writes its first weights into the
     parameters, and zeros into the optimizer's state.
     """
 
@@ -73,7 +73,7 @@ class FastTrainer:
         self.test = mqar.make_examples(
             run.spec, run.test_examples, seed=run.data_seed, split="test", device=self.device
         )
-        self.input_ids = train.input_ids(train.keys.dtype)  # 2 bytes a token: 0.4 GB at length 2,048
+        self.input_ids = train.input_ids(train.keys.dtype)  # 2 bytes per token: 0.4 GB at length 2,048
         self.positions, self.values = train.positions, train.values
         self.order = torch.zeros(run.steps_per_epoch * run.batch_size, dtype=torch.long, device=self.device)
         self.batch_lanes = torch.arange(run.batch_size, device=self.device)
@@ -87,7 +87,7 @@ class FastTrainer:
         self.setup_seconds = 0.0
 
     def loss(self, input_ids: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of the answers. input_ids [B, T], positions and values [B, pairs]."""
+        """Return the mean cross entropy of the answers. input_ids [B, T], positions and values [B, pairs]."""
         with self.options.autocast():
             hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, hidden]
             hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # [B, pairs, hidden]
@@ -103,7 +103,7 @@ class FastTrainer:
         self.cursor += 1
 
     def reset(self, run: Run) -> None:
-        """Become a fresh run: first weights, empty optimizer state, the run's random numbers."""
+        """Start a fresh run: first weights, empty optimizer state, and the run's random numbers."""
         fresh = build_model(run, self.options.kernel_backend)
         with torch.no_grad():
             for old, new in zip(self.model.parameters(), fresh.parameters(), strict=True):
@@ -118,7 +118,7 @@ class FastTrainer:
         torch.manual_seed(run.seed)
 
     def prepare(self, run: Run) -> None:
-        """Compile, and record a step. Both take real steps, which `reset` undoes."""
+        """Compile and record a step. Both take real steps, which `reset` undoes."""
         begin = time.perf_counter()
         self.model.train()
         self.order.copy_(run.order(0))
@@ -193,7 +193,7 @@ class FastTrainer:
         return state["history"], state["seconds"]
 
     def train(self, run: Run, position: int = 0, until: int | None = None) -> dict[str, Any]:
-        """Train one run to its end, or from its last saved epoch on; with `until`, stop and save after that epoch."""
+        """Train one run to its end, from its last saved epoch on. With `until`, stop and save after that epoch."""
         if kind_of(run) != self.kind:
             raise ValueError(f"this trainer was built for {self.kind}, the run is {kind_of(run)}")
         if self.on_gpu and self.setup_seconds == 0.0:

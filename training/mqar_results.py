@@ -1,4 +1,4 @@
-"""The results of MQAR training: one line of JSON per run."""
+"""Read and write the results of MQAR training: one line of JSON per run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_result(
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """Read a results file; a last line that was cut off by a kill is left out."""
+    """Read a results file, without a last line that was cut off by a kill."""
     path = Path(path)
     if not path.exists():
         return []
@@ -54,7 +54,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def append_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Append one line, whole: several processes may write to one file."""
+    """Append one whole line. Several processes may write to one file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result) + "\n"

@@ -1,4 +1,4 @@
-"""The runs of MQAR training: which model, on which task, by which recipe."""
+"""Describe the runs of MQAR training: the model, the task and the recipe."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NAMED_IF_OTHER = {
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides a run's numbers, but for the device."""
+    """Hold everything that decides a run's numbers, except the device."""
 
     model: str
     hidden: int
@@ -89,16 +89,16 @@ class Run:
         return self.train_examples // self.batch_size
 
     def lr_at(self, epoch: int) -> float:
-        """The learning rate of an epoch: a cosine from lr towards 0, one step an epoch."""
+        """Return the learning rate of an epoch: a cosine from lr towards 0, with one step per epoch."""
         return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
     def order(self, epoch: int) -> torch.Tensor:
-        """The order of the training examples in an epoch, cut to whole batches."""
+        """Return the order of the training examples in an epoch, cut to whole batches."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.train_examples, generator=generator)[: self.steps_per_epoch * self.batch_size]
 
     def config(self, kernel_backend: str = "auto") -> ReBasedConfig:
-        """The model: two layers, no MLP, learned positions, as in the authors' MQAR runs."""
+        """Return the model's configuration: two layers, no MLP, learned positions, as in the authors' MQAR runs."""
         heads = MODELS[self.model].get("num_attention_heads", 12)
         options: dict[str, Any] = {
             "vocab_size": self.vocab_size,
@@ -131,7 +131,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is computed; none of this changes what it should learn."""
+    """Hold how a run is computed, which does not change what it should learn."""
 
     device: str = "cuda"
     kernel_backend: str = "auto"
@@ -148,7 +148,7 @@ class Options:
 
     @property
     def late(self) -> bool:
-        """Whether the deadline has passed, by now."""
+        """Return whether the deadline has passed."""
         return self.deadline is not None and time.time() > self.deadline
 
     def autocast(self) -> torch.autocast:
@@ -156,11 +156,11 @@ class Options:
 
 
 def build_model(run: Run, kernel_backend: str = "auto") -> ReBasedForCausalLM:
-    """A freshly initialised model; the same weights for the same seed, whatever was drawn before."""
+    """Return a new model, with the same weights for the same seed, whatever was drawn before."""
     torch.manual_seed(run.seed)
     return ReBasedForCausalLM(run.config(kernel_backend))
 
 
 def kind_of(run: Run) -> tuple:
-    """What runs of one FastTrainer have in common."""
+    """Return what runs of one FastTrainer have in common."""
     return tuple(value for name, value in asdict(run).items() if name not in ("lr", "seed", "epochs", "stop_at"))

@@ -1,4 +1,4 @@
-"""How long a training step of MQAR takes, and how long it must take at least."""
+"""Measure how long a training step of MQAR takes, and compute how long it must take at least."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .mqar_runs import Run
 
 
 def time_steps(trainer: FastTrainer, run: Run, steps: int = 20) -> dict[str, Any]:
-    """Seconds of one training step, nothing else running, and the kernels that take longest."""
+    """Return the seconds of one training step, with nothing else running, and the kernels that take longest."""
     trainer.prepare(run)
     trainer.reset(run)
 
@@ -44,12 +44,12 @@ def time_steps(trainer: FastTrainer, run: Run, steps: int = 20) -> dict[str, Any
 
 
 def floor_seconds(run: Run, bandwidth: float = 3.0e12, rate: float = 700e12) -> dict[str, float]:
-    """What one training step must take at least, by operations and by bytes, given a GPU's two rates.
+    """Return how long one training step must take at least, by operations and by bytes, given a GPU's two rates.
 
-    Operations: a product of [M, K] and [K, N] is 2 M K N, once forward and twice backward; the kernel's state form is
-    counted, all its features, written and read for head_dim + 1 columns. Bytes: each tensor between two operations
-    that cannot be one (projections, convolution, mixer, loss) in bf16, written and read forward, read again backward,
-    its gradient written and read: 5 passes.
+    A product of [M, K] and [K, N] counts 2 M K N operations, once forward and twice backward. Of the attention kernel,
+    the state form is counted, with all features, written and read for head_dim + 1 columns. Bytes are counted for each
+    bfloat16 tensor between two operations that cannot be one (projections, convolution, mixer, loss). It takes five
+    passes: written and read forward, read again backward, and its gradient written and read.
     """
     d, tokens, asked = run.hidden, run.batch_size * run.length, run.batch_size * run.pairs
     config = run.config()

@@ -1,4 +1,4 @@
-"""Train many runs of MQAR, kinds of model one after another or at once, and keep what each one gives."""
+"""Train many runs of MQAR, with kinds of model one after another or at once, and keep all results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _turn: contextlib.AbstractContextManager = contextlib.nullcontext()
 
 
 def _share_turn(lock: contextlib.AbstractContextManager) -> None:
-    """Make `lock` this process's turn: the start of every process of a sweep."""
+    """Use `lock` for the turns of this process. Every process of a sweep starts with this."""
     global _turn
     _turn = lock
 
@@ -31,8 +31,8 @@ def _share_turn(lock: contextlib.AbstractContextManager) -> None:
 def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tuple[list[Run], list[dict[str, Any]]]:
     """Train the first seed's runs to an epoch, and keep the learning rate with the lowest loss there.
 
-    Returns the runs that remain (that rate, every seed) and the results of those given up, or of all where the
-    deadline has passed and nothing goes on.
+    Returns the runs that remain (every seed at that rate) and the results of those given up. If the deadline has
+    passed, no run remains and the results are those of all.
     """
     first = [run for run in runs if run.seed == runs[0].seed]
     results = {run: trainer.train(run, worker, until=epoch) for run in first}
@@ -50,7 +50,7 @@ def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tup
 def run_group(
     runs: list[Run], options: Options, output: str, save: str | None, worker: int = 0
 ) -> list[dict[str, Any]]:
-    """Train runs of one kind one after another; every one is in `output` as soon as it ends."""
+    """Train runs of one kind one after another, and write each to `output` as soon as it ends."""
     if options.deterministic:
         use_deterministic_algorithms()
     results = []
@@ -81,7 +81,7 @@ def run_group(
 
 
 def sweep(runs: list[Run], options: Options, output: str, jobs: int = 1, save: str | None = None) -> list[dict]:
-    """Train every run that `output` does not hold yet, groups of one kind at once in `jobs` processes."""
+    """Train every run that `output` does not hold yet, with groups of one kind at once in `jobs` processes."""
     done = {result["name"] for result in read_results(output) if result.get("stopped") != "deadline"}
     left = [run for run in runs if run.name not in done]
     if len(left) < len(runs):

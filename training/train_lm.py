@@ -4,14 +4,14 @@
     rebased-train --model output/english-6m/final --train_file more.txt --output_dir output/more      # fine-tune
     accelerate launch -m modeling_rebased.training.train_lm RECIPE.yaml ...      # any number of GPUs
 
-`rebased-train` is `python -m modeling_rebased.training.train_lm`. RECIPE.yaml, which is optional, holds arguments, one
-per line, as `learning_rate: 1.0e-3`; those on the command line win over it. Besides the arguments below, every one of
-transformers' TrainingArguments can be given: --torch_compile, --max_steps, --eval_steps, ...
+`rebased-train` is `python -m modeling_rebased.training.train_lm`. The optional RECIPE.yaml holds one argument per
+line, such as `learning_rate: 1.0e-3`. Arguments on the command line take precedence. Besides the arguments below, all
+of transformers' TrainingArguments can be given: --torch_compile, --max_steps, --eval_steps, ...
 
-A run that was stopped, also by kill -9, goes on from its newest complete checkpoint when the same command is given
-again, and ends with the weights it would have had without the stop. A finished run is left as it is, and a folder that
-holds another run is refused. The finished model goes to OUTPUT_DIR/final: bf16 safetensors, tokenizer, generation
-settings, model card, and the code that `trust_remote_code=True` needs.
+Give the same command again to continue a run that was stopped, also by kill -9. It continues from its newest complete
+checkpoint and ends with the weights that it would have had without the stop. A finished run is left as it is, and a
+folder that holds another run is refused. The finished model goes to OUTPUT_DIR/final: bf16 safetensors, tokenizer,
+generation settings, model card, and the code that `trust_remote_code=True` needs.
 """
 
 from __future__ import annotations

@@ -5,14 +5,16 @@
     rebased-mqar --preset laptop            # a small task: 0.99 on two cores in about two minutes
 
 `rebased-mqar` is `python -m modeling_rebased.training.train_mqar`. The recipe is the authors' (ReBased, section 5.1):
-100,000 examples, 64 epochs, batch 512, AdamW with weight decay 0.1 on every parameter, the learning rate falling along
-a cosine from epoch to epoch, no warm-up, no clipping; a run stops when 99% of the test answers are right.
+100,000 examples, 64 epochs, batch 512, and AdamW with weight decay 0.1 on every parameter. The learning rate falls
+along a cosine from epoch to epoch, without warm-up and without clipping. A run stops when 99% of the test answers are
+right.
 
-The training loop (mqar_loop.py) is arranged for a GPU; a test holds it to what transformers' Trainer does.
+The training loop (mqar_loop.py) is arranged for a GPU. A test compares it with the Trainer of transformers.
 
-A run is one line in OUTPUT, written when it ends. Runs that are already there are skipped, so the same command goes on
-where it was stopped; a run that was stopped in the middle goes on from its last saved epoch. `--jobs` trains several
-kinds of model at once on one GPU, which pays where they are small; with `--take-turns` they only compile at once.
+A run is one line in OUTPUT, written when it ends. Runs that are already there are skipped, so the same command
+continues where it was stopped. A run that was stopped in the middle continues from its last saved epoch. `--jobs`
+trains several kinds of model at once on one GPU, which pays for small models. With `--take-turns` they only compile at
+once.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ MANY_TOKENS = 100_000_000
 
 
 def _number(text: str, kind: type, allowed: str, holds: Callable[[Any], bool]) -> Any:
-    """Read a number of the command line; argparse puts the argument's name before the error."""
+    """Read a number of the command line. argparse puts the argument's name before the error."""
     try:
         value = kind(text)
     except ValueError:
@@ -89,7 +91,7 @@ def _list(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
 
 def _check_writable(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error, before anything is trained, where results could not be written afterwards."""
+    """End with an error before anything is trained if the results could not be written afterwards."""
     for name, folder in (("--output", Path(args.output).parent), ("--save", args.save), ("--work-dir", args.work_dir)):
         if folder is None:
             continue
