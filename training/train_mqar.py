@@ -114,7 +114,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--models", default="rebased", help=f"comma-separated, of {', '.join(MODELS)}")
     add("--hidden", type=_list(_count), default=[64], help="hidden sizes")
     add("--lengths", type=_list(_count), default=[128], help="of 128, 256, 512, 1024, 2048, or any with --pairs")
-    add("--pairs", type=_count, help="key-value pairs a sequence; default: Figure 1's for the length")
+    add("--pairs", type=_count, help="key-value pairs per sequence; default: those of Figure 1")
     add("--lrs", type=_list(_positive), default=[5e-4, 1e-3, 3e-3, 1e-2], help="peak learning rates")
     add("--seeds", type=_list(_integer), default=[0], help="of weights and order")
     add("--epochs", type=_count, default=64, help="at most")
