@@ -65,7 +65,8 @@ def test(release: str, python: Path, tests: list[str], workers: str) -> tuple[li
     printed = subprocess.run([python, "-c", VERSIONS, *SHOWN], check=True, capture_output=True, text=True).stdout
     report = ENVIRONMENTS / f"{release}.xml"
     report.unlink(missing_ok=True)
-    pytest = [python, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", f"--junit-xml={report}", *tests]
+    pytest = [python, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal", "-p", "no:cacheprovider"]
+    pytest += [f"--junit-xml={report}", *tests]
     status = subprocess.run(pytest, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": ""}).returncode
     if not report.exists():
         return [release, *json.loads(printed), "-", "-", "-", "-"], [f"pytest ended with status {status}"]
