@@ -409,7 +409,7 @@ def test_prompt_tuning_generates(name, kind):
     """Virtual tokens before the prompt: they are in the cache and in the mask, but not in the ids."""
     import peft
 
-    if CACHE_NAME not in inspect.getsource(peft.PeftModelForCausalLM.prepare_inputs_for_generation):
+    if f'"{CACHE_NAME}"' not in inspect.getsource(peft.PeftModelForCausalLM.prepare_inputs_for_generation):
         pytest.skip("this PEFT does not know what this transformers calls its cache")
     model, ids = make_model(name), make_ids()
     options = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
