@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Linea
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_tracing
 
+from .attention_rebased import rebased_attention
 from .configuration_rebased import RECURRENT_LAYER_TYPES, ReBasedConfig
 
 
@@ -82,6 +83,97 @@ def keep_recurrent_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> N
         layer.has_previous_state[0] = True
         if layer.device is None:
             layer.device = state.device
+
+
+class RollbackLayer:
+    """What lets a recurrent layer of a cache take back its last tokens, for assisted generation.
+
+    A recurrent state cannot forget. So while the layer records, it keeps the state before the first token since the
+    last `crop`, and what each token since then brought: its key and value, or the convolution's inputs. `crop` makes
+    the state of the tokens that stay from these. `make_croppable` puts this class before the library's own.
+    """
+
+    is_croppable = True
+    before: torch.Tensor | None = None
+    updates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    options: dict[str, Any]
+    inputs: torch.Tensor | None = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, and forget how to take back those before them."""
+        if tokens_to_remove > 0 or not self.record_past:
+            raise RuntimeError("A recurrent layer takes back tokens by a negative number, and only while it records.")
+        removed = -tokens_to_remove
+        if removed > 0 and self.updates:
+            keys, values = (torch.cat([update[i] for update in self.updates], dim=1) for i in (0, 1))
+            masks = [k.new_ones(k.shape[:2]) if mask is None else mask for k, _, mask in self.updates]
+            kept = keys.shape[1] - removed
+            if kept == 0:
+                self.recurrent_states[0].copy_(self.before) if self.before is not None else self.reset()
+            else:
+                # Queries do not matter to the state.
+                _, state = rebased_attention(
+                    keys[:, :kept],
+                    keys[:, :kept],
+                    values[:, :kept],
+                    attention_mask=torch.cat(masks, dim=1)[:, :kept],
+                    initial_state=self.before,
+                    output_final_state=True,
+                    **self.options,
+                )
+                self.recurrent_states[0].copy_(state)
+        if removed > 0 and self.inputs is not None:
+            stop = self.inputs.shape[1] - removed
+            self.conv_states[0].copy_(self.inputs[:, stop - self.conv_kernel_size[0] : stop].transpose(1, 2))
+        self.before, self.updates, self.inputs = None, [], None
+        if isinstance(self, CacheLayerMixin):  # the window of a hybrid layer
+            super(LinearAttentionCacheLayerMixin, self).crop(tokens_to_remove)
+
+
+def record_recurrence(
+    cache: Cache,
+    layer_idx: int,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    options: dict[str, Any],
+) -> None:
+    """Keep what tokens are about to bring to a recurrent state, if the layer records its past.
+
+    Args:
+        cache (`Cache`): the cache, whose state is still the one before these tokens.
+        layer_idx (`int`): the layer.
+        k, v (`torch.Tensor`): [B, T, H_kv, F] and [B, T, H_kv, D].
+        attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding.
+        options (`dict[str, Any]`): the other arguments of `rebased_attention`.
+    """
+    layer = cache.layers[layer_idx]
+    if not layer.record_past or not isinstance(layer, RollbackLayer):
+        return
+    if not layer.updates:
+        state = recurrent_state(cache, layer_idx)
+        layer.before, layer.options = None if state is None else state.clone(), options
+    layer.updates.append((k, v, attention_mask))
+
+
+def record_inputs(cache: Cache, layer_idx: int, window: torch.Tensor, length: int) -> None:
+    """Keep a convolution's inputs [B, kernel_size + T, size], the last `length` of them new, if the layer records."""
+    layer = cache.layers[layer_idx]
+    if layer.record_past and isinstance(layer, RollbackLayer):
+        new = window[:, window.shape[1] - length :]
+        layer.inputs = window.clone() if layer.inputs is None else torch.cat([layer.inputs, new], dim=1)
+
+
+def make_croppable(cache: Cache, config: ReBasedConfig) -> None:
+    """Let a dynamic cache of a recurrent model take back tokens once it records them, as `RollbackLayer` says."""
+    for layer_idx, layer_type in enumerate(config.layer_types):
+        layer = cache.layers[layer_idx]
+        if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, RollbackLayer):
+            # The same layer with more abilities, whichever of the library's kinds it is.
+            kind = type(f"Rollback{type(layer).__name__}", (RollbackLayer, type(layer)), {})
+            cache.layers[layer_idx] = able = kind.__new__(kind)
+            able.__dict__ = {**layer.__dict__, "updates": []}
+    count_layer(cache, config).is_croppable = True
 
 
 class TokenCountLayer(CacheLayerMixin):
@@ -157,14 +249,20 @@ class TokenCountLayer(CacheLayerMixin):
         """Stay where it is."""
 
     def activate_past_recording(self) -> None:
-        """Refuse to be rolled back: what a recurrent state has absorbed cannot be taken out of it."""
-        raise NotImplementedError(
-            "A cache with recurrent states cannot record its past and be cropped, as assisted generation wants it."
-        )
+        """Refuse in a cache whose recurrent layers cannot take back tokens: what a state has absorbed stays in it."""
+        if not self.is_croppable:
+            raise NotImplementedError(
+                "This cache cannot record its past and be cropped, since its recurrent states cannot forget. Leave "
+                "it to `generate` to make the cache of assisted generation."
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse, as `activate_past_recording` does."""
+        """Take back the last `-tokens_to_remove` columns, which are real tokens in every row."""
         self.activate_past_recording()
+        if self.counts is not None:
+            self.counts.add_(tokens_to_remove)
+        if self.columns is not None:
+            self.columns += tokens_to_remove
 
 
 def count_layer(cache: Cache, config: ReBasedConfig) -> TokenCountLayer:

@@ -19,7 +19,7 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import (
@@ -52,7 +52,10 @@ from .cache_rebased import (
     either_cache_name,
     keep_conv_state,
     keep_recurrent_state,
+    make_croppable,
     prepare_cache,
+    record_inputs,
+    record_recurrence,
     recurrent_state,
 )
 from .configuration_rebased import ReBasedConfig
@@ -238,6 +241,7 @@ class ReBasedCausalConv(nn.Module):
             window = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
         out = apply(window, segment_ids)
         if cache is not None:
+            record_inputs(cache, self.layer_idx, window, x.shape[1])
             if attention_mask is None:
                 state = window[:, -self.kernel_size :]
             else:
@@ -423,6 +427,8 @@ class ReBasedLinearAttention(nn.Module):
 
         options: dict[str, Any] = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
         state = recurrent_state(cache, self.layer_idx)
+        if cache is not None:
+            record_recurrence(cache, self.layer_idx, k, values, attention_mask, options)
         training = torch.is_grad_enabled() and (q.requires_grad or values.requires_grad)
         if state is not None and q.shape[1] == 1 and not training:
             output = rebased_attention_decode(q, k, values, state, attention_mask=attention_mask, **options)
@@ -717,7 +723,6 @@ class ReBasedPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True
     _can_record_outputs = {
         "hidden_states": ReBasedDecoderLayer,
         "attentions": [ReBasedSoftmaxAttention, ReBasedHybridAttention],
@@ -830,7 +835,6 @@ class ReBasedModel(ReBasedPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self._is_stateful = config.is_recurrent
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.embed_positions = None
@@ -862,20 +866,27 @@ class ReBasedModel(ReBasedPreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor`, *optional*): [B, T].
-            attention_mask (`torch.Tensor`, *optional*): [B, cached + T], 0 at padding, left, right or between. Or the
-                masks that `create_masks_for_generate` made. Softmax windows count columns, as everywhere in
+            attention_mask (`torch.Tensor`, *optional*): [B, cached + T] or [B, T], 0 at padding, left, right or
+                between, also inside packed sequences. Or the masks that `create_masks_for_generate` made. Softmax windows count columns, as everywhere in
                 transformers: padding between a row's tokens takes room in them.
             position_ids (`torch.LongTensor`, *optional*): [B, T] or [1, T]. By default each row's real tokens are
-                counted from 0, on from what the cache holds. Where they restart and there is neither mask nor cache,
-                they mark packed sequences.
-            cache (`Cache`, *optional*): `DynamicCache(config=...)` or `StaticCache(config=..., ...)`.
+                counted from 0, on from what the cache holds. Where they restart they mark packed sequences, in a batch
+                of 1 and without a cache. Compiled code cannot see whether they do: it takes them as packed and returns
+                no cache unless it is given one.
+            cache (`Cache`, *optional*): `DynamicCache(config=...)` or `StaticCache(config=..., ...)`, by the name
+                `cache` or `past_key_values` on every release of transformers. A cache of one row serves any batch.
             inputs_embeds (`torch.FloatTensor`, *optional*): [B, T, hidden_size], instead of `input_ids`.
             use_cache (`bool`, *optional*): whether to return a cache.
             cu_seq_lens_q (`torch.LongTensor`, *optional*): [N + 1], bounds of packed sequences, as
                 `DataCollatorWithFlattening` makes them.
+            seq_idx (`torch.LongTensor`, *optional*): [B, T], the number of each token's packed sequence.
 
         Returns:
             `BaseModelOutputWithPast`: last_hidden_state [B, T, hidden_size].
+
+        Raises:
+            `TypeError`: a keyword that neither this model nor the library knows, or a cache that is no `Cache`.
+            `ValueError`: arguments of a wrong shape, or that contradict one another or the cache.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -960,7 +971,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
             )
         if kwargs.get("cu_seq_lens_q") is None and kwargs.get("cu_seq_lens_k") is not None:
             raise ValueError("`cu_seq_lens_k` needs `cu_seq_lens_q`, which has the bounds of packed sequences.")
-        if kwargs.get("is_causal") is False and self._is_stateful:
+        if kwargs.get("is_causal") is False and self.config.is_recurrent:
             raise ValueError("`is_causal=False` is not possible: a recurrent layer sees only what came before.")
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
@@ -1008,7 +1019,6 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         self.model = ReBasedModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._is_stateful = self.model._is_stateful
         self.post_init()
 
     def _get_name(self) -> str:
@@ -1032,16 +1042,20 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if generation_config.is_assistant and self._is_stateful:
-            raise ValueError(
-                f"{type(self).__name__} with recurrent layers cannot be the `assistant_model`: its state cannot "
-                "forget the drafted tokens that are not accepted. A draft model needs softmax layers only."
-            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
-        if cache is not None and self._is_stateful:
-            # Before the first token too, `generate` asks the cache for its length.
-            count_layer(cache, self.config)
+        if cache is None or not self.config.is_recurrent:
+            return
+        # Before the first token too, `generate` asks the cache for its length.
+        count_layer(cache, self.config)
+        assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values()) or generation_config.is_assistant
+        if assisted and not isinstance(cache, DynamicCache):
+            raise ValueError(
+                "Assisted generation of a model with recurrent layers needs a `DynamicCache`, but the cache is a "
+                f"{type(cache).__name__}."
+            )
+        if assisted:
+            make_croppable(cache, self.config)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(
@@ -1052,7 +1066,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         # Where PEFT puts virtual tokens before the prompt, it makes the mask longer after this.
         cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
         generated = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
-        if not generated or cache is None or masks is None or not self._is_stateful:
+        if not generated or cache is None or masks is None or not self.config.is_recurrent:
             return inputs
         if not set(self.config.layer_types) - PURELY_RECURRENT:
             del inputs["attention_mask"]

@@ -22,7 +22,7 @@ from modeling_rebased import (
 from modeling_rebased.cache_rebased import CACHE_NAME, CACHE_NAMES
 from modeling_rebased.eager_rebased import naive_rebased_attention
 from modeling_rebased.modeling_rebased import ReBasedLinearRotaryEmbedding, ReBasedQKNorm, ReBasedRotaryEmbedding
-from tests.modeling_rebased.cases import MODELS, RECURRENT, make_config, make_ids, make_model
+from tests.modeling_rebased.cases import MODELS, make_config, make_ids, make_model
 
 
 LENGTH = 23
@@ -444,11 +444,6 @@ def test_generate_continues_from_the_cache_of_every_release():
     assert all(CACHE_NAME in kwargs for kwargs, _ in seen)
     steps = torch.stack([logits for _, logits in seen], dim=1)
     assert_same_logits(steps, model(out, use_cache=False).logits[:, 22:-1])
-
-
-def test_recurrent_models_say_so():
-    assert all(make_model(name)._is_stateful for name in RECURRENT)
-    assert not make_model("softmax")._is_stateful
 
 
 def test_generation_where_queries_and_keys_are_large():
