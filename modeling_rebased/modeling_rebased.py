@@ -867,8 +867,8 @@ class ReBasedModel(ReBasedPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor`, *optional*): [B, T].
             attention_mask (`torch.Tensor`, *optional*): [B, cached + T] or [B, T], 0 at padding, left, right or
-                between, also inside packed sequences. Or the masks that `create_masks_for_generate` made. Softmax windows count columns, as everywhere in
-                transformers: padding between a row's tokens takes room in them.
+                between, also inside packed sequences. Or the masks that `create_masks_for_generate` made. Softmax
+                windows count columns, as everywhere in transformers: padding between tokens takes room in them.
             position_ids (`torch.LongTensor`, *optional*): [B, T] or [1, T]. By default each row's real tokens are
                 counted from 0, on from what the cache holds. Where they restart they mark packed sequences, in a batch
                 of 1 and without a cache. Compiled code cannot see whether they do: it takes them as packed and returns
