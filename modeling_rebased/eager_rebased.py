@@ -67,6 +67,8 @@ def _query_features(
 
 def _power_of_two_below(x: torch.Tensor) -> torch.Tensor:
     """Return the largest power of two <= x, elementwise, for normal float32 or float64 x > 0."""
+    if torch.compiler.is_exporting():  # ONNX has no reinterpretation of bits
+        return torch.exp2(torch.floor(torch.log2(x)))
     if x.dtype == torch.float64:
         return (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)

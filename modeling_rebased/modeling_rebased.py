@@ -231,7 +231,10 @@ class ReBasedCausalConv(nn.Module):
         if attention_mask is not None:
             # Bring each row's real tokens together at its start, and remember where each went.
             kept = attention_mask.bool()
-            order = kept.logical_not().long().argsort(dim=1, stable=True)
+            dropped = kept.logical_not()
+            places = torch.where(kept, kept.long().cumsum(1), kept.sum(1, keepdim=True) + dropped.long().cumsum(1)) - 1
+            tokens = torch.arange(x.shape[1], device=x.device).expand_as(places)
+            order = torch.zeros_like(places).scatter(1, places, tokens)
             x = x.gather(1, order[..., None].expand_as(x))
             if segment_ids is not None:
                 segment_ids = segment_ids.expand_as(order).gather(1, order)

@@ -1,4 +1,4 @@
-"""torch.export of the eager backend, with a batch and a length that may change."""
+"""torch.export and ONNX of the eager backend, with a batch and a length that may change."""
 
 import pytest
 import torch
@@ -36,4 +36,23 @@ def test_export_with_a_dynamic_batch_and_length(name, masked):
         kept = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         with torch.no_grad():
             actual, expected = exported(**inputs)[kept], model(**inputs).logits[kept]
+        assert (actual - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize(("name", "masked"), [("based", False), ("every_type", True)])
+def test_onnx_with_a_dynamic_batch_and_length(tmp_path, name, masked):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, ids = make_model(name), make_ids()
+    shape = {0: Dim("batch"), 1: Dim("length")}
+    inputs = {"input_ids": ids} | ({"attention_mask": make_mask(ids)} if masked else {})
+    shapes = dict.fromkeys(inputs, shape)
+    torch.onnx.export(Logits(model), (), kwargs=inputs, dynamic_shapes=shapes, dynamo=True).save(tmp_path / "m.onnx")
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    for batch, length in ((3, 1), (5, 40), (1, 300)):
+        ids = torch.randint(1, 50, (batch, length))
+        inputs = {"input_ids": ids} | ({"attention_mask": make_mask(ids)} if masked else {})
+        kept = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        actual = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0])[kept]
+        expected = model(**inputs).logits[kept]
         assert (actual - expected).norm() / expected.norm() < 1e-5
