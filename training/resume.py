@@ -151,7 +151,8 @@ class RunRecord:
 def _differences(known: Any, given: Any, name: str = "") -> Any:
     """Yield a phrase for each value that differs."""
     if isinstance(known, dict) and isinstance(given, dict):
-        for key in dict.fromkeys([*known, *given]):
+        # Another release of the library may give a configuration more fields or fewer.
+        for key in [each for each in known if each in given] if name else dict.fromkeys([*known, *given]):
             yield from _differences(known.get(key), given.get(key), f"{name}.{key}" if name else key)
     elif known != given:
         yield f"{name} was {known!r} and is {given!r} now"
