@@ -19,9 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modeling_rebased import ReBasedConfig
+from modeling_rebased.configuration import config_path
 from modeling_rebased.eval.plot_mqar import cells, differences, markdown, read_runs, seed_accuracies, welch
 from modeling_rebased.eval.plot_style import label_of
 from modeling_rebased.eval.plots import read_csv
+from modeling_rebased.serving.plan import state_bytes
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,6 +191,15 @@ def eager() -> str:
 
 
 # ---------------------------------------------------------------- serving
+
+
+def serving_plan() -> str:
+    """Return how many requests of pure ReBased models fit into a pool of 60 GiB."""
+    rows = []
+    for name in ("english-6m", "150m-rebased", "360m-rebased", "1.3b-rebased"):
+        held = state_bytes(ReBasedConfig.from_pretrained(config_path(name)))
+        rows.append([f"`{name}`", number(held / 1e6), f"{60 * 2**30 // held:,}", f"{60 * 2**30 // (2 * held):,}"])
+    return table(["configuration", "megabytes per request", "requests", "requests with prefix caching"], rows)
 
 
 def serving_memory() -> str:
@@ -564,6 +576,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "counters": counters,
     "versions": versions,
     "eager": eager,
+    "serving-plan": serving_plan,
     "serving-memory": serving_memory,
     "serving-speed": serving_speed,
     "mqar-cells": lambda: markdown(cells(mqar_runs())),
