@@ -47,7 +47,7 @@ def either_cache_name(function: Callable) -> Callable:
                 kwargs[own] = cache
         return function(*args, **kwargs)
 
-    wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+    wrapper.__signature__ = signature.replace(
         parameters=[x.replace(name=CACHE_NAME) if x.name == own else x for x in signature.parameters.values()]
     )
     return wrapper
