@@ -348,6 +348,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("figure_1.md", markdown(found)), ("differences.md", differences(found))):
+        if table.count("\n") < 2:  # no two models with two seeds each
+            continue
         print(table)
         (folder / name).write_text(table + "\n", encoding="utf-8")
     plot(found, folder / "figure_1.png")

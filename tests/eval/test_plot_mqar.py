@@ -161,6 +161,7 @@ def test_files_are_written_from_damaged_results_too(tmp_path, capsys):
     assert "| 1,024 | 64 | ReBased | 0.500 |" in capsys.readouterr().out
     for name in ("figure_1.png", "curves.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
+    assert not (tmp_path / "out" / "differences.md").exists()  # one seed of each: nothing to compare
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(SystemExit):
         plot_mqar.main([str(tmp_path / "empty.jsonl")])
