@@ -102,47 +102,73 @@ def decode() -> str:
         ["batch", *(row["batch"] for row in rows)],
         [
             ["one token, µs", *(f"{row['us']:.1f}" for row in rows)],
+            ["the same, states by slot number, µs", *(f"{row['by_slot_us']:.1f}" for row in rows)],
             ["reading and writing the state once, µs", *(f"{row['floor_us']:.1f}" for row in rows)],
         ],
     )
 
 
-def model_speed() -> dict[str, dict[str, float]]:
-    """Return tokens per second of the 150M models, by column and model, and the peak memory of generation.
-
-    A model that ran out of memory has NaN.
-    """
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in read_csv(RESULTS / "generation/h100/training.csv"):
-        name = f"training, T = {row['T']:,}" + (", compiled" if row["compiled"] == "True" else "")
-        found[name][row["model"]] = row["tokens_per_s"]
-    for row in read_csv(RESULTS / "generation/h100/generation.csv"):
-        kind = f"{row['cache']} cache, " if "cache" in row else ""
-        name = f"{kind}batch {row['batch']}, after {row['context']:,} tokens"
-        found[f"generation, {name}"][row["model"]] = row["tokens_per_s"]
-        found[f"generation, {name}, peak GiB"][row["model"]] = row["peak_gib"]
-    return found
+def whole_models(name: str, **where: Any) -> dict[str, dict[str, Any]]:
+    """Return the rows of training.csv or generation.csv that have these values, by model without its size."""
+    rows = read_csv(RESULTS / f"generation/h100/{name}.csv")
+    found = [row for row in rows if all(str(row[key]) == str(value) for key, value in where.items())]
+    return {row["model"].removeprefix("150m-"): row for row in found}
 
 
-def long_generation() -> tuple[dict[str, float], dict[str, float]]:
-    """Return tokens per second and peak GiB of generation at batch 64 after 32,768 tokens, by model."""
-    found = model_speed()
-    names = [name for name in found if name.endswith("batch 64, after 32,768 tokens")]
-    name = next((each for each in names if "static" in each), names[0])  # a static cache is the faster one
-    return found[name], found[f"{name}, peak GiB"]
-
-
-def models() -> str:
-    """Return training and generation of whole models."""
+def models_training() -> str:
+    """Return the training steps of whole models."""
     rows = []
-    for name, values in model_speed().items():
-        ours, softmax = values["150m-rebased"], values["150m-softmax"]
-        digits = 2 if name.endswith("GiB") else 0
-        texts = ["out of memory" if value != value else f"{value:,.{digits}f}" for value in (ours, softmax)]
-        ratio = softmax / ours if digits else ours / softmax
-        word = "times less" if digits else "times faster"
-        rows.append([name, *texts, "" if ratio != ratio else f"{number(ratio)} {word}"])
-    return table(["tokens per second", "150m-rebased", "150m-softmax", "ReBased is"], rows)
+    kinds = sorted({(row["T"], row["compiled"]) for row in read_csv(RESULTS / "generation/h100/training.csv")})
+    for length, compiled in kinds:
+        found = whole_models("training", T=length, compiled=compiled)
+        ours, softmax = found["rebased"], found["softmax"]
+        rows.append([
+            f"{length:,}",
+            "yes" if compiled == "True" else "no",
+            f"{ours['tokens_per_s']:,.0f}",
+            f"{softmax['tokens_per_s']:,.0f}",
+            number(ours["tokens_per_s"] / softmax["tokens_per_s"]),
+            f"{ours['peak_gib']:.1f}",
+            f"{softmax['peak_gib']:.1f}",
+        ])  # fmt: skip
+    head = ["T", "layers compiled", "ReBased", "softmax", "ratio", "ReBased, peak GiB", "softmax, peak GiB"]
+    return table(head, rows)
+
+
+def models_generation() -> str:
+    """Return `generate()` of whole models."""
+    rows = []
+    kinds = [
+        (row["batch"], row["context"], row["cache"])
+        for row in read_csv(RESULTS / "generation/h100/generation.csv")
+        if row["model"] == "150m-rebased"
+    ]
+    for batch, context, cache in kinds:
+        found = whole_models("generation", batch=batch, context=context, cache=cache)
+        ours, softmax = found["rebased"], found.get("softmax", {})
+
+        def of(key: str, digits: int, ours: dict = ours, softmax: dict = softmax) -> list[str]:
+            values = [row.get(key) for row in (ours, softmax)]
+            return ["" if value is None or value != value else f"{value:,.{digits}f}" for value in values]
+
+        rows.append([cache, batch, f"{context:,}", *of("ms_per_token", 2), *of("first_4_ms", 0), *of("peak_gib", 1)])
+    head = [
+        "cache",
+        "batch",
+        "context",
+        "ms per step, ReBased",
+        "softmax",
+        "ms for the context and 4 tokens, ReBased",
+        "softmax",
+    ]
+    return table([*head, "peak GiB, ReBased", "softmax"], rows)
+
+
+def models_changes() -> str:
+    """Return what each change of a training step gave."""
+    rows = read_csv(RESULTS / "generation/h100/changes.csv")
+    values = [[row["change"], f"{row['tokens_per_s']:,.0f}", f"{row['peak_gib']:.1f}"] for row in rows]
+    return table(["step", "tokens per second", "peak GiB"], values)
 
 
 def counters() -> str:
@@ -513,7 +539,8 @@ def recall_512() -> tuple[Any, Any]:
 def overview() -> str:
     """Return the one table of results of the README."""
     training = kernel_times("h100/kernels.csv", "training")
-    generation, peak = long_generation()
+    step = whole_models("generation", batch=1, context=131072, cache="static")
+    steps = whole_models("training", T=16384, compiled=True)
     figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
     bits = {name: row["bits_per_byte"] for name, row in figures["heldout_english"].items()}
     ours, based = recall_512()
@@ -530,15 +557,21 @@ def overview() -> str:
             "[kernels](docs/kernels.md)",
         ],
         [
-            "generation of 64 texts after 32,768 tokens, 150M parameters, tokens per second",
-            f"{generation['150m-rebased']:,.0f}",
-            f"softmax {generation['150m-softmax']:,.0f}",
+            "training of 150M parameters at T = 16,384, layers compiled, tokens per second",
+            f"{steps['rebased']['tokens_per_s']:,.0f}",
+            f"softmax {steps['softmax']['tokens_per_s']:,.0f}",
+            "[kernels](docs/kernels.md#whole-models)",
+        ],
+        [
+            "`generate()` with a static cache after 131,072 tokens, 150M parameters, ms per token",
+            f"{step['rebased']['ms_per_token']:.1f}",
+            f"softmax {step['softmax']['ms_per_token']:.1f}",
             "[kernels](docs/kernels.md#whole-models)",
         ],
         [
             "its peak memory, GiB",
-            f"{peak['150m-rebased']:.1f}",
-            f"softmax {peak['150m-softmax']:.1f}",
+            f"{step['rebased']['peak_gib']:.1f}",
+            f"softmax {step['softmax']['peak_gib']:.1f}",
             "[kernels](docs/kernels.md#whole-models)",
         ],
         [
@@ -572,7 +605,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels-64-training": lambda: kernels("h100-f64", "training"),
     "kernels-64-memory": extra_memory_64,
     "decode": decode,
-    "models": models,
+    "models-training": models_training,
+    "models-generation": models_generation,
+    "models-changes": models_changes,
     "counters": counters,
     "versions": versions,
     "eager": eager,
@@ -598,13 +633,9 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def sentences() -> dict[str, list[str]]:
     """Return sentences with figures by page; each must stand in its page, whatever its line breaks."""
-    generation, _ = long_generation()
-    times = generation["150m-rebased"] / generation["150m-softmax"]
     ours, based = recall_512()
     gap = welch(ours.accuracies, based.accuracies)
     return {
-        "docs/kernels.md": [f"generates {times:.1f} times as many tokens per second as its softmax twin"],
-        "docs/conversion.md": [f"generates {times:.1f} times as many tokens per second as its softmax twin"],
         "docs/results.md": [
             f"Based is ahead by {-gap.mean:.3f}, and the 95% interval of the difference reaches from "
             f"{-gap.high:.2f} to {-gap.low:.2f}",

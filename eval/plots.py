@@ -110,7 +110,9 @@ def plot_models(training: list[dict[str, Any]], generation: list[dict[str, Any]]
         rows = [row for row in rows if row[y] == row[y]]  # not where memory ran out
         if not rows:
             continue
-        plain_log_axis(axis, "x", [row[x] for row in rows], sorted({row[x] for row in rows}))
+        lengths = sorted({row[x] for row in rows})
+        apart = [at for i, at in enumerate(lengths) if i in (0, len(lengths) - 1) or at > 2 * lengths[i - 1]]
+        plain_log_axis(axis, "x", lengths, apart)
         if y == "tokens_per_s":
             axis.set_ylim(0, 1.1 * max(row[y] for row in rows))
             axis.yaxis.set_major_formatter("{x:,.0f}")
@@ -125,7 +127,11 @@ def plot_models(training: list[dict[str, Any]], generation: list[dict[str, Any]]
                 ends.append((*points[-1], f"{label_of(model)}, {names[value]}", color_of(model)))
         figure.canvas.draw()
         label_lines(axis, ends)
-    axes[0, 0].set(xlabel="tokens in a sequence (T)", ylabel="tokens per second", title="training step, 32,768 tokens")
+    axes[0, 0].set(
+        xlabel="tokens in a sequence (T)",
+        ylabel="tokens per second",
+        title="training step of 32,768 tokens or one sequence",
+    )
     axes[0, 1].set(xlabel="tokens of context", ylabel="milliseconds per token", title="generate(), batch 1")
     save(figure, path)
 
