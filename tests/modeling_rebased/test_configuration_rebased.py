@@ -170,3 +170,11 @@ def test_mqar_configurations_are_the_papers():
         assert (config.hidden_size, config.head_dim, config.feature_dim) == (hidden_size, head_dim, 16)
         assert config.layer_types == ["conv", "linear_attention"]
         assert config.mlp_type == "none" and config.position_embedding_type == "learned"
+
+
+def test_rotary_parameters_are_checked_as_the_library_does_where_softmax_layers_rotate():
+    parameters = {"rope_type": "linear", "rope_theta": 10000.0}  # without its factor
+    fields = {"num_hidden_layers": 1, "position_embedding_type": "rope", "rope_parameters": parameters}
+    with pytest.raises((KeyError, StrictDataclassError), match="factor"):
+        ReBasedConfig(layer_types=["full_attention"], **fields)
+    ReBasedConfig(layer_types=["linear_attention"], **fields)
