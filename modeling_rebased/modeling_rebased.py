@@ -654,6 +654,7 @@ KEYWORDS = frozenset(
         *inspect.signature(ForCausalLMLoss).parameters,
         "return_dict",
         "token_type_ids",
+        "tokenizer",  # `transformers serve` gives it to `generate`, which passes it on to every model
     }
     - {"logits", "labels", "vocab_size", "kwargs"}
 )

@@ -87,3 +87,12 @@ def test_transformers_serve(path, transformers_server):
     model = ReBasedForCausalLM.from_pretrained(folder)
     expected = model.generate(torch.tensor([list(text.encode())]), generation_config=generation_config)
     assert answer == bytes(expected[0, len(text) :].tolist()).decode()
+
+
+def test_generate_accepts_a_tokenizer():
+    """`transformers serve` gives one to `generate`, which passes it on to the model."""
+    options = {"do_sample": False, "max_new_tokens": 2, "pad_token_id": 0}
+    model = tiny(["conv", "linear_attention"])
+    ids = torch.tensor([[1, 2, 3]])
+    tokenizer = AutoTokenizer.from_pretrained(ENGLISH)
+    assert torch.equal(model.generate(ids, tokenizer=tokenizer, **options), model.generate(ids, **options))
