@@ -31,7 +31,7 @@ def either_cache_name(function: Callable) -> Callable:
     """Let a function take its cache as `cache` or as `past_key_values`, whichever of the two it has itself.
 
     Raises:
-        `ValueError`: on a call that gives both.
+        `ValueError`: on a call that gives two different caches.
     """
     signature = inspect.signature(function)
     own = next(name for name in CACHE_NAMES if name in signature.parameters)
@@ -41,7 +41,7 @@ def either_cache_name(function: Callable) -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if other in kwargs:
             cache = kwargs.pop(other)
-            if cache is not None and kwargs.get(own) is not None:
+            if cache is not None and kwargs.get(own) is not None and kwargs[own] is not cache:
                 raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
             if cache is not None or own not in kwargs:
                 kwargs[own] = cache

@@ -1067,6 +1067,9 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare as the library does, without a mask for recurrent layers: a generated token is never padding."""
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        if inputs.get(CACHE_NAME) is not None:
+            # PEFT looks for the older name, on every release, and would put virtual tokens before each new token.
+            inputs["past_key_values"] = inputs[CACHE_NAME]
         # Where PEFT puts virtual tokens before the prompt, it makes the mask longer after this.
         cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
         generated = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
