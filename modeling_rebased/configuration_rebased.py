@@ -1,6 +1,9 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
 """Hold the configuration of a ReBased model."""
 
+import os
+import re
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -40,6 +43,25 @@ def n_features(feature_dim: int, coefficients: tuple[float, float, float] = (0.0
         coefficients (`tuple[float, float, float]`, *optional*, defaults to `(0, 0, 1)`): (c0, c1, c2) of the kernel.
     """
     return sum(feature_blocks(feature_dim, coefficients))
+
+
+def _check_code(folder: Path) -> None:
+    """Check that the code files of a checkpoint's folder hold all that they import from each other.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    for path in sorted(folder.glob("*_rebased.py")):
+        if not path.is_file():
+            continue  # a dangling link
+        for name in re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            if not (folder / f"{name}.py").is_file():
+                raise FileNotFoundError(
+                    f"The folder {str(folder)!r} lacks the code file {name}.py, which {path.name} imports. Copy or "
+                    "download the whole folder again, with all of its *.py files (`cp -rL` also copies what links "
+                    "point to). Or install the package and `import modeling_rebased`, which needs no code in the "
+                    "folder."
+                )
 
 
 @strict
@@ -212,6 +234,22 @@ class ReBasedConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "ReBasedConfig":
+        """Load the configuration as the library does.
+
+        Code that comes with a checkpoint first checks its own folder: the library itself would stop at a missing file
+        without a word about what to do.
+
+        Raises:
+            FileNotFoundError: the code in the folder is to be run, and one of its files is missing.
+        """
+        if cls.__module__.startswith("transformers_modules."):
+            _check_code(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:

@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -732,6 +733,25 @@ class ReBasedPreTrainedModel(PreTrainedModel):
         "attentions": [ReBasedSoftmaxAttention, ReBasedHybridAttention],
     }
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model as the library does.
+
+        Raises:
+            OSError: a file of weights is cut short or is no safetensors file. The library's own error names no file.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            from safetensors import SafetensorError
+
+            if not isinstance(error, SafetensorError):
+                raise
+            message = _about_damaged_weights(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            raise OSError(f"{message} safetensors says: {error}") from error
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save the model as the library does, with an entry for every head, whose code lies beside the weights.
 
@@ -780,6 +800,29 @@ class ReBasedPreTrainedModel(PreTrainedModel):
         counter = prepare_cache(cache, config, inputs_embeds) if cache is not None else None
         attention_mask, padding_mask = fit_mask(config, inputs_embeds, attention_mask, cache, counter)
         return _create_masks(config, inputs_embeds, attention_mask, padding_mask, cache, None)
+
+
+def _about_damaged_weights(source: str | os.PathLike, subfolder: str) -> str:
+    """Return a message about the damaged safetensors files of `source`, a folder or a name on the Hub."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(source, subfolder)
+    if not folder.is_dir():
+        return (
+            f"A weight file of {str(source)!r} is cut short or damaged. Download it again: "
+            "from_pretrained(..., force_download=True)."
+        )
+    damaged = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            damaged.append(f"{path.name} ({path.stat().st_size:,} bytes)")
+    return (
+        f"The folder {str(folder)!r} holds weights that are cut short or damaged: {', '.join(damaged)}. Copy or "
+        "download them again. A file of about 130 bytes is a pointer of Git LFS: `git lfs pull` fetches the weights."
+    )
 
 
 def _create_masks(

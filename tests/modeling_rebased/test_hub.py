@@ -244,3 +244,67 @@ def test_missing_and_unknown_keys_are_reported(tmp_path):
     assert set(info["missing_keys"]) == {"model.layers.1.self_attn.q_norm.weight"}
     assert set(info["unexpected_keys"]) == {"model.layers.0.unknown"}
     assert (loaded.model.layers[1].self_attn.q_norm.weight == 1).all()
+
+
+def spoil(path, damage):
+    """Cut a file short, empty it, or replace it by what a checkout without Git LFS holds."""
+    path.write_bytes(
+        {"cut": path.read_bytes()[:-100], "empty": b"", "pointer": b"version https://git-lfs.github.com/spec/v1\n"}[
+            damage
+        ]
+    )
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "pointer"])
+def test_a_damaged_weight_file_is_named(tmp_path, damage):
+    make_model("paper").save_pretrained(tmp_path, max_shard_size="50KB")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    spoil(second, damage)
+    for load in (AutoModelForCausalLM, AutoModel, ReBasedForCausalLM):
+        with pytest.raises(OSError, match="git lfs pull") as caught:
+            load.from_pretrained(tmp_path)
+        assert str(tmp_path) in str(caught.value) and second.name in str(caught.value)
+        assert first.name not in str(caught.value)
+
+
+def test_a_damaged_weight_file_of_the_hub_or_a_subfolder_is_named(tmp_path, monkeypatch):
+    make_model("paper").save_pretrained(tmp_path / "inner")
+    spoil(tmp_path / "inner" / "model.safetensors", "cut")
+    with pytest.raises(OSError, match=r"inner.* model\.safetensors"):
+        ReBasedForCausalLM.from_pretrained(tmp_path, subfolder="inner")
+    files = {name: str(tmp_path / "inner" / name) for name in ("config.json", "model.safetensors")}
+    from transformers import modeling_utils
+
+    monkeypatch.setattr(modeling_utils, "cached_file", lambda source, name, **kwargs: files.get(name))
+    config = modeling_rebased.ReBasedConfig.from_pretrained(tmp_path / "inner")
+    with pytest.raises(OSError, match=r"'somebody/rebased' is cut short.*force_download"):
+        ReBasedForCausalLM.from_pretrained("somebody/rebased", config=config)
+
+
+STRANGER_TO_DAMAGE = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+except OSError as error:
+    for word in sys.argv[2:]:
+        assert word in str(error), error
+else:
+    raise AssertionError("it was loaded")
+assert "modeling_rebased" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("lost", ["eager_rebased.py", "triton_tiles_rebased.py", "model.safetensors"])
+def test_a_stranger_is_told_what_is_missing(tmp_path, lost):
+    """A code file that is missing, or weights that are cut short, in a process without the package."""
+    source = tmp_path / "source"
+    make_model("paper").save_pretrained(source)
+    if lost.endswith(".py"):
+        (source / lost).unlink()
+    else:
+        spoil(source / lost, "cut")
+    script = tmp_path / "stranger.py"
+    script.write_text(STRANGER_TO_DAMAGE)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run_script(tmp_path, script, environment, source, str(source), lost, "again")
