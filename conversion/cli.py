@@ -171,7 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--language", dest="languages", action="append", help="such as en; may be repeated")
     command.add_argument("--base-model", help="the Hub's name of the model that this one was made from")
     command.add_argument("--tag", dest="tags", action="append", help="one more tag; may be repeated")
-    command.add_argument("--results", action="append", help="lm-eval's output, a file or folder; may be repeated")
+    command.add_argument(
+        "--results",
+        action="append",
+        help="lm-eval's output: a file, or a folder, of which the newest file of this model is taken; may be repeated",
+    )
     command.add_argument("--card-text", help="Markdown file to stand in the card")
     command.add_argument("--tokenizer", help="folder with a tokenizer, if SOURCE has none")
     command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is)")

@@ -74,7 +74,7 @@ def export(
         languages: codes of the languages, such as "en".
         base_model: the Hub's identifier of the model that this one was made from.
         tags: tags beside "rebased" and "linear-attention".
-        results: files that `lm-eval --output_path` wrote, or folders, of which the newest file is taken.
+        results: files that `lm-eval --output_path` wrote, or folders, of which the newest file of this model is taken.
         card_text: a Markdown file with what no configuration says, such as the training and the limits.
         tokenizer: a folder with a tokenizer, if `source` has none.
         dtype: "float32", "bfloat16" or "float16". By default the weights keep their dtypes.
@@ -134,6 +134,7 @@ def export(
     for key, tensor in state.items():
         report.map(key, tensor, key)
     report.notes += [f"left out of the card, no finite number: {each}" for each in evaluation.skipped]
+    report.notes += [f"passed over: --results {each}" for each in evaluation.passed_over]
     if tokens is None:
         report.notes.append("there is no tokenizer: SOURCE has none and --tokenizer was not given")
     report.notes.append(

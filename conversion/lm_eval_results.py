@@ -30,46 +30,58 @@ class Evaluation:
         rows: (task, shots, metric, value, standard error) of the card's table.
         versions: releases of lm-eval.
         skipped: figures that are not finite.
+        passed_over: sentences about files of other models.
     """
 
     results: list[EvalResult] = field(default_factory=list)
     rows: list[tuple[str, str, str, str, str]] = field(default_factory=list)
     versions: set[str] = field(default_factory=set)
     skipped: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
 
 
 def read_results(paths: list[str | os.PathLike], parameters: int | None = None) -> Evaluation:
     """Read files that `lm-eval --output_path` wrote.
 
     Args:
-        paths: files, or folders, of which the newest `results_*.json` is taken.
-        parameters: number of parameters of the model. Results of a model with another number are refused.
+        paths: files, or folders, of which the newest `results_*.json` of this model is taken.
+        parameters: number of parameters of the model. Files of a model with another number are passed over in a
+            folder, and refused where they are given themselves.
 
     Raises:
         ConversionError: a file does not come from lm-eval, or belongs to another model.
     """
     evaluation = Evaluation()
-    for each in paths:
-        path = Path(each)
-        if path.is_dir():
-            found = sorted(path.rglob("results_*.json"), key=lambda file: file.name)
-            if not found:
-                raise ConversionError(f"--results {str(path)!r} has no results_*.json.")
-            path = found[-1]
-        try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-            tasks = loaded["results"]
-            count = loaded.get("config", {}).get("model_num_parameters")
-            _add_tasks(evaluation, loaded, tasks)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(
-                f"--results {str(path)!r} is not a file of lm-eval's results: {type(error).__name__}: {error}"
-            ) from error
-        if parameters is not None and count not in (None, parameters):
-            raise ConversionError(
-                f"--results {str(path)!r} are of a model with {count} parameters; SOURCE has {parameters}."
-            )
+    for each in map(Path, paths):
+        files = [each]
+        if each.is_dir():
+            files = sorted(each.rglob("results_*.json"), key=lambda file: file.name, reverse=True)
+            if not files:
+                raise ConversionError(f"--results {str(each)!r} has no results_*.json.")
+        for path in files:
+            count = _add_file(evaluation, path, parameters)
+            if count is None:
+                break
+            what = f"{str(path)!r} are of a model with {count} parameters; SOURCE has {parameters}."
+            if not each.is_dir():
+                raise ConversionError(f"--results {what}")
+            evaluation.passed_over.append(what)
     return evaluation
+
+
+def _add_file(evaluation: Evaluation, path: Path, parameters: int | None) -> int | None:
+    """Add what a file says. Add nothing if it is of another model, and return the parameters of that model."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        count = loaded.get("config", {}).get("model_num_parameters")
+        if parameters is not None and count not in (None, parameters):
+            return count
+        _add_tasks(evaluation, loaded, loaded["results"])
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(
+            f"--results {str(path)!r} is not a file of lm-eval's results: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _add_tasks(evaluation: Evaluation, loaded: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> None:

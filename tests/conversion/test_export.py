@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, export, verify
+from modeling_rebased.conversion.cli import main
 from modeling_rebased.conversion.hub import LICENSES, hub_card
 from modeling_rebased.conversion.layout import same_bytes
 from modeling_rebased.conversion.lm_eval_results import read_results
@@ -227,6 +228,7 @@ def test_results_of_another_model_or_of_nothing(tmp_path):
     assert len(read_results([tmp_path], 7).results) == 4
     with pytest.raises(ConversionError, match="of a model with 7 parameters; SOURCE has 8"):
         read_results([path], 8)
+    assert read_results([tmp_path], 8).results == []
     for text in ("", "[]", "{}", '{"results": 3}', '{"results": {"a": [1]}}'):
         path.write_text(text)
         with pytest.raises(ConversionError, match="is not a file of lm-eval's results"):
@@ -234,6 +236,35 @@ def test_results_of_another_model_or_of_nothing(tmp_path):
     with pytest.raises(ConversionError, match=r"has no results_\*\.json"):
         (tmp_path / "empty").mkdir()
         read_results([tmp_path / "empty"])
+
+
+def test_another_models_results_in_a_folder_are_passed_over(tmp_path, source, capsys):
+    """The newest file is another model's, and the next one has the older of two figures of this model."""
+    parameters = sum(tensor.numel() for tensor in read_tensors(source).values())
+    folder = tmp_path / "lm_eval"
+    for name, day, count, value in (
+        ("mine", 1, parameters, 0.125),
+        ("mine", 2, parameters, 0.25),
+        ("theirs", 3, parameters + 1, 0.5),
+    ):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        content = {"results": {"piqa": {"acc,none": value}}, "config": {"model_num_parameters": count}}
+        (folder / name / f"results_2026-01-0{day}.json").write_text(json.dumps(content))
+
+    def run(name: str, results: Path) -> int:
+        return main(["export", str(source), str(tmp_path / name), "--license", "mit", "--results", str(results)])
+
+    theirs = folder / "theirs" / "results_2026-01-03.json"
+    word = f"note: passed over: --results '{theirs}' are of a model with {parameters + 1} parameters"
+    assert run("hub", folder) == 0
+    assert word in capsys.readouterr().out
+    (result,) = ModelCard.load(tmp_path / "hub" / "README.md").data.eval_results
+    assert result.metric_value == 0.25
+    assert run("none", folder / "theirs") == 0
+    printed = capsys.readouterr().out
+    assert word in printed and ", 0 results, " in printed
+    assert run("refused", theirs) == 1
+    assert str(theirs) in capsys.readouterr().err and not (tmp_path / "refused").exists()
 
 
 def test_a_tokenizer_too_large_for_the_model(tmp_path):
