@@ -37,7 +37,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from modeling_rebased.configuration_rebased import ReBasedConfig
+from modeling_rebased.configuration_rebased import RECURRENT_LAYER_TYPES, ReBasedConfig
 from modeling_rebased.modeling_rebased import ReBasedQKNorm
 
 from .plan import state_dtypes, state_pages
@@ -340,7 +340,7 @@ class ReBasedDecoderLayer(nn.Module):
             conv_class = ReBasedShortConv if config.conv_type == "residual" else ReBasedGatedConv
             page, place = plan.conv[layer_idx]
             self.conv = conv_class(vllm_config, pages[page], place, f"{prefix}.conv")
-        elif layer_type in ("full_attention", "sliding_attention"):
+        elif layer_type not in RECURRENT_LAYER_TYPES:
             self.self_attn = ReBasedSoftmaxAttention(vllm_config, layer_idx, f"{prefix}.self_attn")
         else:
             attention = ReBasedLinearAttention if layer_type == "linear_attention" else ReBasedHybridAttention
@@ -462,7 +462,7 @@ class ReBasedForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsQuant):
         stacked: dict[str, tuple[str, str | int]] = {}
         for i, layer_type in enumerate(self.config.layer_types):
             attention, mlp = f"layers.{i}.self_attn", f"layers.{i}.mlp"
-            softmax = layer_type in ("full_attention", "sliding_attention")
+            softmax = layer_type not in RECURRENT_LAYER_TYPES
             for index, name in enumerate("qkv"):
                 stacked[f"{attention}.{name}_proj."] = (f"{attention}.qkv_proj.", name if softmax else index)
             for index, name in enumerate("qk"):
