@@ -1,6 +1,8 @@
-"""Adapters and hooks on the short convolutions, whose weights the model otherwise reads without a call."""
+"""Adapters, and hooks on the short convolutions, whose weights the model otherwise reads without a call."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
-from tests.modeling_rebased.cases import make_ids, make_model
+from tests.modeling_rebased.cases import MODELS, make_ids, make_model
 
 
 ADAPTERS = {
@@ -113,3 +115,37 @@ def test_a_parametrized_convolution():
         if hasattr(module, "convolve"):
             torch.nn.utils.parametrizations.weight_norm(module.conv)
     assert error(model(ids).logits, expected) < 1e-5
+
+
+def documented_targets():
+    """The names in the table of docs/training.md's section on LoRA."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.split("\n## LoRA\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+    return [name for row in rows for name in re.findall(r"`([\w.]+proj)`", row)]
+
+
+def test_the_documented_targets_are_all_linear_maps():
+    targets = documented_targets()
+    assert len(targets) == len(set(targets))
+    found = set()
+    for name in MODELS:
+        model = make_model(name)
+        linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+        endings = {n: [t for t in targets if n.endswith(f".{t}")] for n in linear}
+        assert all(len(each) == 1 for each in endings.values()), endings
+        found |= {each[0] for each in endings.values()}
+        # PEFT takes the whole list, and finds with it what "all-linear" finds.
+        for wanted in (targets, "all-linear"):
+            adapted = get_peft_model(make_model(name), LoraConfig(task_type="CAUSAL_LM", target_modules=wanted))
+            assert linear == {
+                n.removeprefix("base_model.model.").split(".lora_A")[0]
+                for n, _ in adapted.named_parameters()
+                if ".lora_A" in n
+            }
+    assert found == set(targets)
+
+
+def test_lora_without_targets_is_an_error():
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(make_model("paper"), LoraConfig(task_type="CAUSAL_LM"))
