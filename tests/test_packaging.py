@@ -17,10 +17,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("modeling_rebased", "configuration", "conversion", "training", "serving", "eval")
 
 
+def _process(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run python in `folder`, outside the checkout."""
+    environment = {**os.environ, "PYTHONPATH": "", **environment}  # the checkout may be on the caller's path
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def _run(arguments: list[str], folder: Path, **environment: str) -> str:
     """Run python in `folder`, outside the checkout, and return what it printed."""
-    environment = {**os.environ, "PYTHONPATH": "", **environment}  # the checkout may be on the caller's path
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    done = _process(arguments, folder, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -67,6 +72,54 @@ print(AutoConfig.from_pretrained(config_path(config_names()[0])).model_type, mod
     assert printed.split() == ["rebased", str(unpacked_wheel / "modeling_rebased" / "__init__.py")]
     printed = _run(["-m", "modeling_rebased.eval.tasks"], tmp_path, PYTHONPATH=str(unpacked_wheel))
     assert printed.strip() == str(unpacked_wheel / "modeling_rebased" / "eval" / "tasks")
+
+
+# Loads what was trained in a process without the package: a batch of two prompts, and each of them alone.
+LOAD_AND_GENERATE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+assert type(model).__module__.startswith("transformers_modules.") and "modeling_rebased" not in sys.modules
+
+def generate(prompts):
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    output = model.generate(**inputs, min_new_tokens=8, max_new_tokens=8, do_sample=False)
+    return output[:, inputs["input_ids"].shape[1]:].tolist()
+
+prompts = ["The dog", "A line about the quick brown fox, and"]
+batch = generate(prompts)
+assert batch == [generate([prompt])[0] for prompt in prompts], batch
+print([len(each) for each in batch])
+"""
+
+
+def test_the_shortest_journey_of_a_new_user(unpacked_wheel, tmp_path):
+    """Train in an installed environment outside the checkout, train again, and load the result without the package."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 50)
+    installed = {"PYTHONPATH": str(unpacked_wheel), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    train = ["-m", "modeling_rebased.training.train_lm", "--train_file", "text.txt", "--output_dir", "run"]
+    train += ["--max_steps", "2", "--context_length", "64", "--per_device_train_batch_size", "2", "--use_cpu", "True"]
+    known = [*train, "--config", "english-6m"]
+    _run(known, tmp_path, **installed)
+    final = tmp_path / "run" / "final"
+    written = {path: path.stat().st_mtime_ns for path in final.iterdir()}
+    assert "is finished, after 2 steps" in _run(known, tmp_path, **installed)
+    assert {path: path.stat().st_mtime_ns for path in final.iterdir()} == written
+
+    alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    (tmp_path / "load.py").write_text(LOAD_AND_GENERATE)
+    assert _run(["load.py", str(final)], tmp_path, **alone).strip() == "[8, 8]"
+
+    done = _process([*train, "--config", "nope"], tmp_path, **installed)
+    assert done.returncode != 0 and "--config nope is no folder" in done.stderr
+    names = {path.parent.name for path in (REPOSITORY / "configuration").glob("*/config.json")}
+    assert names and all(name in done.stderr for name in names)
+    done = _process(["-m", "modeling_rebased.eval.demo"], tmp_path, **installed)
+    assert done.returncode != 0 and "needs a checkout of the repository" in done.stderr
 
 
 def test_an_editable_install_finds_the_same_modules(tmp_path):
