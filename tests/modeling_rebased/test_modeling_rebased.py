@@ -428,7 +428,10 @@ def test_both_names_of_the_cache(model_class):
         again = model(ids, **{name: None})
         torch.testing.assert_close(last(again), expected)
     with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
-        model(ids, cache=cache, past_key_values=cache)
+        model(ids, cache=cache, past_key_values=DynamicCache(config=model.config))
+    cache = DynamicCache(config=model.config)
+    model(ids, cache=cache, past_key_values=cache)  # one cache under both names, as generate hands it over for PEFT
+    assert cache.get_seq_length() == LENGTH
     assert model(ids, cache=None, past_key_values=DynamicCache(config=model.config)) is not None
 
 
