@@ -257,6 +257,9 @@ def _main(argv: list[str]) -> None:
         args.dataloader_pin_memory = False  # which would only warn
     set_seed(args.seed)
     try:
+        if args.use_liger_kernel:
+            # The library would pass over a model that Liger does not know without a word.
+            raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")
         config = load_config(model_args)
         length = data_args.context_length or config.max_position_embeddings
         tokenizer = load_tokenizer(model_args, config, length)

@@ -195,6 +195,12 @@ def test_the_command_line_wins_over_the_recipe(recipe, tmp_path):
     assert data_args.train_file[0].endswith("train.txt")
 
 
+def test_kernels_of_liger_are_refused(recipe, tmp_path):
+    with pytest.raises(SystemExit, match="--use_liger_kernel has no kernels for ReBased"):
+        train_lm.main([str(recipe), "--output_dir", str(tmp_path / "out"), "--use_liger_kernel", "True"])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_bf16_is_the_default_where_the_gpu_has_it(recipe, tmp_path, monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
