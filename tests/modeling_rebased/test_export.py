@@ -25,7 +25,7 @@ def make_mask(ids):
 @pytest.mark.parametrize(("name", "masked"), [("mqar", False), ("based", False), ("every_type", True)])
 def test_export_with_a_dynamic_batch_and_length(name, masked):
     model, ids = make_model(name), make_ids()
-    shape = {0: Dim("batch"), 1: Dim("length")}
+    shape = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     inputs = {"input_ids": ids} | ({"attention_mask": make_mask(ids)} if masked else {})
     exported = torch.export.export(Logits(model), (), inputs, dynamic_shapes=dict.fromkeys(inputs, shape)).module()
     for batch, length in ((3, 1), (5, 40), (1, 300)):
