@@ -108,18 +108,6 @@ def test_differences_want_two_seeds_of_both():
     assert "| 1,024 | 64 | 2 | 0.550 ± 0.071 | 0.300 ± 0.141 | +0.250 |" in table
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, as they are when they are saved."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    kept = []
-    # Older releases of matplotlib close "all" when they change the backend.
-    monkeypatch.setattr(pyplot, "close", lambda figure: None if figure == "all" else kept.append(figure))
-    yield kept
-    monkeypatch.undo()
-    pyplot.close("all")
-
-
 def test_the_curves_tell_models_seeds_and_rates_apart(tmp_path, figures):
     runs = [run(seed=0, lr=3e-3), run(seed=1, lr=3e-3), run("based", lr=1e-2), run(seed=2, stopped="deadline")]
     plot_mqar.plot_curves(runs, tmp_path / "curves.png")

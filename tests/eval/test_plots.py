@@ -12,18 +12,6 @@ from modeling_rebased.eval import plot_style, plots
 RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results"
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, as they are when they are saved."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    kept = []
-    # Older releases of matplotlib close "all" when they change the backend.
-    monkeypatch.setattr(pyplot, "close", lambda figure: None if figure == "all" else kept.append(figure))
-    yield kept
-    monkeypatch.undo()
-    pyplot.close("all")
-
-
 def tick_labels(figure) -> list[str]:
     figure.canvas.draw()
     lines = [line for axis in figure.axes for line in (axis.xaxis, axis.yaxis)]
