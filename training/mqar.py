@@ -4,8 +4,7 @@ An example starts with `num_pairs` key-value pairs. Each key then comes again on
 without replacement from a power law. The label at a repeated key is its value (Zoology, arXiv 2312.04927, section 3).
 The ReBased paper (arXiv 2402.10644, section 5.1) uses the sizes of `figure_1_spec`.
 
-Every number is a hash of (seed, split, example, draw) and not the next state of a generator. So example 77 is the same
-whether it is made alone, in a batch or among 100,000, on a CPU or on a GPU. Two processes agree without communication.
+Every number is a hash (random_numbers.py), so an example does not depend on the others or on the device.
 
     python -m modeling_rebased.training.mqar --length 2048 --examples 100000 --leakage
 """
@@ -22,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .random_numbers import GOLDEN, below, example_rows, mix, numbers, uniform
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-
-# The second key of the hash, so that no training example is drawn from the numbers of a test example.
-SPLITS = {"train": 1, "test": 2}
 
 # Lengths of the paper's Figure 1, and the number of pairs at each: 16 at 128, a quarter of the length after that.
 FIGURE_1_PAIRS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}
@@ -36,10 +34,6 @@ FIGURE_1_PAIRS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}
 # How many numbers one chunk of examples draws at a time: small enough for a CPU's caches, and on a GPU large
 # enough that launches do not count.
 _CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 25}
-
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the increment of splitmix64, as a signed integer
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 @dataclass(frozen=True)
@@ -146,26 +140,6 @@ class MQARExamples:
         return labels.scatter_(1, self.positions.long() + 1, self.values.long())
 
 
-def _mix(z: torch.Tensor) -> torch.Tensor:
-    """Apply the finaliser of splitmix64 in place. int64 products wrap on a CPU and on a GPU alike."""
-    z ^= (z >> 30) & 0x3FFFFFFFF  # >> carries the sign along, the mask takes it off again
-    z *= _MIX_1
-    z ^= (z >> 27) & 0x1FFFFFFFFF
-    z *= _MIX_2
-    z ^= (z >> 31) & 0x1FFFFFFFF
-    return z
-
-
-def _numbers(rows: torch.Tensor, lanes: torch.Tensor, stream: int) -> torch.Tensor:
-    """Return 64 random bits for every (row, lane), broadcast; `stream` keeps uses apart."""
-    return _mix(rows + (lanes + (stream << 32)) * _GOLDEN)
-
-
-def _below(bits: torch.Tensor, n: int) -> torch.Tensor:
-    """Turn random bits into integers in [0, n), n up to 2**23; the bias is below n / 2**40."""
-    return ((((bits >> 24) & 0xFFFFFFFFFF) * n) >> 40).to(torch.int32)
-
-
 def _sort_rows(x: torch.Tensor) -> torch.Tensor:
     # numpy sorts with vector instructions and keeps no indices, which torch on the CPU does not
     if x.device.type == "cpu":
@@ -182,7 +156,7 @@ def _distinct(rows: torch.Tensor, count: int, n: int, stream: int) -> torch.Tens
     equally likely.
     """
     lanes = torch.arange(count, device=rows.device)
-    symbols = _below(_numbers(rows[:, None], lanes[None, :], stream), n)
+    symbols = below(numbers(rows[:, None], lanes[None, :], stream), n)
     shift = max(count - 1, 1).bit_length()
     packed_type = torch.int32 if n << shift < 2**31 else torch.int64
     active = torch.arange(rows.shape[0], device=rows.device)  # rows that may hold a repetition
@@ -196,8 +170,8 @@ def _distinct(rows: torch.Tensor, count: int, n: int, stream: int) -> torch.Tens
         if row.numel() == 0:
             break
         place = (packed[row, column + 1] & ((1 << shift) - 1)).long()
-        drawn = _numbers(rows[active[row]], place + (attempt << 24), stream)
-        symbols[active[row], place] = _below(drawn, n)
+        drawn = numbers(rows[active[row]], place + (attempt << 24), stream)
+        symbols[active[row], place] = below(drawn, n)
         active = active[row.unique_consecutive()]
     return symbols
 
@@ -208,9 +182,8 @@ def _ordered_gaps(rows: torch.Tensor, spec: MQARSpec, stream: int) -> torch.Tens
     Waiting times with rates p make such a draw, in the order in which they end.
     """
     lanes = torch.arange(spec.num_gaps, device=rows.device)
-    bits = _numbers(rows[:, None], lanes[None, :], stream)
-    uniform = (((bits >> 12) & 0xFFFFFFFFFFFFF).double() + 0.5) * 2.0**-52
-    times = -uniform.log() * (lanes + 1.0).double() ** (1.0 - spec.power_a)
+    bits = numbers(rows[:, None], lanes[None, :], stream)
+    times = -uniform(bits).log() * (lanes + 1.0).double() ** (1.0 - spec.power_a)
     # A positive double sorts as the integer of its bits does, so the gap itself can ride in the lowest ones.
     width = max(spec.num_gaps - 1, 1).bit_length()
     packed = (times.view(torch.int64) & ~((1 << width) - 1)) | lanes
@@ -251,21 +224,17 @@ def make_examples(
         >>> examples.input_ids().shape, examples.labels().shape
         (torch.Size([4, 128]), torch.Size([4, 128]))
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if count < 0 or start < 0:
-        raise ValueError(f"count and start must not be negative, got {count} and {start}")
+    all_rows = example_rows(seed, split, start, count, device)
     device = torch.device(device)
     symbol_type = torch.int16 if spec.vocab_size <= 2**15 else torch.int32
     shape = (count, spec.num_pairs)
     keys = torch.empty(shape, dtype=symbol_type, device=device)
     values = torch.empty(shape, dtype=symbol_type, device=device)
     positions = torch.empty(shape, dtype=torch.int32, device=device)
-    root = _mix(_mix(torch.tensor([seed], device=device) * _GOLDEN + SPLITS[split]))
     step = _chunk_rows(spec, device)
     for first in range(0, count, step):
         last = min(first + step, count)
-        rows = _mix(root + torch.arange(start + first, start + last, device=device) * _GOLDEN)
+        rows = all_rows[first:last]
         keys[first:last] = _distinct(rows, spec.num_pairs, spec.num_keys, stream=1) + 1
         values[first:last] = _distinct(rows, spec.num_pairs, spec.num_values, stream=2) + spec.vocab_size // 2
         positions[first:last] = spec.context + 2 * _ordered_gaps(rows, spec, stream=3)
@@ -324,7 +293,7 @@ def query_subset(spec: MQARSpec, examples: int, queries: int, *, seed: int = 0) 
         raise ValueError(f"queries must be positive, got {queries}")
     if queries >= spec.num_pairs:
         return torch.arange(spec.num_pairs).repeat(examples, 1)
-    rows = _mix(torch.arange(examples) * _GOLDEN + seed)
+    rows = mix(torch.arange(examples) * GOLDEN + seed)
     return _distinct(rows, queries, spec.num_pairs, stream=4).long().sort(dim=1).values
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 
 from . import mqar
+from .fused_loss import linear_cross_entropy
+from .recipe import Recipe
 
 
 # The paper's models: a short convolution first, the mixer second. Its ablation takes parts of the normalisation away.
@@ -41,7 +43,7 @@ _NAMED_IF_OTHER = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Recipe):
     """Hold everything that decides a run's numbers, except the device."""
 
     model: str
@@ -83,19 +85,16 @@ class Run:
     def spec(self) -> mqar.MQARSpec:
         return mqar.MQARSpec(self.length, self.pairs, self.vocab_size)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        # the last, smaller batch of an epoch is left out: every epoch has another order, so nothing is lost for good
-        return self.train_examples // self.batch_size
+    def new_model(self, kernel_backend: str) -> ReBasedForCausalLM:
+        return ReBasedForCausalLM(self.config(kernel_backend))
 
-    def lr_at(self, epoch: int) -> float:
-        """Return the learning rate of an epoch: a cosine from lr towards 0, with one step per epoch."""
-        return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+    def task(self, device: torch.device) -> MQARTask:
+        return MQARTask(self, device)
 
-    def order(self, epoch: int) -> torch.Tensor:
-        """Return the order of the training examples in an epoch, cut to whole batches."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.train_examples, generator=generator)[: self.steps_per_epoch * self.batch_size]
+    def save(self, model: ReBasedForCausalLM, folder: Path, result: dict[str, Any]) -> None:
+        from . import mqar_checkpoint
+
+        mqar_checkpoint.save_model(model, self, folder, result)
 
     def config(self, kernel_backend: str = "auto") -> ReBasedConfig:
         """Return the model's configuration: two layers, no MLP, learned positions, as in the authors' MQAR runs."""
@@ -129,38 +128,24 @@ class Run:
         return config
 
 
-@dataclass(frozen=True)
-class Options:
-    """Hold how a run is computed, which does not change what it should learn."""
+class MQARTask:
+    """Hold the examples of a run on its device. Logits are made only where an answer is asked."""
 
-    device: str = "cuda"
-    kernel_backend: str = "auto"
-    bf16: bool = True
-    compile: bool = True
-    cuda_graph: bool = True
-    progress: bool = True
-    work_dir: str | None = None
-    save_seconds: float = 30.0
-    race_epoch: int | None = None
-    deadline: float | None = None  # a time.time() after which runs stop at the end of their epoch
-    take_turns: bool = False
-    deterministic: bool = False
+    def __init__(self, run: Run, device: torch.device):
+        train = mqar.make_examples(run.spec, run.train_examples, seed=run.data_seed, device=device)
+        self.test = mqar.make_examples(run.spec, run.test_examples, seed=run.data_seed, split="test", device=device)
+        tokens = train.input_ids(train.keys.dtype)  # 2 bytes per token: 0.4 GB at length 2,048
+        self.train = (tokens, train.positions, train.values)
 
-    @property
-    def late(self) -> bool:
-        """Return whether the deadline has passed."""
-        return self.deadline is not None and time.time() > self.deadline
+    def loss(self, backbone: nn.Module, head: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross entropy of the answers of tokens [B, T], positions and values [B, pairs]."""
+        input_ids, positions, values = batch
+        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, hidden]
+        hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # [B, pairs, hidden]
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, values.flatten())
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        return {"accuracy": mqar.accuracy(model, self.test, batch_size=256)}
 
-
-def build_model(run: Run, kernel_backend: str = "auto") -> ReBasedForCausalLM:
-    """Return a new model, with the same weights for the same seed, whatever was drawn before."""
-    torch.manual_seed(run.seed)
-    return ReBasedForCausalLM(run.config(kernel_backend))
-
-
-def kind_of(run: Run) -> tuple:
-    """Return what runs of one FastTrainer have in common."""
-    return tuple(value for name, value in asdict(run).items() if name not in ("lr", "seed", "epochs", "stop_at"))
+    def finish(self, model: nn.Module) -> dict[str, float]:
+        return {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .mqar_loop import FastTrainer
+from .fast_loop import FastTrainer
 from .mqar_runs import Run
 
 

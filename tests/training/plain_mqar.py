@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.training import mqar
-from modeling_rebased.training.mqar_runs import Options, Run, build_model
+from modeling_rebased.training.mqar_runs import Run
+from modeling_rebased.training.recipe import Options, build_model
 
 
 class PlainDataset(torch.utils.data.Dataset):

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from modeling_rebased.eval.tasks import tasks_path
-from modeling_rebased.training import mqar, mqar_loop, mqar_speed, mqar_sweep, train_mqar
+from modeling_rebased.training import fast_loop, mqar, mqar_checkpoint, mqar_speed, train_mqar
+from modeling_rebased.training import sweep as sweep_module
 from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.fast_loop import FastTrainer
 from modeling_rebased.training.mqar_checkpoint import TASKS
-from modeling_rebased.training.mqar_loop import FastTrainer
-from modeling_rebased.training.mqar_results import append_result, read_results
-from modeling_rebased.training.mqar_runs import MODELS, Options, Run, build_model
-from modeling_rebased.training.mqar_sweep import sweep
+from modeling_rebased.training.mqar_runs import MODELS, Run
+from modeling_rebased.training.recipe import Options, build_model
+from modeling_rebased.training.run_results import append_result, read_results
+from modeling_rebased.training.sweep import sweep
 from tests.training.plain_mqar import train_plain
 
 
@@ -137,9 +139,9 @@ def test_a_process_trains_in_its_turn_only(tmp_path, monkeypatch):
 
     train = FastTrainer.train
     monkeypatch.setattr(FastTrainer, "train", lambda *args, **kw: (events.append("trains"), train(*args, **kw))[1])
-    monkeypatch.setattr(mqar_sweep, "_turn", None)  # put back after the test
-    mqar_sweep._share_turn(Turn())
-    mqar_sweep.run_group([dataclasses.replace(TINY, epochs=1)], CPU, str(tmp_path / "r.jsonl"), None)
+    monkeypatch.setattr(sweep_module, "_turn", None)  # put back after the test
+    sweep_module._share_turn(Turn())
+    sweep_module.run_group([dataclasses.replace(TINY, epochs=1)], CPU, str(tmp_path / "r.jsonl"), None)
     assert events == ["begins", "trains", "is over"]
 
 
@@ -161,7 +163,7 @@ def test_a_race_cut_off_by_the_deadline_records_every_run(tmp_path):
     output = tmp_path / "results.jsonl"
     runs = [dataclasses.replace(TINY, lr=lr) for lr in (1e-5, 1e-2)]
     late = dataclasses.replace(CPU, race_epoch=2, work_dir=str(tmp_path / "work"), deadline=time.time() - 1)
-    mqar_sweep.run_group(runs, late, str(output), None)
+    sweep_module.run_group(runs, late, str(output), None)
     lines = read_results(output)
     assert sorted(line["name"] for line in lines) == sorted(run.name for run in runs)
     assert {line["stopped"] for line in lines} == {"deadline"}
@@ -369,7 +371,7 @@ def test_a_model_is_written_before_its_run_counts_as_done(tmp_path, monkeypatch)
     def fails(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(mqar_sweep, "save_model", fails)
+    monkeypatch.setattr(mqar_checkpoint, "save_model", fails)
     with pytest.raises(OSError, match="no space"):
         sweep([dataclasses.replace(TINY, epochs=1)], CPU, str(tmp_path / "r.jsonl"), save=str(tmp_path / "models"))
     assert read_results(tmp_path / "r.jsonl") == []
@@ -426,7 +428,7 @@ def test_deterministic_code_of_the_embedding_has_no_atomics(undo_deterministic):
         return "\n".join(parts)
 
     assert "atomic_add" in code()
-    mqar_loop.use_deterministic_algorithms()
+    fast_loop.use_deterministic_algorithms()
     assert "atomic_add" not in code()
 
 

@@ -1,7 +1,7 @@
-"""Train on MQAR with a loop that is arranged for a GPU.
+"""Train small models on synthetic tasks (MQAR, MAD, ICLL) with a loop that is arranged for a GPU.
 
-The data lies on the device. Logits are made only where an answer is asked, and never stored (fused_loss.py). The model
-is compiled, and a whole step, from the choice of the batch to the optimizer, is one CUDA graph.
+The data lies on the device. The model is compiled, and a whole step, from the choice of the batch to the optimizer, is
+one CUDA graph. What is trained on what is a `Recipe` (recipe.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import mqar
-from .fused_loss import linear_cross_entropy
-from .mqar_results import run_result
-from .mqar_runs import Options, Run, build_model, kind_of
+from .recipe import Options, Recipe, build_model, fields_of, kind_of
+from .run_results import run_result
 
 
 def use_deterministic_algorithms() -> None:
@@ -42,13 +39,17 @@ def use_deterministic_algorithms() -> None:
 class Optimizer(torch.optim.AdamW):
     """Run AdamW with a learning rate that can change inside a CUDA graph."""
 
-    def __init__(self, model: nn.Module, run: Run, on_gpu: bool):
+    def __init__(self, model: nn.Module, run: Recipe, on_gpu: bool):
         # In a CUDA graph the learning rate must be a tensor, and the step count stay on the GPU.
         options: dict[str, Any] = {"fused": True, "capturable": True} if on_gpu else {}
         lr = torch.tensor(run.lr, device="cuda") if on_gpu else run.lr
         super().__init__(model.parameters(), lr=lr, weight_decay=run.weight_decay, **options)
+        self.lr = run.lr
 
     def set_lr(self, lr: float) -> None:
+        if lr == self.lr:
+            return
+        self.lr = lr
         for group in self.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)
@@ -63,18 +64,14 @@ class FastTrainer:
     parameters, and zeros into the optimizer's state.
     """
 
-    def __init__(self, run: Run, options: Options):
+    def __init__(self, run: Recipe, options: Options):
         self.options, self.device = options, torch.device(options.device)
         self.on_gpu = self.device.type == "cuda"
         self.kind = kind_of(run)
         self.model = build_model(run, options.kernel_backend).to(self.device)
         self.optimizer = Optimizer(self.model, run, self.on_gpu)
-        train = mqar.make_examples(run.spec, run.train_examples, seed=run.data_seed, device=self.device)
-        self.test = mqar.make_examples(
-            run.spec, run.test_examples, seed=run.data_seed, split="test", device=self.device
-        )
-        self.input_ids = train.input_ids(train.keys.dtype)  # 2 bytes per token: 0.4 GB at length 2,048
-        self.positions, self.values = train.positions, train.values
+        self.head = self.model.get_output_embeddings()
+        self.task = run.task(self.device)
         self.order = torch.zeros(run.steps_per_epoch * run.batch_size, dtype=torch.long, device=self.device)
         self.batch_lanes = torch.arange(run.batch_size, device=self.device)
         # Read and advanced inside the graph, so that a step needs nothing from the host.
@@ -86,23 +83,21 @@ class FastTrainer:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.setup_seconds = 0.0
 
-    def loss(self, input_ids: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross entropy of the answers. input_ids [B, T], positions and values [B, pairs]."""
+    def loss(self, *batch: torch.Tensor) -> torch.Tensor:
+        """Return the loss of rows of the task's tensors."""
         with self.options.autocast():
-            hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, hidden]
-            hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # [B, pairs, hidden]
-            return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, values.flatten())
+            return self.task.loss(self.backbone, self.head, *batch)
 
     def step(self) -> None:
         rows = self.order[self.cursor * self.batch_lanes.shape[0] + self.batch_lanes]
-        loss = self.loss(self.input_ids[rows].long(), self.positions[rows].long(), self.values[rows].long())
+        loss = self.loss(*(tensor[rows].long() for tensor in self.task.train))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_sum += loss.detach()
         self.cursor += 1
 
-    def reset(self, run: Run) -> None:
+    def reset(self, run: Recipe) -> None:
         """Start a fresh run: first weights, empty optimizer state, and the run's random numbers."""
         fresh = build_model(run, self.options.kernel_backend)
         with torch.no_grad():
@@ -117,7 +112,7 @@ class FastTrainer:
         # building the model drew numbers, another amount for each kind; dropout starts from here
         torch.manual_seed(run.seed)
 
-    def prepare(self, run: Run) -> None:
+    def prepare(self, run: Recipe) -> None:
         """Compile and record a step. Both take real steps, which `reset` undoes."""
         begin = time.perf_counter()
         self.model.train()
@@ -153,18 +148,18 @@ class FastTrainer:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
 
-    def accuracy(self) -> float:
+    def measure(self) -> dict[str, float]:
         with self.options.autocast():
-            return mqar.accuracy(self.model, self.test, batch_size=256)
+            return self.task.measure(self.model)
 
-    def _state_path(self, run: Run) -> Path | None:
+    def _state_path(self, run: Recipe) -> Path | None:
         return Path(self.options.work_dir) / f"{run.name}.pt" if self.options.work_dir else None
 
-    def _save(self, run: Run, history: list[dict[str, float]], seconds: float) -> None:
+    def _save(self, run: Recipe, history: list[dict[str, float]], seconds: float) -> None:
         path = self._state_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
-            "run": asdict(run),
+            "run": fields_of(run),
             "model": self.model.state_dict(),
             "optimizer": [dict(self.optimizer.state[p]) for p in self.model.parameters()],
             "history": history,
@@ -175,7 +170,7 @@ class FastTrainer:
         torch.save(state, temporary)
         os.replace(temporary, path)  # a kill leaves the old file or the new one, never half of one
 
-    def _load(self, run: Run) -> tuple[list[dict[str, float]], float]:
+    def _load(self, run: Recipe) -> tuple[list[dict[str, float]], float]:
         path = self._state_path(run)
         if path is None or not path.exists():
             return [], 0.0
@@ -192,7 +187,7 @@ class FastTrainer:
         torch.cuda.set_rng_state(random) if self.on_gpu else torch.set_rng_state(random)
         return state["history"], state["seconds"]
 
-    def train(self, run: Run, position: int = 0, until: int | None = None) -> dict[str, Any]:
+    def train(self, run: Recipe, position: int = 0, until: int | None = None) -> dict[str, Any]:
         """Train one run to its end, from its last saved epoch on. With `until`, stop and save after that epoch."""
         if kind_of(run) != self.kind:
             raise ValueError(f"this trainer was built for {self.kind}, the run is {kind_of(run)}")
@@ -215,18 +210,19 @@ class FastTrainer:
             if history and history[-1]["accuracy"] >= run.stop_at:
                 break
             self.order.copy_(run.order(epoch))
-            self.optimizer.set_lr(run.lr_at(epoch))
             self.cursor.zero_()
             self.loss_sum.zero_()
-            for _ in range(run.steps_per_epoch):
+            for step in range(run.steps_per_epoch):
+                self.optimizer.set_lr(run.lr_at(epoch, step))
                 if self.graph is not None:
                     self.graph.replay()
                 else:
                     self.step()
             loss = self.loss_sum.item() / run.steps_per_epoch  # the only wait of an epoch
-            accuracy = self.accuracy()
+            measured = self.measure()
+            accuracy = measured["accuracy"]
             seconds = seconds_before + time.perf_counter() - begin
-            history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": round(seconds, 2)})
+            history.append({"epoch": epoch + 1, "loss": loss, **measured, "seconds": round(seconds, 2)})
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
             late = self.options.late
             early = until is not None and epoch + 1 >= until
@@ -242,9 +238,11 @@ class FastTrainer:
                 stopped = "loss is not finite"
                 break
         bar.close()
-        result = run_result(
-            run, self.options, history, seconds_before + time.perf_counter() - begin, self.model.num_parameters()
-        )
+        seconds = seconds_before + time.perf_counter() - begin
+        with self.options.autocast():
+            finish = self.task.finish(self.model)
+        tokens = self.task.train[0].shape[1]
+        result = run_result(run, self.options, history, finish, seconds, tokens, self.model.num_parameters())
         if stopped:
             result["stopped"] = stopped
         elif (path := self._state_path(run)) is not None:

@@ -1,10 +1,11 @@
-"""Train many runs of MQAR, with kinds of model one after another or at once, and keep all results."""
+"""Train many runs on synthetic tasks, with kinds of model one after another or at once, and keep all results."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,10 +13,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .mqar_checkpoint import save_model
-from .mqar_loop import FastTrainer, use_deterministic_algorithms
-from .mqar_results import append_result, read_results
-from .mqar_runs import Options, Run, build_model, kind_of
+from .fast_loop import FastTrainer, use_deterministic_algorithms
+from .recipe import Options, Recipe, build_model, kind_of
+from .run_results import append_result, read_results
 
 
 # Held while a process of a sweep trains, where processes take turns.
@@ -28,7 +28,9 @@ def _share_turn(lock: contextlib.AbstractContextManager) -> None:
     _turn = lock
 
 
-def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tuple[list[Run], list[dict[str, Any]]]:
+def _race(
+    trainer: FastTrainer, runs: list[Recipe], epoch: int, worker: int
+) -> tuple[list[Recipe], list[dict[str, Any]]]:
     """Train the first seed's runs to an epoch, and keep the learning rate with the lowest loss there.
 
     Returns the runs that remain (every seed at that rate) and the results of those given up. If the deadline has
@@ -37,7 +39,7 @@ def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tup
     first = [run for run in runs if run.seed == runs[0].seed]
     results = {run: trainer.train(run, worker, until=epoch) for run in first}
 
-    def rank(run: Run) -> float:
+    def rank(run: Recipe) -> float:
         history = results[run]["history"]
         return history[-1]["loss"] if history and math.isfinite(history[-1]["loss"]) else math.inf
 
@@ -48,7 +50,7 @@ def _race(trainer: FastTrainer, runs: list[Run], epoch: int, worker: int) -> tup
 
 
 def run_group(
-    runs: list[Run], options: Options, output: str, save: str | None, worker: int = 0
+    runs: list[Recipe], options: Options, output: str, save: str | None, worker: int = 0
 ) -> list[dict[str, Any]]:
     """Train runs of one kind one after another, and write each to `output` as soon as it ends."""
     if options.deterministic:
@@ -70,7 +72,7 @@ def run_group(
             if save:  # before the line in `output`, which says that nothing of this run is left to do
                 copy = build_model(run, options.kernel_backend)
                 copy.load_state_dict(trainer.model.state_dict())
-                save_model(copy, run, Path(save) / run.name, result)
+                run.save(copy, Path(save) / run.name, result)
             append_result(output, result)
             results.append(result)
             shown = {
@@ -80,7 +82,7 @@ def run_group(
     return results
 
 
-def sweep(runs: list[Run], options: Options, output: str, jobs: int = 1, save: str | None = None) -> list[dict]:
+def sweep(runs: Sequence[Recipe], options: Options, output: str, jobs: int = 1, save: str | None = None) -> list[dict]:
     """Train every run that `output` does not hold yet, with groups of one kind at once in `jobs` processes."""
     done = {result["name"] for result in read_results(output) if result.get("stopped") != "deadline"}
     left = [run for run in runs if run.name not in done]
@@ -90,7 +92,7 @@ def sweep(runs: list[Run], options: Options, output: str, jobs: int = 1, save: s
         for run in runs:
             if run.name in done and not (Path(save) / run.name).is_dir():
                 tqdm.write(f"{run.name} was trained before without being saved: --save has no model of it")
-    groups: dict[tuple, list[Run]] = {}
+    groups: dict[tuple, list[Recipe]] = {}
     for run in left:
         groups.setdefault(kind_of(run), []).append(run)
     results: list[dict] = []

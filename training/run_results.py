@@ -1,31 +1,37 @@
-"""Read and write the results of MQAR training: one line of JSON per run."""
+"""Read and write the results of runs on synthetic tasks: one line of JSON per run."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from .mqar_runs import Options, Run
+from .recipe import Options, Recipe, fields_of
 
 
 def run_result(
-    run: Run, options: Options, history: list[dict[str, float]], seconds: float, parameters: int
+    run: Recipe,
+    options: Options,
+    history: list[dict[str, float]],
+    finish: dict[str, float],
+    seconds: float,
+    length: int,
+    parameters: int,
 ) -> dict[str, Any]:
-    """Return the line of results that a run leaves."""
+    """Return the line of results that a run leaves: `history` by epoch, and `finish`, what is measured at the end."""
     trained = len(history)
-    tokens = trained * run.steps_per_epoch * run.batch_size * run.length
+    tokens = trained * run.steps_per_epoch * run.batch_size * length
     on_gpu = options.device.startswith("cuda")
     return {
         "name": run.name,
-        **asdict(run),
+        **fields_of(run),
         "accuracy": history[-1]["accuracy"] if history else None,
         "best_accuracy": max((entry["accuracy"] for entry in history), default=None),
+        **finish,
         "epochs_trained": trained,
         "parameters": parameters,
         "seconds": round(seconds, 2),

@@ -1,0 +1,146 @@
+"""Read the command lines of `rebased-mqar`, `rebased-mad` and `rebased-icll`, as far as they are alike."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arguments import HelpFormatter, with_dashes
+from .recipe import Options
+
+
+# Training tokens beyond which a CPU takes hours.
+MANY_TOKENS = 100_000_000
+
+
+def _number(text: str, kind: type, allowed: str, holds: Callable[[Any], bool]) -> Any:
+    """Read a number of the command line. argparse puts the argument's name before the error."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
+    return value
+
+
+def integer(text: str) -> int:
+    """Read an integer."""
+    return _number(text, int, "an integer", lambda value: True)
+
+
+def count(text: str) -> int:
+    """Read an integer of at least 1."""
+    return _number(text, int, "an integer of at least 1", lambda value: value >= 1)
+
+
+def positive(text: str) -> float:
+    """Read a positive number."""
+    return _number(text, float, "a positive number", lambda value: 0 < value < math.inf)
+
+
+def fraction(text: str) -> float:
+    """Read a number of at least 0 and less than 1."""
+    return _number(text, float, "at least 0 and less than 1", lambda value: 0 <= value < 1)
+
+
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], list]:
+    """Return a reader of values with commas between them."""
+    return lambda text: [kind(item) for item in text.split(",")]
+
+
+def _check_writable(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error before anything is trained if the results could not be written afterwards."""
+    for name, folder in (("--output", Path(args.output).parent), ("--save", args.save), ("--work-dir", args.work_dir)):
+        if folder is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            parser.error(f"{name}: cannot write into {folder}: {error.strerror}")
+    if Path(args.output).is_dir():
+        parser.error(f"--output {args.output} is a folder, it must be a file of JSON lines")
+
+
+def sweep_parser(program: str, description: str, presets: dict[str, dict[str, Any]]) -> argparse.ArgumentParser:
+    """Return a parser with the options that say how runs are computed and where they are written."""
+    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=presets, help="laptop: a small task that two cores learn in about two minutes")
+    add(
+        "--output",
+        default=f"output/{program.removeprefix('rebased-')}.jsonl",
+        help="file of results, one line of JSON per run",
+    )
+    add("--save", metavar="DIR", help="write every trained model to DIR/NAME")
+    add("--work-dir", metavar="DIR", help="where unfinished runs are kept; default: beside OUTPUT")
+    add("--jobs", type=count, default=1, help="kinds of model trained at once on the GPU")
+    add("--take-turns", action="store_true", help="with --jobs: compile at once, but train one kind at a time")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--kernel-backend", choices=("auto", "eager", "triton"), default="auto", help="of the linear attention")
+    add("--fp32", action="store_true", help="no bf16 autocast")
+    add("--no-compile", action="store_true", help="no torch.compile")
+    add("--no-cuda-graph", action="store_true", help="issue each step from Python")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers to the bit from run to run on one kind of GPU; slower",
+    )
+    add("--no-progress", action="store_true", help="no progress bars")
+    add(
+        "--max-seconds",
+        type=positive,
+        help="stop runs at the end of their epoch after so long; they stay unfinished",
+    )
+    return parser
+
+
+def parse_with_preset(
+    parser: argparse.ArgumentParser, presets: dict[str, dict[str, Any]], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """Read a command line whose `--preset` changes the defaults."""
+    argv = with_dashes(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=presets)
+    parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
+    return parser.parse_args(argv)
+
+
+def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, tokens: int) -> Options:
+    """Return what the runs share. End with an error where they cannot run or not be written.
+
+    Args:
+        parser: whose error it is.
+        args: the command line.
+        tokens: training tokens of the longest run. A CPU takes hours for many, and is told so.
+    """
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: PyTorch finds no GPU here, --device cpu is possible")
+    if args.batch_size > args.train_examples:
+        parser.error(f"--batch-size {args.batch_size} is larger than --train-examples {args.train_examples}")
+    _check_writable(parser, args)
+    if not on_gpu and tokens > MANY_TOKENS:
+        print("This needs a GPU: on a CPU it takes hours. --preset laptop is a task for two cores.", file=sys.stderr)
+    return Options(
+        device=args.device,
+        kernel_backend=args.kernel_backend,
+        bf16=on_gpu and not args.fp32,
+        compile=on_gpu and not args.no_compile,
+        cuda_graph=on_gpu and not args.no_cuda_graph,
+        progress=not args.no_progress,
+        work_dir=args.work_dir or str(Path(args.output).with_suffix("")) + "-unfinished",
+        deadline=time.time() + args.max_seconds if args.max_seconds is not None else None,
+        take_turns=args.take_turns,
+        deterministic=args.deterministic,
+    )
