@@ -115,54 +115,63 @@ def draw_conv(ax: plt.Axes, x: float, bottom: float) -> None:
     conv.arrow(5.84, 7.5)
 
 
-def draw_linear(ax: plt.Axes, x: float, bottom: float) -> None:
-    """Draw ReBased linear attention."""
-    linear = Column(ax, x, bottom, '"linear_attention"', "ReBased, over the whole past")
-    linear.note(0.15, "x [B, T, hidden size]")
-    linear.arrow(0.32, 1.12)
+def draw_attention(
+    ax: plt.Axes,
+    x: float,
+    bottom: float,
+    *,
+    names: tuple[str, str],
+    step: tuple[str, str],
+    sums: tuple[str, str],
+    kept: str,
+) -> None:
+    """Draw attention: the step that queries and keys pass (text and kind of box), the two sums, and what is kept."""
+    mixer = Column(ax, x, bottom, *names)
+    mixer.note(0.15, "x [B, T, hidden size]")
+    mixer.arrow(0.32, 1.12)
     for dx, name in ((-1.8, "q = W_q x"), (0.0, "k = W_k x"), (1.8, "v = W_v x")):
         if dx:
-            linear.line((0, 0.7), (dx, 0.7))
-            linear.arrow(0.7, 1.12, dx)
-        linear.box(1.45, name, "plain", dx, 1.6)
+            mixer.line((0, 0.7), (dx, 0.7))
+            mixer.arrow(0.7, 1.12, dx)
+        mixer.box(1.45, name, "plain", dx, 1.6)
     for dx in (-1.8, 0.0):
-        linear.arrow(1.78, 2.27, dx)
-        linear.box(2.6, "norm, γ, β", "learnt", dx, 1.6)
-        linear.arrow(2.93, 3.57, dx, dx / 2 - 0.4)
-    linear.box(3.9, "w = (q · k / √F)²   for j ≤ i", "mixer", -0.8, 3.6)
-    linear.arrow(4.23, 4.87, -0.8)
-    linear.arrow(1.78, 4.87, 1.8)
-    linear.box(5.2, "o = Σ w v / (Σ w + ε)", "mixer", 0.3, 4.2)
-    linear.arrow(5.53, 6.02)
-    linear.box(6.35, "W_o, all heads", "plain")
-    linear.arrow(6.68, 7.2)
-    linear.note(7.4, "state: F(F+1)/2 × (D+1) numbers per head")
+        mixer.arrow(1.78, 2.27, dx)
+        mixer.box(2.6, *step, dx, 1.6)
+        mixer.arrow(2.93, 3.57, dx, dx / 2 - 0.4)
+    mixer.box(3.9, sums[0], "mixer", -0.8, 3.6)
+    mixer.arrow(4.23, 4.87, -0.8)
+    mixer.arrow(1.78, 4.87, 1.8)
+    mixer.box(5.2, sums[1], "mixer", 0.3, 4.2)
+    mixer.arrow(5.53, 6.02)
+    mixer.box(6.35, "W_o, all heads", "plain")
+    mixer.arrow(6.68, 7.2)
+    mixer.note(7.4, kept)
+
+
+def draw_linear(ax: plt.Axes, x: float, bottom: float) -> None:
+    """Draw ReBased linear attention."""
+    draw_attention(
+        ax,
+        x,
+        bottom,
+        names=('"linear_attention"', "ReBased, over the whole past"),
+        step=("norm, γ, β", "learnt"),
+        sums=("w = (q · k / √F)²   for j ≤ i", "o = Σ w v / (Σ w + ε)"),
+        kept="state: F(F+1)/2 × (D+1) numbers per head",
+    )
 
 
 def draw_softmax(ax: plt.Axes, x: float, bottom: float) -> None:
     """Draw softmax attention, over a window or over everything."""
-    softmax = Column(
-        ax, x, bottom, '"sliding_attention", "full_attention"', "softmax, over a window or the whole past"
+    draw_attention(
+        ax,
+        x,
+        bottom,
+        names=('"sliding_attention", "full_attention"', "softmax, over a window or the whole past"),
+        step=("rotary, if set", "norm"),
+        sums=("w = exp(q · k / √D)   for j ≤ i", "o = Σ w v / Σ w"),
+        kept="cache: keys and values of all tokens in reach",
     )
-    softmax.note(0.15, "x [B, T, hidden size]")
-    softmax.arrow(0.32, 1.12)
-    for dx, name in ((-1.8, "q = W_q x"), (0.0, "k = W_k x"), (1.8, "v = W_v x")):
-        if dx:
-            softmax.line((0, 0.7), (dx, 0.7))
-            softmax.arrow(0.7, 1.12, dx)
-        softmax.box(1.45, name, "plain", dx, 1.6)
-    for dx in (-1.8, 0.0):
-        softmax.arrow(1.78, 2.27, dx)
-        softmax.box(2.6, "rotary, if set", "norm", dx, 1.6)
-        softmax.arrow(2.93, 3.57, dx, dx / 2 - 0.4)
-    softmax.box(3.9, "w = exp(q · k / √D)   for j ≤ i", "mixer", -0.8, 3.6)
-    softmax.arrow(4.23, 4.87, -0.8)
-    softmax.arrow(1.78, 4.87, 1.8)
-    softmax.box(5.2, "o = Σ w v / Σ w", "mixer", 0.3, 4.2)
-    softmax.arrow(5.53, 6.02)
-    softmax.box(6.35, "W_o, all heads", "plain")
-    softmax.arrow(6.68, 7.2)
-    softmax.note(7.4, "cache: keys and values of all tokens in reach")
 
 
 def draw_hybrid(ax: plt.Axes, x: float, bottom: float) -> None:
