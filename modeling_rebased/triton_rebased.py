@@ -29,7 +29,8 @@ Each file has one subject. From the ground up:
     triton_forward_rebased      the forward pass
     triton_backward_rebased     the backward pass
     triton_decode_rebased       one token
-    triton_rebased              the operators and the two public functions
+    triton_conv_rebased         the short convolution between the layers of attention
+    triton_rebased              the operators and the public functions
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from torch.autograd.function import once_differentiable
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM
 from .triton_backward_rebased import backward_fake, backward_pass
+from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, conv_forward
 from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
 from .triton_language_rebased import HAS_TRITON, INTERPRETED
@@ -50,7 +52,6 @@ from .triton_language_rebased import HAS_TRITON, INTERPRETED
 
 _WIDE_BYTES = 112 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# whether kernels may hold instructions of NVIDIA's PTX
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -98,6 +99,30 @@ class _Attention(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_make_autograd(backward_pass)))
 
 
+def _setup_conv_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _make_conv_autograd(backward_op):
+    def autograd(ctx, grad):
+        _, _, bias, gate, _ = ctx.saved_tensors
+        dx, dweight, dbias, dgate = backward_op(grad, *ctx.saved_tensors)
+        return dx, dweight, dbias if bias is not None else None, dgate if gate is not None else None, None
+
+    return autograd
+
+
+class _ShortConv(torch.autograd.Function):
+    """The convolution likewise."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_conv_context(ctx, inputs, None)
+        return conv_forward(*inputs)
+
+    backward = staticmethod(once_differentiable(_make_conv_autograd(conv_backward)))
+
+
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether nobody traces or intercepts operators: then the registered ones have nothing to add."""
     return (
@@ -117,6 +142,9 @@ _SCHEMAS = {
     f"bool grad_initial, {_COEFFICIENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "decode": "(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? attention_mask, Tensor? state_indices, "
     f"{_COEFFICIENTS}, float eps) -> Tensor",
+    "conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) -> Tensor",
+    "conv_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -139,15 +167,19 @@ def _register():
             "forward": (forward_pass, forward_fake),
             "backward": (backward_pass, backward_fake),
             "decode": (decode_token, decode_fake),
+            "conv": (conv_forward, conv_fake),
+            "conv_backward": (conv_backward, conv_backward_fake),
         }.items():
             library.define(op + _SCHEMAS[op], tags=torch.Tag.pt2_compliant_tag)
             library.impl(op, real, "CUDA")
             library.impl(op, real, "CPU")
             torch.library.register_fake(f"{name}::{op}", fake, lib=library)
-        backward_op = getattr(torch.ops, name).backward.default
-        torch.library.register_autograd(
-            f"{name}::forward", _make_autograd(backward_op), setup_context=_setup_context, lib=library
-        )
+        ops = getattr(torch.ops, name)
+        for op, autograd, setup in (
+            ("forward", _make_autograd(ops.backward.default), _setup_context),
+            ("conv", _make_conv_autograd(ops.conv_backward.default), _setup_conv_context),
+        ):
+            torch.library.register_autograd(f"{name}::{op}", autograd, setup_context=setup, lib=library)
         libraries[name] = library
     return getattr(torch.ops, name)
 
@@ -262,3 +294,30 @@ def triton_rebased_decode(
     inputs = (q, k, v, state, attention_mask, state_indices)
     decode = decode_token if _is_plain(*inputs) else _OPS.decode
     return decode(*inputs, c0, c1, c2, float(scale), float(eps))
+
+
+def triton_short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """Depthwise causal convolution c of x, or c * gate + x where there is a gate; zeros stand before the first token.
+
+    Args:
+        x: [B, T, C]: bfloat16, float16 or float32, on a GPU.
+        weight: [C, K]; the last tap is the token's own.
+        bias: [C].
+        gate: [B, T, C].
+        segment_ids: int64 [B or 1, T], the number of each token's packed sequence. No tap reaches into another one.
+
+    Returns:
+        [B, T, C], in x's dtype, or in the wider of x's and gate's. Sums are in float32.
+    """
+    inputs = (x, weight, bias, gate, segment_ids)
+    if not _is_plain(*inputs):
+        return _OPS.conv(*inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _ShortConv.apply(*inputs)
+    return conv_forward(*inputs)
