@@ -127,8 +127,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return total + a @ b in float32."""
-    product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else (a @ b).float()
-    return product if total is None else total.add_(product)
+    if not a.is_cuda or a.dtype == torch.float32:
+        product = (a @ b).float()
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def linear_cross_entropy(
