@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .triton_inputs_rebased import mask_as_bytes, with_unit_stride
 from .triton_language_rebased import tl, triton
 from .triton_launch_rebased import launch, on_gpu_of, prepare
+from .triton_layout_rebased import Layout
+from .triton_plan_rebased import count_multiprocessors
 from .triton_tiles_rebased import store_rows
 
 
@@ -29,12 +32,12 @@ def _decode_kernel(
     alpha, beta, eps,
     F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NF: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BF: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_INDICES: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_INDICES: tl.constexpr, BARRIER: tl.constexpr,
 ):  # fmt: skip
     """Add phi(k) [v, 1] to state [NF, D + 1] in place, then read o of the G query heads from it, all in fp32.
 
-    There is one program per batch row and key head, of one warp. With several warps, Triton may hold a number in more
-    than one, and one of them would read the state after another has stored it. Features are in the public order; their
+    There is one program per batch row and key head. With several warps, Triton may hold a number in more than one, and
+    a barrier keeps each from reading the state after another has stored it. Features are in the public order; their
     pairs of dims come from arithmetic, so that no table is needed. Tiles: features [BF], values [BF, BD], results
     [GP, BD], where GP is G padded to a power of 2.
 
@@ -107,6 +110,8 @@ def _decode_kernel(
         x = tl.load(k + first, mask=has_first & exists, other=1.0).to(tl.float32)
         x *= tl.load(k + second, mask=has_second & exists, other=1.0).to(tl.float32)
         x = tl.where(kept > 0, x * factor, 0.0)
+        if BARRIER:
+            tl.debug_barrier()
         tile += x[:, None] * value[None, :]
         total += x * kept
         tl.store(rows[:, None] + d[None, :] * stride_sd, tile, mask=exists[:, None] & (d < D)[None, :])
@@ -142,6 +147,17 @@ def _decode_kernel(
         )  # fmt: skip
 
 
+def _tile_size(programs: int, layout: Layout, heads: int, device: torch.device) -> tuple[int, int]:
+    """Return the features per step and the warps of a program: the tile [heads, features, values] is in registers.
+
+    Where there are fewer programs than the GPU has multiprocessors, each gets more warps and fewer steps.
+    """
+    numbers = layout.d * heads
+    if heads == 1 and programs <= count_multiprocessors(device):
+        return max(16, min(128, 8192 // numbers)), 8
+    return max(1, min(16, 1024 // numbers)), 1
+
+
 def decode_token(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None, state_indices: Tensor | None,
     c0: float, c1: float, c2: float, scale: float, eps: float,
@@ -160,17 +176,16 @@ def decode_token(
         layout = prepared.layout
         group = heads // kv_heads
         padded_group = 1 << (group - 1).bit_length()
+        features, warps = _tile_size(batch * kv_heads, layout, padded_group, q.device)
         strides = dict(zip(("stride_sb", "stride_sh", "stride_sf", "stride_sd"), state.stride()))
         for name, x in (("q", q), ("k", k), ("v", v)):
             strides |= {f"stride_{name}b": x.stride(0), f"stride_{name}h": x.stride(2)}
         return (batch * kv_heads,), {
             **strides, "stride_mb": 0 if mask is None else mask.stride(0), "alpha": layout.alpha,
             "beta": layout.beta, "eps": eps / layout.factor, "F": feature_dim, "FP": layout.f, "D": head_dim,
-            "BD": layout.d, "NF": layout.features, "H": heads, "G": group, "GP": padded_group,
-            # features per step: the tile [heads, features, values] has to stay in one warp's registers
-            "BF": max(1, min(16, 1024 // (layout.d * padded_group))), "QUAD": layout.quad, "LIN": layout.lin,
-            "CONST": layout.const, "HAS_MASK": mask is not None, "HAS_INDICES": state_indices is not None,
-            "num_warps": 1,
+            "BD": layout.d, "NF": layout.features, "H": heads, "G": group, "GP": padded_group, "BF": features,
+            "QUAD": layout.quad, "LIN": layout.lin, "CONST": layout.const, "HAS_MASK": mask is not None,
+            "HAS_INDICES": state_indices is not None, "BARRIER": warps > 1, "num_warps": warps,
         }  # fmt: skip
 
     with on_gpu_of(q):

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def count_multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU, or 1."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -138,7 +138,7 @@ def segments_per_run(plan: Plan, segments: int, kv_heads: int, reverse: bool, de
     the forward and the backward pass over the same shapes, because the kernel of dq reads what forward has stored.
     """
     run = plan.runs[reverse]
-    while run > 1 and segments * kv_heads < 2 * run * _multiprocessors(device):
+    while run > 1 and segments * kv_heads < 2 * run * count_multiprocessors(device):
         run //= 2
     return run
 

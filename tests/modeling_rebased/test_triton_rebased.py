@@ -170,7 +170,7 @@ def small_plan(monkeypatch):
     def set_plan(**changes):
         plan = triton_plan_rebased.Plan(32, *[(32, 4, 1)] * 6, narrow=16)._replace(**changes)
         monkeypatch.setattr(triton_plan_rebased, "choose_plan", lambda *args: plan)
-        monkeypatch.setattr(triton_plan_rebased, "_multiprocessors", lambda device: 1)
+        monkeypatch.setattr(triton_plan_rebased, "count_multiprocessors", lambda device: 1)
         monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
 
     return set_plan
@@ -251,7 +251,7 @@ def test_segments_of_real_length(shape, coefficients, multiprocessors, monkeypat
     On a GPU of one multiprocessor, runs of segments are as long as they are for large inputs.
     """
     if multiprocessors is not None:
-        monkeypatch.setattr(triton_plan_rebased, "_multiprocessors", lambda device: multiprocessors)
+        monkeypatch.setattr(triton_plan_rebased, "count_multiprocessors", lambda device: multiprocessors)
         monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
     q, k, v = make(*shape, dtype=torch.bfloat16)
     q, k = (torch.nn.functional.layer_norm(x.float(), x.shape[-1:]).bfloat16() for x in (q, k))
