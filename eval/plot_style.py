@@ -24,6 +24,9 @@ STYLES: dict[str, tuple[str, str]] = {
     "normalized": ("normalised x", "#2ca02c"),
     "gamma": ("γ x", "#e377c2"),
     "gamma_beta": ("γ x + β", "#9467bd"),
+    # Models of flash-linear-attention, trained on synthetic tasks.
+    "gated_deltanet": ("Gated DeltaNet", "#0b8457"),
+    "mamba2": ("Mamba-2", "#8a6d3b"),
     # Kernels of other libraries.
     "fla parallel_rebased": ("FLA parallel_rebased", "#c49c94"),
     "fla chunk_simple_gla": ("FLA chunk_simple_gla", "#6b8e23"),

@@ -71,13 +71,13 @@ class FastTrainer:
         self.model = build_model(run, options.kernel_backend).to(self.device)
         self.optimizer = Optimizer(self.model, run, self.on_gpu)
         self.head = self.model.get_output_embeddings()
-        self.task = run.task(self.device)
+        self.task = run.make_task(self.device)
         self.order = torch.zeros(run.steps_per_epoch * run.batch_size, dtype=torch.long, device=self.device)
         self.batch_lanes = torch.arange(run.batch_size, device=self.device)
         # Read and advanced inside the graph, so that a step needs nothing from the host.
         self.cursor = torch.zeros((), dtype=torch.long, device=self.device)
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
-        self.backbone = self.model.model
+        self.backbone = self.model.base_model
         if options.compile and self.on_gpu:
             self.backbone = torch.compile(self.backbone, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -120,10 +120,10 @@ class FastTrainer:
         try:
             self._warm_up()
         except Exception as error:  # whatever the compiler raises: the run is worth more than its speed
-            if self.backbone is self.model.model:
+            if self.backbone is self.model.base_model:
                 raise
             tqdm.write(f"{run.name}: trains without torch.compile, which failed: {str(error)[:2000]}")
-            self.backbone = self.model.model
+            self.backbone = self.model.base_model
             self.optimizer.zero_grad(set_to_none=True)
             self._warm_up()
         if self.options.cuda_graph:

@@ -88,7 +88,7 @@ class Run(Recipe):
     def new_model(self, kernel_backend: str) -> ReBasedForCausalLM:
         return ReBasedForCausalLM(self.config(kernel_backend))
 
-    def task(self, device: torch.device) -> MQARTask:
+    def make_task(self, device: torch.device) -> MQARTask:
         return MQARTask(self, device)
 
     def save(self, model: ReBasedForCausalLM, folder: Path, result: dict[str, Any]) -> None:

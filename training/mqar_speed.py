@@ -36,7 +36,7 @@ def time_steps(trainer: FastTrainer, run: Run, steps: int = 20) -> dict[str, Any
         "tokens_per_second": run.batch_size * run.length / seconds,
         "floor": floor_seconds(run),
         "setup_seconds": trainer.setup_seconds,
-        "compiled": trainer.backbone is not trainer.model.model,
+        "compiled": trainer.backbone is not trainer.model.base_model,
         "cuda_graph": trainer.graph is not None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "kernels_ms_a_step": {event.key[:90]: round(event.device_time_total / 1000 / steps, 4) for event in kernels},

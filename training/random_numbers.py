@@ -11,6 +11,7 @@ import torch
 
 # The second key of the hash, so that no training example is drawn from the numbers of a test example.
 SPLITS = {"train": 1, "test": 2}
+IGNORED = -100  # in the targets of a task: this position does not count
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the increment of splitmix64, as a signed integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -62,3 +63,31 @@ def below(bits: torch.Tensor, n: int | torch.Tensor) -> torch.Tensor:
 def uniform(bits: torch.Tensor) -> torch.Tensor:
     """Turn random bits into float64 in (0, 1)."""
     return (((bits >> 12) & 0xFFFFFFFFFFFFF).double() + 0.5) * 2.0**-52
+
+
+def distinct(bits: torch.Tensor, n: int | torch.Tensor) -> torch.Tensor:
+    """Turn random bits [..., k] into k distinct integers in [0, n) in random order, int64. It is for small k.
+
+    `n` is at least k, and a tensor of it has the shape [..., 1].
+    """
+    drawn: list[torch.Tensor] = []
+    for i in range(bits.shape[-1]):
+        number = below(bits[..., i : i + 1], n - i).long()
+        for earlier in torch.cat(drawn, dim=-1).sort(dim=-1).values.split(1, dim=-1) if drawn else ():
+            number = number + (number >= earlier)  # the number-th of those that are left
+        drawn.append(number)
+    return torch.cat(drawn, dim=-1)
+
+
+def few_of(mask: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
+    """Keep `count` true entries of each row of a mask [N, T], chosen at random; all, where there are no more.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"queries must be positive, got {count}")
+    rows = example_rows(seed, "test", 0, len(mask))
+    priority = numbers(rows[:, None], torch.arange(mask.shape[1]), 10) >> 1 & 0x3FFFFFFFFFFFFFFF
+    rank = torch.where(mask, priority, -1).argsort(dim=1, descending=True).argsort(dim=1)
+    return mask & (rank < count)

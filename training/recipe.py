@@ -56,10 +56,10 @@ class Recipe:
         raise NotImplementedError
 
     def new_model(self, kernel_backend: str) -> nn.Module:
-        """Return a model with fresh weights. It has the backbone `model` and `get_output_embeddings`."""
+        """Return a model with fresh weights. It has `base_model` and `get_output_embeddings`."""
         raise NotImplementedError
 
-    def task(self, device: torch.device) -> Task:
+    def make_task(self, device: torch.device) -> Task:
         """Return the data and the measures of this run."""
         raise NotImplementedError
 

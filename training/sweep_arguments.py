@@ -47,6 +47,11 @@ def positive(text: str) -> float:
     return _number(text, float, "a positive number", lambda value: 0 < value < math.inf)
 
 
+def not_negative(text: str) -> float:
+    """Read a number of at least 0."""
+    return _number(text, float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+
+
 def fraction(text: str) -> float:
     """Read a number of at least 0 and less than 1."""
     return _number(text, float, "at least 0 and less than 1", lambda value: 0 <= value < 1)
@@ -116,19 +121,20 @@ def parse_with_preset(
     return parser.parse_args(argv)
 
 
-def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, tokens: int) -> Options:
+def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, examples: int, tokens: int) -> Options:
     """Return what the runs share. End with an error where they cannot run or not be written.
 
     Args:
         parser: whose error it is.
         args: the command line.
+        examples: training examples of the run with the fewest.
         tokens: training tokens of the longest run. A CPU takes hours for many, and is told so.
     """
     on_gpu = args.device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch finds no GPU here, --device cpu is possible")
-    if args.batch_size > args.train_examples:
-        parser.error(f"--batch-size {args.batch_size} is larger than --train-examples {args.train_examples}")
+    if args.batch_size > examples:
+        parser.error(f"--batch-size {args.batch_size} is larger than --train-examples {examples}")
     _check_writable(parser, args)
     if not on_gpu and tokens > MANY_TOKENS:
         print("This needs a GPU: on a CPU it takes hours. --preset laptop is a task for two cores.", file=sys.stderr)

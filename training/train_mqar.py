@@ -111,7 +111,9 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         parser.error(f"--hidden must be at least 12, since the models have 12 heads, got {too_small}")
     if args.time_steps and not args.device.startswith("cuda"):
         parser.error(f"--time-steps needs a GPU, --device is {args.device}")
-    options = options_of(parser, args, tokens=max(run.epochs * run.train_examples * run.length for run in runs))
+    options = options_of(
+        parser, args, args.train_examples, tokens=max(run.epochs * run.train_examples * run.length for run in runs)
+    )
     return runs, replace(options, race_epoch=args.race), args
 
 
