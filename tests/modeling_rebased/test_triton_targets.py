@@ -15,7 +15,7 @@ import torch
 from modeling_rebased import triton_rebased
 
 
-# Calls forward, backward and decoding with launches that are recorded only, then compiles what was to be launched.
+# Calls all passes with launches that are recorded only, then compiles what was to be launched.
 SCRIPT = """
 import collections
 import sys
@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from modeling_rebased import triton_plan_rebased, triton_rebased
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 capability, feature_dim, head_dim, length = map(int, sys.argv[1:])
 launches = []
 
@@ -50,6 +50,11 @@ options = {"coefficients": (0.0, 0.0, 1.0), "scale": 0.25, "eps": 1e-12}
 for indices in (None, torch.zeros(3, dtype=torch.int32)):
     rows = state if indices is not None else state[:3]
     triton_rebased.triton_rebased_decode(*token, rows, state_indices=indices, **options)
+alone = [x[:1, :, :1] for x in token]  # one program, of several warps
+triton_rebased.triton_rebased_decode(*alone, state[:1, :1], **options)
+x, gate = (torch.zeros(1, 300, 96, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+weight, bias = torch.zeros(96, 3, dtype=torch.bfloat16), torch.zeros(96, dtype=torch.bfloat16)
+triton_rebased.triton_short_conv(x, weight, bias, gate, torch.zeros(1, 300, dtype=torch.int64)).sum().backward()
 for kernel, arguments in launches:
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -87,6 +92,7 @@ def test_kernels_compile(capability, shared, width, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("compiled")]
     names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_decode_kernel"}
+    names |= {"_conv_kernel", "_conv_backward_kernel"}
     names |= {"_scale_kernel", "_gradient_kernel"} if width > 16 else set()
     assert {name for _, name, _ in lines} == names
     assert max(int(size) for *_, size in lines) <= shared * 1024
