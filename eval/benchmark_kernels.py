@@ -62,7 +62,7 @@ def rebased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return ReBased attention by the Triton kernels."""
     from modeling_rebased import rebased_attention
 
-    return rebased_attention(q, k, v, eps=1e-12, backend="triton")[0]
+    return rebased_attention(q, k, v, eps=1e-12, normalized=True, backend="triton")[0]
 
 
 def methods(feature_dim: int, head_dim: int) -> Iterator[tuple[str, Callable, int, bool, bool]]:

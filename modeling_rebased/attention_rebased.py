@@ -141,6 +141,7 @@ def rebased_attention(
     segment_ids: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    normalized: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""Compute causal linear attention with a kernel of degree two (Aksenov et al., 2024, section 4).
@@ -160,12 +161,15 @@ def rebased_attention(
         attention_mask (`torch.Tensor`, *optional*): [B, T], zero or False where a key is padding. No query sees
             such a token, and it leaves no trace in the state.
         cu_seqlens (`torch.Tensor`, *optional*): int32 or int64 [N + 1], from 0 to T and never decreasing: the bounds
-        of
-            N sequences packed one after another. B is then 1, and states have N rows instead of B.
+            of N sequences packed one after another. B is then 1, and states have N rows instead of B.
         segment_ids (`torch.Tensor`, *optional*): int64 [B, T], never decreasing along T: packed sequences by number
             instead of by bounds, for traced code that cannot tell how many there are. Eager backend only, no states.
         initial_state (`torch.Tensor`, *optional*): [B, H_kv, n_features, D + 1], the state that an earlier call
-        returned. output_final_state (`bool`, *optional*, defaults to `False`): Return the state after the last token.
+            returned.
+        output_final_state (`bool`, *optional*, defaults to `False`): Return the state after the last token.
+        normalized (`bool`, *optional*, defaults to `False`): Promise that queries and keys are normalised, so that
+            `(q . k)**2` is far within the range of float32. The Triton backend then leaves out its passes over queries
+            and keys that bring large ones into range. The eager backend needs no promise.
         backend (`str`, *optional*, defaults to `"auto"`): "eager" is PyTorch, on any device. "triton" is the kernels
             for GPUs. "auto" is "triton" on a GPU where the kernels can run, and "eager" elsewhere.
 
@@ -233,7 +237,10 @@ def rebased_attention(
             raise ValueError("`segment_ids` needs the eager backend: give `backend='triton'` `cu_seqlens`.")
         _check_segments(segment_ids, batch, length)
         packing, backend = {"segment_ids": segment_ids}, "eager"
-    return choose_backend(backend, q, v).attention(
+    chosen = choose_backend(backend, q, v)
+    if chosen is TRITON:
+        packing["normalized"] = normalized
+    return chosen.attention(
         q,
         k,
         v,

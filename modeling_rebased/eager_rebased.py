@@ -74,6 +74,29 @@ def _power_of_two_below(x: torch.Tensor) -> torch.Tensor:
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
+def units_of(largest: torch.Tensor) -> torch.Tensor:
+    """Return powers of two, elementwise, that bring finite numbers of the size `largest` to a few units at most.
+
+    They are never above 1, so small numbers stay as they are, and never below the dtype's smallest normal number.
+    """
+    return _power_of_two_below((1.0 / largest.clamp_min(1.0)).clamp_min(torch.finfo(largest.dtype).tiny))
+
+
+def degree_factors(
+    key_factor: torch.Tensor, coefficients: tuple[float, float, float], feature_dim: int
+) -> torch.Tensor:
+    """Return what multiplies the rows of a state, [B, H_kv, features, 1], whose keys `key_factor` multiplies.
+
+    It is the keys' factor [B, H_kv, 1, 1] to the power of the row's degree.
+    """
+    degrees = [degree for degree, c in zip((2, 1, 0), reversed(coefficients)) if c]
+    factors = [
+        (key_factor**degree).expand(-1, -1, size, -1)
+        for degree, size in zip(degrees, feature_blocks(feature_dim, coefficients))
+    ]
+    return torch.cat(factors, dim=2)
+
+
 def naive_rebased_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -233,16 +256,9 @@ def _chunked(
     # product of a factor of each query row (in the block) and this one of each head's keys.
     with torch.no_grad():
         key_max = torch.maximum(k.amax((1, 3)), -k.amin((1, 3))).to(dtype)[..., None, None]  # [B, H_kv, 1, 1]
-        key_factor = _power_of_two_below(1.0 / key_max.clamp_min(1.0))
+        key_factor = units_of(key_max)
     # The same change of units for the rows of the state: the keys' factor to the power of the row's degree.
-    degrees = [degree for degree, c in zip((2, 1, 0), reversed(coefficients)) if c]
-    state_factor = torch.cat(
-        [
-            (key_factor**degree).expand(-1, -1, size, -1)
-            for degree, size in zip(degrees, feature_blocks(feature_dim, coefficients))
-        ],
-        dim=2,
-    )  # [B, H_kv, features, 1]
+    state_factor = degree_factors(key_factor, coefficients, feature_dim)  # [B, H_kv, features, 1]
 
     state = None
     if initial_state is not None:
@@ -335,7 +351,7 @@ def _block(
 
     with torch.no_grad():
         query_max = q_c.abs().amax(-1, keepdim=True) * feature_dim  # [B, H_kv, N, C * G, 1]
-        query_factor = _power_of_two_below(1.0 / query_max.clamp_min(1.0))
+        query_factor = units_of(query_max)
         factor = query_factor * key_factor[:, :, None]
         weights = (c0 * factor**2, c1 * factor, c2)
         row_eps = (eps * factor**2).clamp_min(torch.finfo(dtype).tiny)
@@ -419,7 +435,7 @@ def eager_rebased_decode(
         # As in `_block`, a factor of each query row keeps the product with large keys, which the state may hold, in
         # the dtype's range. Keys need none: their squares are in the state, so they are in its range.
         c0, c1, c2 = coefficients
-        factor = _power_of_two_below(1.0 / (queries.abs().amax(-1, keepdim=True) * queries.shape[-1]).clamp_min(1.0))
+        factor = units_of(queries.abs().amax(-1, keepdim=True) * queries.shape[-1])
         weights = (c0 * factor**2, c1 * factor, c2)  # factor [B, H_kv, G, 1]
         row_eps = (eps * factor**2).clamp_min(torch.finfo(state.dtype).tiny)
         queries = queries * factor

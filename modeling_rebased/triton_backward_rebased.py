@@ -51,6 +51,7 @@ from .triton_tiles_rebased import (
     as_columns,
     batch_row,
     compute_once,
+    in_units,
     kept_rows,
     load_columns,
     load_rows,
@@ -139,7 +140,7 @@ def _dq_tile(
 
 @triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _dq_kernel(
-    q, k, v, o, do, inverse_z, scaled_grad, delta, minus_delta, dq, from_state, states, norms, mask,
+    q, k, v, o, do, inverse_z, scaled_grad, delta, minus_delta, dq, from_state, states, norms, mask, ranges,
     cu_seqlens, segment_sequence, first_segment, first_slot,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_dob, stride_dot, stride_doh, stride_mb,
@@ -147,7 +148,8 @@ def _dq_kernel(
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, DV: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr, RUNS: tl.constexpr,
-    HAS_FROM_STATE: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    HAS_FROM_STATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr, VARLEN: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Compute dq [BM, F] of one block of queries.
 
@@ -176,6 +178,8 @@ def _dq_kernel(
     inside = rows < tokens
     first = (b64 * T + t64) * H + h
     vector = (b64 * H + h) * T + t64
+    if HAS_RANGES:
+        half_alpha = (half_alpha * tl.load(ranges + vector + rows, mask=inside, other=1.0))[:, None]
     xq = load_rows(q, rows, inside, stride_qt, f, F, F == FP, True)
     ok = kept_rows(mask, rows, tokens, HAS_MASK)
     keys = load_rows(k, rows, ok, stride_kt, f, F, F == FP, True)  # [BM, FP]
@@ -245,15 +249,19 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, xk, xv, pick, queries, grad, minus, rows, cols, alpha, half_alpha, beta,
-    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr,
+    dk, dv, xk, xv, pick, queries, grad, minus, rows, cols, ranges, at, ok, alpha, half_alpha, beta,
+    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr, HAS_RANGES: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of queries to dk [BM, FP] and dv [BM, DP]; tiles are transposed, [keys, queries].
 
     -delta reaches all rows through a matrix product, pick [BM, 16] @ minus^T. As a vector along the columns it would
-    take 16 loads per thread.
+    take 16 loads per thread. `ranges` has a number for each of the queries `at`, see `in_units`.
     """
+    if HAS_RANGES:
+        alpha, beta, _eps = in_units(ranges, at, ok, alpha, beta, 0.0, QUAD)
+        alpha, beta = alpha[None, :], beta[None, :]
+        half_alpha = alpha * 0.5
     du = tl.dot(pick, tl.trans(minus), input_precision=PREC)
     du = tl.dot(xv, tl.trans(grad), du, input_precision=PREC)
     if QUAD or LIN:
@@ -279,7 +287,7 @@ def _dkdv_tile(
 
 @triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _dkdv_kernel(
-    q, k, v, scaled_grad, minus_delta, dk, dv, from_state, states, norms, mask,
+    q, k, v, scaled_grad, minus_delta, dk, dv, from_state, states, norms, mask, ranges,
     cu_seqlens, segment_sequence, first_segment, first_slot,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb,
     T, SLOTS, N, RUN, alpha, half_alpha, beta,
@@ -287,8 +295,8 @@ def _dkdv_kernel(
     HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DV: tl.constexpr, FLAT: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
-    RUNS: tl.constexpr, HAS_FROM_STATE: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr,
-    PREC: tl.constexpr,
+    RUNS: tl.constexpr, HAS_FROM_STATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr,
+    VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Compute dk [BM, F] and dv [BM, D] of one block of keys, summed over the G query heads that share them.
 
@@ -352,7 +360,7 @@ def _dkdv_kernel(
             if LIN or CONST:
                 FIRST: tl.constexpr = quadratic_rows(NB) if QUAD else 0
                 acc_v, ones = query_low_rows(
-                    acc_v, ones, xk, state, norm, d, 1.0, 1.0, FP, DP, FIRST, LIN, CONST, False, CT, PREC
+                    acc_v, ones, xk, state, norm, d, 1.0, 1.0, FP, DP, FIRST, LIN, CONST, False, False, CT, PREC
                 )
                 if LIN:
                     acc_k = low_rows_gradient(
@@ -364,6 +372,9 @@ def _dkdv_kernel(
         qg = token_pointer(q, b64, t64, h, stride_qb, stride_qt, stride_qh)
         dg = scaled_grad + first * DP
         ag = minus_delta + first * 16
+        rg = ranges
+        if HAS_RANGES:
+            rg += (b64 * (HKV * G) + h) * T + t64
         later = tl.full([BN], True, tl.int1)
         full = row + BM
         if BM == BN:
@@ -371,8 +382,8 @@ def _dkdv_kernel(
             grad = load_rows(dg, rows, inside, HKV * G * DP, d, DP, True, True)  # [BM, DP]
             minus = load_rows(ag, rows, inside, HKV * G * 16, f16, 16, True, True)  # [BM, 16]
             acc_k, acc_v = _dkdv_tile(
-                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
-                QUAD, LIN, CONST, True, CT, PREC,
+                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, rows, inside, alpha, half_alpha,
+                beta, QUAD, LIN, CONST, True, HAS_RANGES, CT, PREC,
             )  # fmt: skip
         else:
             # A block has several narrow tiles on its diagonal, and a loop keeps their loads ahead. The last tile of
@@ -386,8 +397,8 @@ def _dkdv_kernel(
                 grad = load_rows(dg, cols, later, HKV * G * DP, d, DP, True, True)
                 minus = load_rows(ag, cols, later, HKV * G * 16, f16, 16, True, True)
                 acc_k, acc_v = _dkdv_tile(
-                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, cols, alpha, half_alpha, beta,
-                    QUAD, LIN, CONST, True, CT, PREC,
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, cols, rg, cols, later, alpha, half_alpha,
+                    beta, QUAD, LIN, CONST, True, HAS_RANGES, CT, PREC,
                 )  # fmt: skip
                 acc_k = wait_for_sum(acc_k, CT)
                 acc_v = wait_for_sum(acc_v, CT)
@@ -399,7 +410,7 @@ def _dkdv_kernel(
             # Full tiles need no mask, and with pointers that walk an address is a sum of two numbers.
             if BM == BN:
                 full += tl.maximum(tokens - row - BM, 0) // BN * BN
-            for _step in range(row + BM, full, BN):
+            for step in range(row + BM, full, BN):
                 queries = load_rows(qg, block, later, stride_qt, f, F, F == FP, False)
                 grad = load_rows(dg, block, later, HKV * G * DP, d, DP, True, False)
                 minus = load_rows(ag, block, later, HKV * G * 16, f16, 16, True, False)
@@ -407,8 +418,8 @@ def _dkdv_kernel(
                 dg += BN * HKV * G * DP
                 ag += BN * HKV * G * 16
                 acc_k, acc_v = _dkdv_tile(
-                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
-                    QUAD, LIN, CONST, False, CT, PREC,
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, step + block, later, alpha,
+                    half_alpha, beta, QUAD, LIN, CONST, False, HAS_RANGES, CT, PREC,
                 )  # fmt: skip
                 if BM != BN:
                     acc_k = wait_for_sum(acc_k, CT)
@@ -420,8 +431,8 @@ def _dkdv_kernel(
                 grad = load_rows(dg, i - full + block, later, HKV * G * DP, d, DP, True, True)
                 minus = load_rows(ag, i - full + block, later, HKV * G * 16, f16, 16, True, True)
                 acc_k, acc_v = _dkdv_tile(
-                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, alpha, half_alpha, beta,
-                    QUAD, LIN, CONST, False, CT, PREC,
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, i + block, later, alpha,
+                    half_alpha, beta, QUAD, LIN, CONST, False, HAS_RANGES, CT, PREC,
                 )  # fmt: skip
     if QUAD:
         acc_k *= 2.0
@@ -544,7 +555,7 @@ def _gradient_through_state(
 def backward_pass(
     grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inverse_z: Tensor,
     states: Tensor, norms: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool,
-    has_last: bool, grad_initial: bool, c0: float, c1: float, c2: float, scale: float,
+    has_last: bool, grad_initial: bool, c0: float, c1: float, c2: float, scale: float, ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, dk, dv and the gradient of the initial state, which is empty if it is not asked for.
 
@@ -553,11 +564,12 @@ def backward_pass(
         o, inverse_z, states, norms: what `forward` returned.
         has_initial, has_last: whether there was an initial state, and whether the final state was asked for.
         grad_initial: whether the gradient of the initial state is wanted.
+        ranges: what `forward` was given.
     """
     if computes_in_float32(q.dtype):
         dq, dk, dv, d_initial = backward_pass(
             grad.float(), grad_final, q.float(), k.float(), v.float(), o.float(), inverse_z, states, norms,
-            attention_mask, cu_seqlens, has_initial, has_last, grad_initial, c0, c1, c2, scale,
+            attention_mask, cu_seqlens, has_initial, has_last, grad_initial, c0, c1, c2, scale, ranges,
         )  # fmt: skip
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_initial
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
@@ -568,8 +580,8 @@ def backward_pass(
     mask = mask_as_bytes(attention_mask)
     final = grad_final is not None
     prepared = prepare(
-        "backward", (q, k, v, mask, cu_seqlens, grad, grad_final, o, inverse_z, states, norms), (c0, c1, c2, scale),
-        has_initial, has_last, grad_initial, packed=cu_seqlens is not None,
+        "backward", (q, k, v, mask, cu_seqlens, grad, grad_final, o, inverse_z, states, norms, ranges),
+        (c0, c1, c2, scale), has_initial, has_last, grad_initial, packed=cu_seqlens is not None,
     )  # fmt: skip
     layout, plan = prepared.layout, prepared.plan
     half_alpha = layout.alpha / 2 if layout.quad else 0.0
@@ -583,7 +595,10 @@ def backward_pass(
         scaled_grad = q.new_empty(batch, length, heads, layout.d, dtype=half)
         delta = torch.empty_like(inverse_z)
         minus_delta = q.new_empty(batch, length, heads, 16, dtype=half)
-        inputs = {"q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask}
+        inputs = {
+            "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
+            "ranges": ranges,
+        }  # fmt: skip
 
         has_state = cut.packed or has_initial or length > cut.length
         from_state = None
@@ -612,7 +627,8 @@ def backward_pass(
                 **_sizes(q, mask, cut, prepared, head_dim, plan.dq), "RUN": cut.run, "alpha": layout.alpha,
                 "half_alpha": half_alpha, "DV": v.shape[-1], "H": heads, "G": group, "QUAD": layout.quad,
                 "LIN": layout.lin, "HAS_STATE": has_state, "HAS_INIT": int(has_initial),
-                "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state, **plan.options("dq"),
+                "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
+                "HAS_RANGES": ranges is not None, **plan.options("dq"),
             }  # fmt: skip
 
         tensors = {
@@ -630,7 +646,7 @@ def backward_pass(
         if cut.total > 0 or grad_initial:
             totals = sum_states(
                 q, scaled_grad, later, later_norms, cut, prepared, None, kv_heads, head_dim, grad_final, grad_initial,
-                delta, minus_delta,
+                delta, minus_delta, ranges,
             )  # fmt: skip
         from_state = None
         if separate and has_state:
@@ -643,7 +659,8 @@ def backward_pass(
                 "half_alpha": half_alpha, "beta": layout.beta, "DV": v.shape[-1], "HKV": kv_heads, "G": group,
                 "FLAT": plan.flat, "BN": plan.narrow or plan.dkdv[0], "QUAD": layout.quad, "LIN": layout.lin,
                 "CONST": layout.const, "HAS_STATE": has_state, "HAS_INIT": int(final),
-                "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state, **plan.options("dkdv"),
+                "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
+                "HAS_RANGES": ranges is not None, **plan.options("dkdv"),
             }  # fmt: skip
 
         tensors = {
@@ -658,7 +675,7 @@ def backward_pass(
 def backward_fake(
     grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inverse_z: Tensor,
     states: Tensor, norms: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool,
-    has_last: bool, grad_initial: bool, c0: float, c1: float, c2: float, scale: float,
+    has_last: bool, grad_initial: bool, c0: float, c1: float, c2: float, scale: float, ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return empty tensors of the sizes that `backward_pass` returns."""
     batch, _, _, feature_dim = q.shape

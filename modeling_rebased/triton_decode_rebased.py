@@ -82,7 +82,8 @@ def _decode_kernel(
         most = tl.max(
             tl.abs(tl.load(q + g[:, None] * stride_qh + f[None, :], mask=inside, other=0.0).to(tl.float32)), 1
         )
-    shrink = 1.0 / tl.maximum(most * F, 1.0)
+    SMALLEST: tl.constexpr = 1.1754943508222875e-38  # normal number of float32
+    shrink = tl.maximum(1.0 / tl.maximum(most * F, 1.0), SMALLEST)
     shrink = (shrink.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     PAIRS: tl.constexpr = F * (F + 1) // 2 if QUAD else 0
     ROOT2: tl.constexpr = 1.4142135623730951

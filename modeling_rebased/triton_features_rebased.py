@@ -326,20 +326,30 @@ def query_tiles(
 def query_low_rows(
     acc, z, x, state, norm, d_cols, weight_lin, weight_const,
     FP: tl.constexpr, DP: tl.constexpr, FIRST: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
-    NORM: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    NORM: tl.constexpr, BY_ROW: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of the state's low rows, which start at FIRST, to acc [C, BD] and, if NORM, to z [C]."""
+    """Add the part of the state's low rows, which start at FIRST, to acc [C, BD] and, if NORM, to z [C].
+
+    The weights are numbers, or [C, 1] if BY_ROW.
+    """
     if LIN:
         f = tl.arange(0, FP)
         s = tl.load(state + (FIRST + f)[:, None] * DP + d_cols[None, :])
         acc += weight_lin * tl.dot(x, s.to(CT), input_precision=PREC)
         if NORM:
-            z += weight_lin * tl.sum(x.to(tl.float32) * tl.load(norm + FIRST + f)[None, :], 1)
+            low = x.to(tl.float32) * tl.load(norm + FIRST + f)[None, :]
+            if BY_ROW:
+                z += tl.sum(weight_lin * low, 1)
+            else:
+                z += weight_lin * tl.sum(low, 1)
     if CONST:
         ROW: tl.constexpr = FIRST + (FP if LIN else 0)
         acc += weight_const * tl.load(state + ROW * DP + d_cols)[None, :].to(tl.float32)
         if NORM:
-            z += weight_const * tl.load(norm + ROW)
+            if BY_ROW:
+                z += tl.sum(weight_const * tl.load(norm + ROW), 1)
+            else:
+                z += weight_const * tl.load(norm + ROW)
     return acc, z
 
 

@@ -33,6 +33,7 @@ from .triton_plan_rebased import choose_sizes, compute_type, product_precision
 from .triton_segments_rebased import allocate_states, count_slots, cut_into_segments, grid_of_blocks
 from .triton_states_rebased import sum_states
 from .triton_tiles_rebased import (
+    in_units,
     kept_rows,
     load_columns,
     load_rows,
@@ -66,14 +67,15 @@ def _forward_tile(
 
 @triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _forward_kernel(
-    q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, segment_sequence, first_segment, first_slot,
+    q, k, v, o, inverse_z, states, norms, mask, ranges, cu_seqlens, segment_sequence, first_segment, first_slot,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb,
     T, SLOTS, N, RUN, alpha, beta, eps,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
     NR: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     DV: tl.constexpr, FLAT: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
-    RUNS: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    RUNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """Compute o [BM, BD] of one block of queries and one head, and inverse_z = 1 / (normaliser + eps).
 
@@ -102,6 +104,9 @@ def _forward_kernel(
     block = tl.arange(0, BM)
     rows = row + block
     inside = rows < tokens
+    if HAS_RANGES:
+        alpha, beta, eps = in_units(ranges + (b64 * H + h) * T + t64, rows, inside, alpha, beta, eps, QUAD)  # [BM]
+        alpha, beta = alpha[:, None], beta[:, None]
     xq = load_rows(q, rows, inside, stride_qt, f, F, F == FP, True)  # [BM, FP]
     ok = kept_rows(mask, rows, tokens, HAS_MASK)
     kt = load_columns(k, rows, ok, stride_kt, f, F, F == FP, True)  # [FP, BM]
@@ -150,7 +155,7 @@ def _forward_kernel(
             if LIN or CONST:
                 FIRST: tl.constexpr = quadratic_rows(NB) if QUAD else 0
                 acc, z = query_low_rows(
-                    acc, z, xq, state, norm, d_cols, alpha, beta, FP, DP, FIRST, LIN, CONST, True, CT, PREC
+                    acc, z, xq, state, norm, d_cols, alpha, beta, FP, DP, FIRST, LIN, CONST, True, HAS_RANGES, CT, PREC
                 )
     for j in range(0, row, BM):
         cols = j + block
@@ -170,13 +175,15 @@ def _forward_kernel(
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
     initial_state: Tensor | None, c0: float, c1: float, c2: float, scale: float, eps: float, output_final_state: bool,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return o, the final state, and what the backward pass reads: inverse_z [B, H, T], states and norms.
 
-    The final state is empty if it is not asked for. Other arguments as in `triton_rebased_attention`.
+    The final state is empty if it is not asked for. `ranges` comes from `bring_into_range`, with q, k and the state.
+    Other arguments as in `triton_rebased_attention`.
     """
     if computes_in_float32(q.dtype):
-        arguments = (attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state)
+        arguments = (attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state, ranges)
         o, *rest = forward_pass(q.float(), k.float(), v.float(), *arguments)
         return o.to(q.dtype), *rest
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
@@ -185,7 +192,7 @@ def forward_pass(
     mask = mask_as_bytes(attention_mask)
     initial = initial_state is not None
     prepared = prepare(
-        "forward", (q, k, v, mask, cu_seqlens, initial_state), (c0, c1, c2, scale), eps, output_final_state,
+        "forward", (q, k, v, mask, cu_seqlens, initial_state, ranges), (c0, c1, c2, scale), eps, output_final_state,
         packed=cu_seqlens is not None,
     )  # fmt: skip
     layout, plan = prepared.layout, prepared.plan
@@ -216,14 +223,14 @@ def forward_pass(
                 "G": heads // kv_heads, "L": cut.length, "BM": rows, "FLAT": plan.flat, "QUAD": layout.quad,
                 "LIN": layout.lin, "CONST": layout.const,
                 "HAS_STATE": cut.packed or initial or length > cut.length, "HAS_INIT": int(initial),
-                "RUNS": max(plan.runs) > 1, "HAS_MASK": mask is not None, "VARLEN": cut.packed,
-                "CT": compute_type(q.dtype), "PREC": product_precision(q.dtype), "num_warps": warps,
-                "num_stages": stages, **plan.options("forward"),
+                "RUNS": max(plan.runs) > 1, "HAS_MASK": mask is not None, "HAS_RANGES": ranges is not None,
+                "VARLEN": cut.packed, "CT": compute_type(q.dtype), "PREC": product_precision(q.dtype),
+                "num_warps": warps, "num_stages": stages, **plan.options("forward"),
             }  # fmt: skip
 
         tensors = {
             "q": q, "k": k, "v": v, "o": o, "inverse_z": inverse_z, "states": states, "norms": norms, "mask": mask,
-            **cut.tables,
+            "ranges": ranges, **cut.tables,
         }  # fmt: skip
         launch(prepared, "forward", _forward_kernel, tensors, complete)
         final = to_public(*totals, feature_dim, head_dim, layout) if output_final_state else norms.new_empty(0)
@@ -233,6 +240,7 @@ def forward_pass(
 def forward_fake(
     q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
     initial_state: Tensor | None, c0: float, c1: float, c2: float, scale: float, eps: float, output_final_state: bool,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return empty tensors of the sizes that `forward_pass` returns."""
     batch, length, heads, feature_dim = q.shape

@@ -8,9 +8,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from .eager_rebased import degree_factors, units_of
 from .triton_language_rebased import INTERPRETED, tl, triton
 from .triton_launch_rebased import PreparedCall, launch, strides_of
 from .triton_plan_rebased import MOST_SEGMENT
@@ -23,6 +26,38 @@ def computes_in_float32(dtype: torch.dtype) -> bool:
     multiplies bfloat16 numbers as if they were integers.
     """
     return dtype == torch.float16 or (INTERPRETED and dtype != torch.float32)
+
+
+def bring_into_range(
+    q: Tensor,
+    k: Tensor,
+    coefficients: tuple[float, float, float],
+    attention_mask: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Multiply queries and keys by powers of two that keep (q . k)**2 within float32, as the eager backend does.
+
+    A query row has a factor of its own, and all keys of a head share one. Both bring the largest number to at most 1.
+    Multiplying all weights of a row, and eps, by the same number leaves o as it is.
+
+    Returns:
+        q, k and the initial state, multiplied; the products of both factors for every row, `ranges`, fp32 [B, H, T];
+        and the factors by which the states are multiplied, fp32 [B, H_kv, n_features, 1].
+    """
+    with torch.no_grad():
+        query_factor = units_of(torch.linalg.vector_norm(q, math.inf, dim=3, dtype=torch.float32))  # [B, T, H]
+        sizes = torch.linalg.vector_norm(k, math.inf, dim=3, dtype=torch.float32)  # [B, T, H_kv]
+        if attention_mask is not None:  # a dropped key may hold anything
+            sizes = sizes.where(attention_mask[:, :, None], 0.0)
+        key_factor = units_of(sizes.amax(1))  # [B, H_kv]
+        by_head = key_factor.repeat_interleave(q.shape[2] // k.shape[2], dim=1)  # [B, H]
+        ranges = (query_factor.transpose(1, 2) * by_head[:, :, None]).contiguous()
+        state_factor = degree_factors(key_factor[:, :, None, None], coefficients, q.shape[3])
+    q = q * query_factor[..., None].to(q.dtype)
+    k = k * key_factor[:, None, :, None].to(k.dtype)
+    if initial_state is not None:
+        initial_state = initial_state.float() * state_factor
+    return q, k, initial_state, ranges, state_factor
 
 
 def with_unit_stride(x: Tensor) -> Tensor:

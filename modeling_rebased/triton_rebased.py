@@ -47,6 +47,7 @@ from .triton_backward_rebased import backward_fake, backward_pass
 from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, conv_forward
 from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
+from .triton_inputs_rebased import bring_into_range
 from .triton_language_rebased import HAS_TRITON, INTERPRETED
 
 
@@ -55,11 +56,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, mask, cu_seqlens, initial, c0, c1, c2, scale, _, last = inputs
+    q, k, v, mask, cu_seqlens, initial, c0, c1, c2, scale, _, last, ranges = inputs
     o, _final, inverse_z, states, norms = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(inverse_z, states, norms)
-    ctx.save_for_backward(q, k, v, mask, cu_seqlens, o, inverse_z, states, norms)
+    ctx.save_for_backward(q, k, v, mask, cu_seqlens, o, inverse_z, states, norms, ranges)
     ctx.coefficients = (c0, c1, c2, scale)
     ctx.has_initial = initial is not None
     ctx.has_last = last
@@ -69,19 +70,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _make_autograd(backward_op):
     def autograd(ctx, grad, grad_final, *_):
-        q, k, v, mask, cu_seqlens, o, inverse_z, states, norms = ctx.saved_tensors
+        q, k, v, mask, cu_seqlens, o, inverse_z, states, norms, ranges = ctx.saved_tensors
         if grad is None and grad_final is None:
-            return (None,) * 12
+            return (None,) * 13
         if grad is None:
             grad = torch.zeros_like(o)
         if not ctx.has_last:
             grad_final = None
         dq, dk, dv, d_initial = backward_op(
             grad, grad_final, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, ctx.has_initial, ctx.has_last,
-            ctx.grad_initial, *ctx.coefficients,
+            ctx.grad_initial, *ctx.coefficients, ranges,
         )  # fmt: skip
         d_initial = d_initial.to(ctx.initial_dtype) if ctx.grad_initial else None
-        return dq, dk, dv, None, None, d_initial, None, None, None, None, None, None
+        return dq, dk, dv, None, None, d_initial, *[None] * 7
 
     return autograd
 
@@ -136,10 +137,11 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 _COEFFICIENTS = "float c0, float c1, float c2, float scale"
 _SCHEMAS = {
     "forward": "(Tensor q, Tensor k, Tensor v, Tensor? attention_mask, Tensor? cu_seqlens, Tensor? initial_state, "
-    f"{_COEFFICIENTS}, float eps, bool output_final_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_COEFFICIENTS}, float eps, bool output_final_state, Tensor? ranges=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "backward": "(Tensor grad, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor o, Tensor inverse_z, "
     "Tensor states, Tensor norms, Tensor? attention_mask, Tensor? cu_seqlens, bool has_initial, bool has_last, "
-    f"bool grad_initial, {_COEFFICIENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bool grad_initial, {_COEFFICIENTS}, Tensor? ranges=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "decode": "(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? attention_mask, Tensor? state_indices, "
     f"{_COEFFICIENTS}, float eps) -> Tensor",
     "conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) -> Tensor",
@@ -233,6 +235,7 @@ def triton_rebased_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    normalized: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """ReBased attention with Triton kernels; arguments are taken as checked (`rebased_attention` does that).
 
@@ -246,6 +249,8 @@ def triton_rebased_attention(
         cu_seqlens: int32 [N + 1], where packed sequences start and end, B = 1; or None.
         initial_state: fp32 [B or N, H_kv, n_features, D + 1], or None for zeros.
         output_final_state: also return the state after the last token.
+        normalized: (q . k)**2 is far within float32's range; otherwise q and k are brought there, which takes passes
+            over both.
 
     Returns:
         o [B, T, H_q, D] in q's dtype, and the final state, fp32 like the initial one, or None. A row whose normaliser
@@ -255,15 +260,20 @@ def triton_rebased_attention(
     x_b for a < b, in the order of torch.triu_indices(F, F, 1); x_a if c1 != 0; 1 if c0 != 0. No squares if c2 == 0.
     """
     c0, c1, c2 = (float(c) for c in coefficients)
+    ranges = state_factor = None
+    if not normalized and (c1 or c2) and q.dtype != torch.float16:  # float16's range is narrow enough
+        q, k, initial_state, ranges, state_factor = bring_into_range(q, k, (c0, c1, c2), attention_mask, initial_state)
     inputs = (q, k, v, attention_mask, cu_seqlens, initial_state)
-    options = (c0, c1, c2, float(scale), float(eps), output_final_state)
+    options = (c0, c1, c2, float(scale), float(eps), output_final_state, ranges)
     if not _is_plain(*inputs):
         o, final, _, _, _ = _OPS.forward(*inputs, *options)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         o, final, _, _, _ = _Attention.apply(*inputs, *options)
     else:
         o, final, _, _, _ = forward_pass(*inputs, *options)
-    return o, final if output_final_state else None
+    if not output_final_state:
+        return o, None
+    return o, final if state_factor is None else final / state_factor
 
 
 def triton_rebased_decode(

@@ -28,7 +28,7 @@ from .triton_launch_rebased import PreparedCall, grid_of_rows, launch, strides_o
 from .triton_layout_rebased import power_of_2, to_internal
 from .triton_plan_rebased import compute_type, product_precision
 from .triton_segments_rebased import Segments
-from .triton_tiles_rebased import batch_row, kept_rows, load_columns, load_rows, locate_block, token_pointer
+from .triton_tiles_rebased import batch_row, in_units, kept_rows, load_columns, load_rows, locate_block, token_pointer
 
 
 @triton.jit
@@ -227,15 +227,19 @@ def _state_kernel(
 
 @triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N"])
 def _low_state_kernel(
-    x, y, delta, states, norms, mask, cu_seqlens, segment_sequence, first_segment, first_slot,
+    x, y, delta, states, norms, mask, ranges, cu_seqlens, segment_sequence, first_segment, first_slot,
     stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_mb,
     T, SEGMENTS, SLOTS, N, weight_lin, weight_const,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr,
     NR: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
-    LIN: tl.constexpr, CONST: tl.constexpr, REVERSE: tl.constexpr, LAST: tl.constexpr, HAS_INIT: tl.constexpr,
-    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, REVERSE: tl.constexpr, LAST: tl.constexpr,
+    HAS_INIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """Sum the low rows of a segment's state: the linear ones (x itself) and the constant one (1), where w has them."""
+    """Sum the low rows of a segment's state: the linear ones (x itself) and the constant one (1), where w has them.
+
+    HAS_RANGES (with REVERSE): each query has its own units, see `in_units`.
+    """
     D_BLOCKS: tl.constexpr = DP // BD
     first = tl.program_id(0) % D_BLOCKS == 0
     d_cols = (tl.program_id(0) % D_BLOCKS) * BD + tl.arange(0, BD)
@@ -273,6 +277,8 @@ def _low_state_kernel(
         mask += b64 * stride_mb + start
     if REVERSE:
         delta += (b64 * HKV * G + hkv * G) * T + start
+    if HAS_RANGES:
+        ranges += (b64 * HKV * G + hkv * G) * T + start
     f = tl.arange(0, FP)
     lin = tl.zeros([FP, BD], tl.float32)
     lin_norm = tl.zeros([FP], tl.float32)
@@ -288,12 +294,20 @@ def _low_state_kernel(
             weight = -tl.load(delta + g * T + rows, mask=ok, other=0.0)
         else:
             weight = ok.to(tl.float32)
+        if HAS_RANGES:
+            by_lin, by_const, _eps = in_units(ranges + g * T, rows, ok, 1.0, 1.0, 1.0, QUAD)
         if LIN:
             xt = load_columns(x + g * stride_xh, rows, ok, stride_xt, f, F, F == FP, True).to(tl.float32)
+            if HAS_RANGES:
+                xt *= by_lin[None, :]
             lin = tl.dot(xt.to(CT), values, lin, input_precision=PREC)
             lin_norm += tl.sum(xt * weight[None, :], 1)
         if CONST:
-            const += tl.sum(values.to(tl.float32), 0)
+            values = values.to(tl.float32)
+            if HAS_RANGES:
+                values *= by_const[:, None]
+                weight *= by_const
+            const += tl.sum(values, 0)
             const_norm += tl.sum(weight, 0)
     s64 = slot.to(tl.int64) * HKV + hkv
     states += s64 * (NR * DP)
@@ -431,7 +445,7 @@ def _scan(
 def sum_states(
     x: Tensor, y: Tensor, states: Tensor, norms: Tensor, cut: Segments, prepared: PreparedCall, mask: Tensor | None,
     kv_heads: int, head_dim: int, initial: Tensor | None, last: bool, delta: Tensor | None = None,
-    minus_delta: Tensor | None = None,
+    minus_delta: Tensor | None = None, ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Fill `states` and `norms` with running sums over the slots, and return the totals in fp32 if `last`.
 
@@ -444,6 +458,7 @@ def sum_states(
         initial: public states before the first token, or None.
         last: whether the states after the last token are wanted.
         delta, minus_delta: [B, H, T] and [B, T, H, 16] come with queries and weigh their norms.
+        ranges: [B, H, T], comes with queries from `bring_into_range`, or None.
     """
     batch, length, heads, feature_dim = x.shape
     layout, plan = prepared.layout, prepared.plan
@@ -479,12 +494,13 @@ def sum_states(
     def complete_low() -> tuple[tuple[int, ...], dict[str, Any]]:
         return grid_of_rows(programs, batch_rows), {
             **shared(), "weight_lin": layout.alpha if reverse else 1.0,
-            "weight_const": layout.beta if reverse else 1.0, "FIRST": layout.first_low_row, "LIN": layout.lin,
-            "CONST": layout.const, "num_stages": 1,
+            "weight_const": layout.beta if reverse else 1.0, "FIRST": layout.first_low_row,
+            "QUAD": layout.quad, "LIN": layout.lin, "CONST": layout.const, "HAS_RANGES": ranges is not None,
+            "num_stages": 1,
         }  # fmt: skip
 
     if programs > 0 and layout.quad:
         launch(prepared, "state", _state_kernel, {**tensors, "minus_delta": minus_delta}, complete_quadratic)
     if programs > 0 and (layout.lin or layout.const):
-        launch(prepared, "low state", _low_state_kernel, {**tensors, "delta": delta}, complete_low)
+        launch(prepared, "low state", _low_state_kernel, {**tensors, "delta": delta, "ranges": ranges}, complete_low)
     return _scan(states, norms, cut, prepared, kv_heads, has_initial, last)

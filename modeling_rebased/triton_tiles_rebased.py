@@ -156,6 +156,22 @@ def state_pointers(
 
 
 @triton.jit
+def in_units(ranges, rows, ok, alpha, beta, eps, QUAD: tl.constexpr):
+    """Return alpha, beta and eps for rows of queries whose s comes multiplied by their numbers in `ranges`, r.
+
+    u has the units of s**2, or of s where it is linear. See `bring_into_range`.
+    """
+    r = tl.load(ranges + rows, mask=ok, other=1.0)
+    if QUAD:
+        alpha *= r
+        unit = r * r
+    else:
+        alpha += r * 0.0
+        unit = r
+    return alpha, beta * unit, eps * unit
+
+
+@triton.jit
 def weight_polynomial(s, alpha, beta, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr):
     """Return u(s), the weight without its constant factor: s (s + alpha) + beta, or s + beta if c2 = 0, else 1."""
     if QUAD:

@@ -106,6 +106,7 @@ class LinearAttentionStates(nn.Module):
             "eps": config.attention_eps,
             "backend": config.kernel_backend,
         }
+        self.normalized = config.normalize
         self.pages = (page,)  # in a tuple, so that it is not a submodule a second time
         self.prefix = prefix
         register_layer(prefix, self)
@@ -120,7 +121,10 @@ class LinearAttentionStates(nn.Module):
         metadata = self.pages[0].metadata
         if metadata is None:
             # vLLM measures the memory that a batch takes: let it see this operator's.
-            output.copy_(rebased_attention(q[None], k[None], v[None], output_final_state=True, **self.options)[0][0])
+            out, _ = rebased_attention(
+                q[None], k[None], v[None], output_final_state=True, normalized=self.normalized, **self.options
+            )
+            output.copy_(out[0])
             return
         states = self.pages[0].linear_states
         decoded, prefilled = metadata.num_decode_tokens, metadata.num_prefill_tokens
@@ -145,6 +149,7 @@ class LinearAttentionStates(nn.Module):
                 cu_seqlens=metadata.query_start_loc_p,
                 initial_state=torch.where(started, states[slots], 0.0),
                 output_final_state=True,
+                normalized=self.normalized,
                 **self.options,
             )
             output[part] = out[0]

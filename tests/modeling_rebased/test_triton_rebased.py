@@ -23,7 +23,7 @@ from modeling_rebased import (
     triton_rebased,
     triton_segments_rebased,
 )
-from modeling_rebased.attention_rebased import rebased_attention_decode
+from modeling_rebased.attention_rebased import rebased_attention, rebased_attention_decode
 from modeling_rebased.configuration_rebased import n_features
 from modeling_rebased.eval.compare_kernels import load_backend
 
@@ -94,7 +94,7 @@ def make(batch, length, heads, kv_heads, width, dim, dtype=torch.float32):
     return [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
 
 
-def check(q, k, v, coefficients=REBASED, eps=1e-12, mask=None, cu=None, initial=None, final=True):
+def check(q, k, v, coefficients=REBASED, eps=1e-12, mask=None, cu=None, initial=None, final=True, **options):
     """Forward and backward of the kernels against autograd through the oracle."""
     bar, gradient_bar = BARS[q.dtype]
     scale = q.shape[-1] ** -0.5
@@ -102,7 +102,7 @@ def check(q, k, v, coefficients=REBASED, eps=1e-12, mask=None, cu=None, initial=
     exact = [x.detach().double().requires_grad_() for x in leaves]
     o, state = triton_rebased.triton_rebased_attention(
         *leaves[:3], coefficients=coefficients, scale=scale, eps=eps, attention_mask=mask, cu_seqlens=cu,
-        initial_state=leaves[3] if initial is not None else None, output_final_state=final,
+        initial_state=leaves[3] if initial is not None else None, output_final_state=final, **options,
     )  # fmt: skip
     o_ref, state_ref = oracle(
         *exact[:3], coefficients, scale, eps, mask, cu, exact[3] if initial is not None else None
@@ -529,6 +529,76 @@ def test_extreme_inputs_stay_finite():
         assert all((x == 0).all() for x in torch.autograd.grad(o.sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize(
+    ("shape", "coefficients"),
+    [
+        *(((1, 70, 2, 1, 9, 6), c) for c in (REBASED, BASED, (0.0, 2.0, 0.0), (0.5, 0.0, 1.0))),
+        ((1, 70, 1, 1, 20, 5), BASED),
+    ],
+)
+def test_queries_and_keys_are_brought_into_range(shape, coefficients):
+    """Queries of very different sizes: the weights of each have units of their own."""
+    q, k, v = make(*shape)
+    if coefficients == (0.0, 2.0, 0.0):
+        q, k = q.abs(), k.abs()
+    q *= 10.0 ** (torch.arange(shape[1], device=DEVICE) % 7 - 3)[:, None, None]
+    k *= 8
+    mask = torch.rand(shape[0], shape[1], device=DEVICE) > 0.2
+    initial = torch.rand(shape[0], 1, n_features(shape[4], coefficients), shape[5] + 1, device=DEVICE)
+    initial[:, :, : shape[4]] += 300
+    check(q, k, v, coefficients, 1e-2, mask, initial=initial, normalized=False)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_packed_queries_and_keys_are_brought_into_range(state, small_plan):
+    small_plan(runs=(4, 2))
+    cu = torch.tensor([0, 3, 3, 100, 110], dtype=torch.int32, device=DEVICE)
+    q, k, v = make(1, 110, 1, 1, 7, 6)
+    initial = None
+    if state:
+        initial = torch.rand(4, 1, 28, 7, device=DEVICE)
+        initial[:, :, :7] += 4
+    check(q * 100, k * 100, v, eps=1e-2, cu=cu, initial=initial, final=state, normalized=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "q_size", "k_size", "packed", "coefficients"),
+    [
+        (torch.float32, 1e15, 1e12, False, BASED),
+        (torch.float32, 1e38, 1e15, True, REBASED),
+        (torch.bfloat16, 1e18, 1e15, False, REBASED),
+    ],
+)
+def test_large_queries_and_keys(dtype, q_size, k_size, packed, coefficients):
+    """(q.k)^2 is beyond float32, and o, the state and the gradients are not."""
+    q, k, v = make(1, 70, 2, 1, 9, 6)
+    q, k = q / q.abs().max(), k / k.abs().max()
+    q, k, v = (q * q_size).to(dtype), (k * k_size).to(dtype), v.to(dtype)
+    cu = torch.tensor([0, 3, 70], dtype=torch.int32, device=DEVICE) if packed else None
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o, state = rebased_attention(
+        *leaves, coefficients=coefficients, cu_seqlens=cu, output_final_state=True, backend="triton"
+    )
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    o_ref, state_ref = oracle(*exact, coefficients, 1 / 3, 1e-12, cu=cu)
+    bar, gradient_bar = BARS[dtype]
+    assert relative(o, o_ref) < bar
+    assert relative(state, state_ref) < bar
+    grad = torch.randn_like(o_ref)
+    grads, grads_ref = torch.autograd.grad(o, leaves, grad.to(dtype)), torch.autograd.grad(o_ref, exact, grad)
+    for x, reference, size in zip(grads, grads_ref, (q_size, k_size, 1.0)):
+        assert relative(x.double() * size, reference * size) < gradient_bar
+
+
+def test_dropped_keys_do_not_bring_others_out_of_range():
+    q, k, v = make(1, 40, 1, 1, 8, 8)
+    mask = torch.ones(1, 40, dtype=torch.bool, device=DEVICE)
+    mask[:, 10:20] = False
+    expected, _ = rebased_attention(q, k, v, attention_mask=mask, backend="triton")
+    k[:, 10:15], k[:, 15:20] = float("nan"), 1e38
+    assert torch.equal(rebased_attention(q, k, v, attention_mask=mask, backend="triton")[0], expected)
+
+
 def test_deterministic():
     q, k, v = (x.requires_grad_() for x in make(1, 100, 2, 1, 16, 8))
 
@@ -571,13 +641,15 @@ def test_export_with_any_length():
         assert torch.equal(program.module()(q, k, v), Mixer()(q, k, v))
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("normalized", [True, False])
+def test_compiles_without_graph_breaks(normalized):
     """torch.compile(fullgraph=True) over forward and backward, and over decoding, whose state changes in place."""
     arguments = {"coefficients": REBASED, "scale": 0.5, "eps": 1e-6}
     q, k, v = (x.requires_grad_() for x in make(1, 70, 1, 1, 4, 4))
 
     def loss(q, k, v):
-        return triton_rebased.triton_rebased_attention(q * 1.0, k, v, **arguments)[0].sum()
+        options = {**arguments, "normalized": normalized}
+        return triton_rebased.triton_rebased_attention(q * 1.0, k, v, **options)[0].sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     plain, traced = (torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (loss, compiled))
