@@ -91,7 +91,7 @@ def fit_mask(
             )
         attention_mask = attention_mask[:, : seen + length]
         if counter is not None and seen > 0 and (length > 1 or attention_mask.device.type == "cpu"):
-            _check_counts(attention_mask[:, :seen], counter)
+            check_counts(attention_mask[:, :seen], counter)
 
     padding_mask = attention_mask[:, -length:]
     # Asking whether anything is masked makes a GPU's host wait: once a prompt, not once a token.
@@ -103,13 +103,18 @@ def fit_mask(
     return attention_mask, padding_mask.clone(memory_format=torch.contiguous_format)
 
 
-def _check_counts(earlier: torch.Tensor, counter: TokenCountLayer) -> None:
-    """Compare the mask of the cached columns [B, cached] with what the cache has counted."""
+def check_counts(earlier: torch.Tensor, counter: TokenCountLayer) -> None:
+    """Compare the mask of the cached columns [B, cached] with what the cache has counted. A GPU's host waits for it.
+
+    Raises:
+        `ValueError`: the mask calls tokens padding that a recurrent state has taken in.
+    """
     real = (earlier != 0).sum(1).to(counter.counts.device)
-    for row in (real != counter.counts[:, 0]).nonzero()[:, 0].tolist():
+    counted = counter.counts[:, 0].expand_as(real)  # one row of cache may serve many rows
+    for row in (real != counted).nonzero()[:, 0].tolist():
         raise ValueError(
             f"`attention_mask` has {int(real[row])} tokens that are not padding among the {earlier.shape[1]} cached "
-            f"columns of row {row}, but `{CACHE_NAME}` has taken in {int(counter.counts[row, 0])}. A recurrent state "
+            f"columns of row {row}, but `{CACHE_NAME}` has taken in {int(counted[row])}. A recurrent state "
             "cannot forget a token: where `generate` has filled up a row that ended early, feed the conversation to "
             "an empty cache again."
         )

@@ -45,7 +45,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rebased import rebased_attention, rebased_attention_decode
-from .batch_rebased import PURELY_RECURRENT, Packing, count_positions, find_packing, fit_mask
+from .batch_rebased import PURELY_RECURRENT, Packing, check_counts, count_positions, find_packing, fit_mask
 from .cache_rebased import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -373,6 +373,7 @@ class ReBasedLinearAttention(nn.Module):
         self.head_dim = config.head_dim
         self.coefficients = config.coefficients
         self.eps = config.attention_eps
+        self.normalized = config.normalize
         self.backend = config.kernel_backend
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, heads * self.feature_dim, bias=bias)
@@ -460,6 +461,7 @@ class ReBasedLinearAttention(nn.Module):
                 segment_ids=segment_ids if cu_seqlens is None else None,
                 initial_state=state,
                 output_final_state=cache is not None,
+                normalized=self.normalized,
                 **options,
             )
             if cache is not None:
@@ -1134,6 +1136,13 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
             inputs["past_key_values"] = inputs[CACHE_NAME]
         # Where PEFT puts virtual tokens before the prompt, it makes the mask longer after this.
         cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
+        mask, ids = kwargs.get("attention_mask"), inputs.get("input_ids")
+        first = kwargs.get("is_first_iteration") and cache is not None and self.config.is_recurrent
+        if first and getattr(mask, "ndim", 0) == 2 and ids is not None and ids.shape[1] == 1:
+            # A turn of one token, which `forward` on a GPU would take for one that was generated, and not check.
+            counter = count_layer(cache, self.config)
+            if mask.shape[1] - 1 == counter.get_seq_length() > 0:
+                check_counts(mask[:, :-1], counter)
         generated = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
         if not generated or cache is None or masks is None or not self.config.is_recurrent:
             return inputs

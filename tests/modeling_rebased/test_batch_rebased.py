@@ -6,6 +6,7 @@ Expectations are lone rows or lone sequences, run by themselves without a mask, 
 import contextlib
 import inspect
 import itertools
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from modeling_rebased import (
     ReBasedForTokenClassification,
     ReBasedModel,
 )
+from modeling_rebased.cache_rebased import CACHE_NAME
 from modeling_rebased.modeling_rebased import ReBasedRMSNorm
 from tests.modeling_rebased.cases import MODELS, RECURRENT, make_config, make_ids, make_model
 
@@ -101,7 +103,7 @@ def test_compiled_packing_of_other_heads(model_class):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("compile_it", [False, True])
+@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "seq_idx"])
 def test_packing_with_a_mask(name, compile_it, given):
     """A mask of ones changes nothing, and padding inside or after packed sequences is passed over."""
@@ -144,32 +146,93 @@ def test_packing_with_a_mask(name, compile_it, given):
     assert_same(packed, expected)
 
 
+def refused(message, error=ValueError):
+    """The whole message, word by word."""
+    return pytest.raises(error, match=f"^{re.escape(message)}$")
+
+
 def test_packing_that_does_not_fit_is_refused():
     model, ids = make_model("paper"), make_ids()
     one = ids[:1]
     bounds = torch.tensor([0, 10, 23], dtype=torch.int32)
     numbers = (torch.arange(23) >= 10).long()[None]
-    with pytest.raises(ValueError, match="`cu_seq_lens_q` packs sequences into a batch of 1"):
+    restarting = torch.tensor([[*range(10), *range(13)]])
+    with refused("`cu_seq_lens_q` packs sequences into a batch of 1, but the batch is 2."):
         model(ids, cu_seq_lens_q=bounds)
-    with pytest.raises(ValueError, match="`cu_seq_lens_q` must rise from 0"):
-        model(one, cu_seq_lens_q=torch.tensor([0, 10, 22]))
-    with pytest.raises(ValueError, match="different bounds"):
+    for wrong in ([0, 10, 22], [1, 10, 23], [0, 12, 10, 23]):
+        with refused(f"`cu_seq_lens_q` must rise from 0 to the number of tokens, 23, but it is {wrong}."):
+            model(one, cu_seq_lens_q=torch.tensor(wrong))
+    with refused("`cu_seq_lens_q` and `seq_idx` set different bounds between packed sequences."):
         model(one, cu_seq_lens_q=bounds, seq_idx=(torch.arange(23) >= 11).long()[None])
-    with pytest.raises(ValueError, match="`seq_idx` must be"):
-        model(one, seq_idx=numbers[0])
-    with pytest.raises(ValueError, match="`seq_idx` restart within a row"):
-        model(ids, seq_idx=numbers.expand(2, -1))
-    with pytest.raises(ValueError, match="`position_ids` restart within a row"):
-        model(ids, position_ids=torch.tensor([[*range(10), *range(13)]]))
+    for wrong in (numbers[0], numbers[:, :9], numbers.expand(2, -1)):
+        with refused(f"`seq_idx` must be [batch, tokens] = (1, 23), but it is {tuple(wrong.shape)}."):
+            model(one, seq_idx=wrong)
+    for given in ({"seq_idx": numbers.expand(2, -1)}, {"position_ids": restarting}):
+        with refused(
+            f"`{next(iter(given))}` restart within a row, which packs sequences: that takes a batch of 1, but the "
+            "batch is 2."
+        ):
+            model(ids, **given)
     with pytest.raises(ValueError, match="`cu_seq_lens_k` needs `cu_seq_lens_q`"):
         model(one, cu_seq_lens_k=bounds)
-    for given in (
-        {"cu_seq_lens_q": bounds},
-        {"seq_idx": numbers},
-        {"position_ids": torch.tensor([[*range(10), *range(13)]])},
-    ):
+    for given in ({"cu_seq_lens_q": bounds}, {"seq_idx": numbers}, {"position_ids": restarting}):
         with pytest.raises(ValueError, match=rf"Packed sequences \(`{next(iter(given))}`\) cannot continue"):
             model(one, **given, past_key_values=DynamicCache(config=model.config))
+
+
+@torch.no_grad()
+def test_masks_that_do_not_fit_are_refused():
+    model, ids = make_model("every_type"), make_ids()
+    for wrong in (torch.ones(2, 22), torch.ones(1, 23), torch.ones(2, 1, 1, 23)):
+        with refused(
+            "`attention_mask` must be [batch, tokens], as long as the cached and the new tokens together, but its "
+            f"shape is {tuple(wrong.shape)} for 23 new tokens in a batch of 2."
+        ):
+            model(ids, attention_mask=wrong)
+    cache = DynamicCache(config=model.config)
+    mask = torch.ones(2, 10)
+    mask[1, 7:] = 0
+    model(ids[:, :10], attention_mask=mask, past_key_values=cache)
+    for columns, new in ((11, 3), (3, 3)):
+        with refused(
+            f"`attention_mask` has {columns} columns, but `{CACHE_NAME}` holds 10 and {new} more are given. It must "
+            "have one column for each of them."
+        ):
+            model(ids[:, :new], attention_mask=torch.ones(2, columns), past_key_values=cache)
+    for new in (1, 3):
+        with refused(
+            "`attention_mask` has 10 tokens that are not padding among the 10 cached columns of row 1, but "
+            f"`{CACHE_NAME}` has taken in 7. A recurrent state cannot forget a token: where `generate` has filled up "
+            "a row that ended early, feed the conversation to an empty cache again."
+        ):
+            model(ids[:, :new], attention_mask=torch.ones(2, 10 + new), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_caches_that_do_not_fit_are_refused():
+    model, ids = make_model("every_type"), make_ids()
+    with refused(
+        f"`{CACHE_NAME}` must be a `Cache`, such as `DynamicCache(config=model.config)`, but it is a tuple.", TypeError
+    ):
+        model(ids, past_key_values=((ids, ids),))
+    with refused(
+        f"`{CACHE_NAME}` has no recurrent state for layer 0, which is 'conv': it holds NoneType. Make it as "
+        "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`."
+    ):
+        model(ids, past_key_values=DynamicCache())
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    with refused(
+        f"`{CACHE_NAME}` holds 2 rows, but the batch has 1. Only a cache of one row is copied for every row of a "
+        "batch."
+    ):
+        model(ids[:1], past_key_values=cache)
+    with refused(
+        "This cache cannot record its past and be cropped, since its recurrent states cannot forget. Leave it to "
+        "`generate` to make the cache of assisted generation.",
+        NotImplementedError,
+    ):
+        cache.layers[-1].crop(-1)
 
 
 @torch.no_grad()
@@ -265,6 +328,37 @@ def test_a_turn_after_rows_that_ended_early(name):
         out = model(together[:, 28:], attention_mask=mask, past_key_values=kept).logits
         if name in ("paper", "mqar", "pure", "conv"):
             assert_same(out[1], lone(model, [together[1:][mask[1:] == 1][None]])[-4:])
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_turn_of_one_token_on_a_gpu(name):
+    """Where the host does not read the mask of a decoding step: both backends go on after padding as lone rows do."""
+    ids, lengths = make_ids(length=24).cuda(), (23, 18)
+    mask = torch.stack([torch.arange(23) < length for length in lengths]).long().cuda()
+    turn = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    logits = []
+    for backend in ("eager", "triton"):
+        model = make_model(name, kernel_backend=backend).cuda()
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :23], attention_mask=mask, past_key_values=cache)
+        logits.append(model(ids[:, 23:], attention_mask=turn, past_key_values=cache).logits[:, 0])
+        for row, length in enumerate(lengths):
+            if length < 23 and set(model.config.layer_types) - {"conv", "linear_attention"}:
+                continue  # padding takes room in softmax windows
+            alone = torch.cat([ids[row : row + 1, :length], ids[row : row + 1, 23:]], dim=1)
+            torch.testing.assert_close(logits[-1][row], model(alone).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+        first = model.generate(
+            ids[:, :23], max_new_tokens=6, do_sample=False, return_dict_in_generate=True, pad_token_id=0
+        )
+        cache = first.get("cache", first.get("past_key_values"))
+        ended = torch.ones_like(first.sequences)
+        ended[1, 26:-1] = 0
+        with pytest.raises(ValueError, match="not padding among the 28 cached columns of row 1"):
+            model.generate(first.sequences, attention_mask=ended, past_key_values=cache, max_new_tokens=2)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_masks_and_positions_of_wrong_shapes_are_refused():
