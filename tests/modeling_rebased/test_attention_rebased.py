@@ -1,6 +1,8 @@
 """The operator against its definition in float64."""
 
 import itertools
+import math
+import re
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from modeling_rebased import rebased_attention
 from modeling_rebased.attention_rebased import rebased_attention_decode
 from modeling_rebased.configuration_rebased import n_features
 from modeling_rebased.eager_rebased import feature_map, naive_rebased_attention
+from modeling_rebased.triton_rebased import triton_unavailable_reason
 
 
 REBASED, BASED = (0.0, 0.0, 1.0), (1.0, 1.0, 0.5)
@@ -287,63 +290,182 @@ def test_sums_stay_fp32_under_autocast():
     assert error(o, oracle(q, k, v)) < 1e-5
 
 
+SIZES = {"q": torch.zeros(2, 9, 4, 16), "k": torch.zeros(2, 9, 2, 16), "v": torch.zeros(2, 9, 2, 20)}
+NUMBERS = torch.zeros(2, 9, dtype=torch.int64)
+STATE_SIZE = "[batch or sequences, kv heads, features, head_dim + 1] = (2, 2, 136, 21), but its shape is"
+BOUNDS = "`cu_seqlens` must be a vector of at least two int32 or int64, but it is"
+
+
+def wide(size):
+    return {name: torch.zeros(2, 9, 2, size) for name in "qk"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(2, 4, 16)}, "`q` must be"),
-        ({"q": torch.zeros(2, 9, 3, 16)}, "multiple"),
-        ({"q": torch.zeros(2, 9, 4, 8)}, "agree in size"),
-        ({"k": torch.zeros(2, 8, 2, 16)}, "agree in batch and tokens"),
-        ({"v": torch.zeros(2, 9, 4, 20)}, "same number of heads"),
-        ({"v": torch.zeros(2, 9, 2, 257)}, "1 to 256"),
-        ({"v": torch.zeros(2, 9, 2, 20, dtype=torch.half)}, "one dtype"),
-        ({"coefficients": (0, 0, 0)}, "`coefficients`"),
-        ({"eps": 0.0}, "`eps`"),
-        ({"attention_mask": torch.ones(2, 8)}, "`attention_mask`"),
-        ({"cu_seqlens": torch.tensor([0, 9])}, "`cu_seqlens` packs"),
-        ({"initial_state": torch.zeros(2, 2, 10, 21)}, "`initial_state`"),
-        ({"backend": "cuda"}, "`backend`"),
-        ({"segment_ids": torch.zeros(2, 8, dtype=torch.int64)}, "`segment_ids` must be int64"),
-        ({"segment_ids": torch.zeros(2, 9)}, "`segment_ids` must be int64"),
-        ({"segment_ids": torch.arange(9).flip(0).expand(2, 9)}, "`segment_ids` must never decrease"),
-        ({"segment_ids": torch.zeros(2, 9, dtype=torch.int64), "output_final_state": True}, "goes with none of"),
-        ({"segment_ids": torch.zeros(2, 9, dtype=torch.int64), "backend": "triton"}, "needs the eager backend"),
+        *(
+            (
+                {name: torch.zeros(2, 4, 16)},
+                f"`{name}` must be [batch, tokens, heads, dim], but its shape is (2, 4, 16).",
+            )
+            for name in "qkv"
+        ),
+        ({"k": SIZES["k"].long()}, "`k` must be floating point, but its dtype is torch.int64."),
+        *(
+            (
+                {name: SIZES[name].half()},
+                "`q`, `k` and `v` must have one dtype, but they have "
+                + "{}, {} and {}.".format(*("torch.float16" if x == name else "torch.float32" for x in "qkv")),
+            )
+            for name in "qkv"
+        ),
+        *(
+            (
+                {name: torch.zeros(size)},
+                "`q`, `k` and `v` must agree in batch and tokens, but they are "
+                + "{}, {} and {}.".format(*(size[:2] if x == name else (2, 9) for x in "qkv")),
+            )
+            for name, size in (("q", (2, 8, 4, 16)), ("k", (3, 9, 2, 16)), ("v", (2, 8, 2, 20)))
+        ),
+        ({name: x[:, :0] for name, x in SIZES.items()}, "`q` must have at least one token, but it has 0."),
+        ({"q": torch.zeros(2, 9, 4, 8)}, "`q` and `k` must agree in size, but they have 8 and 16."),
+        ({"v": torch.zeros(2, 9, 4, 20)}, "`k` and `v` must have the same number of heads, but they have 2 and 4."),
+        (
+            {"q": torch.zeros(2, 9, 3, 16)},
+            "The heads of `q` must be a multiple of those of `k`, but they are 3 and 2.",
+        ),
+        *((wide(n), f"The last dimension of `q` and `k` must be 1 to 128, but it is {n}.") for n in (0, 129)),
+        *(
+            ({"v": torch.zeros(2, 9, 2, n)}, f"The last dimension of `v` must be 1 to 256, but it is {n}.")
+            for n in (0, 257)
+        ),
+        *(
+            ({"coefficients": c}, f"`coefficients` must be (c0, c1, c2), not all zero, but got {c}.")
+            for c in ((0.0, 0.0, 0.0), (1.0, 1.0), (0.0, 0.0, 1.0, 1.0))
+        ),
+        *(({"eps": eps}, f"`eps` must be positive, but got {eps}.") for eps in (0.0, -1e-3, math.nan)),
+        *(
+            (
+                {"attention_mask": torch.ones(size)},
+                f"`attention_mask` must be [batch, tokens] = (2, 9), but its shape is {size}.",
+            )
+            for size in ((2, 8), (1, 9), (2, 9, 1))
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 9])},
+            "`cu_seqlens` packs sequences into a batch of 1, but the batch of `q` is 2.",
+        ),
+        ({"initial_state": torch.zeros(2, 2, 10, 21)}, f"`initial_state` must be {STATE_SIZE} (2, 2, 10, 21)."),
+        ({"backend": "cuda"}, "`backend` must be one of ('auto', 'eager', 'triton'), but got 'cuda'."),
+        *(
+            (
+                {"segment_ids": ids},
+                f"`segment_ids` must be int64 [batch, tokens] = (2, 9), but it is {ids.dtype} {tuple(ids.shape)}.",
+            )
+            for ids in (NUMBERS[:, :8], NUMBERS.int())
+        ),
+        (
+            {"segment_ids": torch.arange(9).flip(0).expand(2, 9)},
+            "`segment_ids` must never decrease along a row, but they do.",
+        ),
+        *(
+            (
+                {"segment_ids": NUMBERS, **other},
+                "`segment_ids` goes with none of `cu_seqlens`, `initial_state` and `output_final_state`.",
+            )
+            for other in ({"output_final_state": True}, {"initial_state": torch.zeros(2, 2, 136, 21)})
+        ),
+        (
+            {"segment_ids": NUMBERS, "backend": "triton"},
+            "`segment_ids` needs the eager backend: give `backend='triton'` `cu_seqlens`.",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    q, k, v = make_qkv(length=9)
-    with pytest.raises(ValueError, match=message):
-        rebased_attention(**{"q": q, "k": k, "v": v, **change})
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rebased_attention(**{**SIZES, **change})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        *(
+            (bounds, f"`cu_seqlens` must rise from 0 to the number of tokens, 9, but it is {bounds.tolist()}.")
+            for bounds in map(torch.tensor, ([0, 5, 8], [1, 9], [0, 7, 5, 9]))
+        ),
+        (torch.tensor([0]), f"{BOUNDS} (1,) of torch.int64."),
+        (torch.tensor([[0, 9]]), f"{BOUNDS} (1, 2) of torch.int64."),
+        (torch.tensor([0.0, 9.0]), f"{BOUNDS} (2,) of torch.float32."),
+    ],
+)
+def test_bad_bounds_are_named(bounds, message):
+    row = {name: x[:1] for name, x in SIZES.items()}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rebased_attention(**row, cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="`segment_ids` goes with none of"):
+        rebased_attention(**row, cu_seqlens=torch.tensor([0, 9]), segment_ids=NUMBERS[:1])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(2, 2, 4, 16)}, "agree in batch and tokens"),
-        ({"q": torch.zeros(2, 2, 4, 16), "k": torch.zeros(2, 2, 2, 16), "v": torch.zeros(2, 2, 2, 20)}, "one token"),
-        ({"state": torch.zeros(2, 2, 136, 20)}, "`state` must be"),
-        ({"state": torch.zeros(2, 2, 136, 21, dtype=torch.bfloat16)}, "`state` must be float32"),
-        ({"eps": 0.0}, "`eps`"),
-        ({"attention_mask": torch.ones(2, 2)}, "`attention_mask`"),
-        ({"state_indices": torch.tensor([0])}, "`state_indices` must be int32 or int64"),
-        ({"state_indices": torch.tensor([0.0, 1.0])}, "`state_indices` must be int32 or int64"),
-        ({"state_indices": torch.tensor([0, 2])}, "different slots below 2"),
-        ({"state_indices": torch.tensor([1, 1])}, "different slots below 2"),
+        (
+            {"q": torch.zeros(2, 2, 4, 16)},
+            "`q`, `k` and `v` must agree in batch and tokens, but they are (2, 2), (2, 1) and (2, 1).",
+        ),
+        ({name: x[:, :2] for name, x in SIZES.items()}, "`q` must hold one token, but it holds 2."),
+        ({"state": torch.zeros(2, 2, 136, 20)}, f"`state` must be {STATE_SIZE} (2, 2, 136, 20)."),
+        (
+            {"state": torch.zeros(2, 2, 136, 21, dtype=torch.bfloat16)},
+            "`state` must be float32 or float64, but its dtype is torch.bfloat16.",
+        ),
+        *(({"eps": eps}, f"`eps` must be positive, but got {eps}.") for eps in (0.0, math.nan)),
+        (
+            {"attention_mask": torch.ones(2, 2)},
+            "`attention_mask` must be [batch, tokens] = (2, 1), but its shape is (2, 2).",
+        ),
+        *(
+            (
+                {"state_indices": torch.tensor(x)},
+                f"`state_indices` must be int32 or int64 [batch] = (2,), but it is ({len(x)},) of "
+                f"{torch.tensor(x).dtype}.",
+            )
+            for x in ([0], [0.0, 1.0])
+        ),
+        *(
+            (
+                {"state_indices": torch.tensor(x)},
+                f"`state_indices` must be different slots below 2, or negative, but they are {x}.",
+            )
+            for x in ([0, 2], [1, 1], [-1, 3])
+        ),
     ],
 )
 def test_bad_arguments_of_one_token_are_named(change, message):
-    q, k, v = make_qkv(length=1)
-    with pytest.raises(ValueError, match=message):
-        rebased_attention_decode(**{"q": q, "k": k, "v": v, "state": torch.zeros(2, 2, 136, 21), **change})
+    one = {name: x[:, :1] for name, x in SIZES.items()}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rebased_attention_decode(**{**one, "state": torch.zeros(2, 2, 136, 21), **change})
 
 
-def test_cu_seqlens_must_cover_the_tokens():
-    q, k, v = make_qkv(1, 9)
-    with pytest.raises(ValueError, match="must rise from 0 to the number of tokens"):
-        rebased_attention(q, k, v, cu_seqlens=torch.tensor([0, 5, 8]))
+def test_sizes_at_the_limits():
+    """The largest and the smallest; a mask of integers; bounds in int32; slots of padding, twice."""
+    for size, dim in ((128, 256), (1, 1)):
+        q, k, v = make_qkv(1, 3, 2, 2, size, dim)
+        o, state = rebased_attention(
+            q, k, v, eps=1e-20, attention_mask=torch.ones(1, 3).int(), output_final_state=True
+        )
+        assert error(o, oracle(q, k, v)) < 1e-5
+        slots = torch.cat([state, state])
+        rows = [torch.cat([x[:, :1]] * 3) for x in (q, k, v)]
+        decoded = rebased_attention_decode(*rows, slots, state_indices=torch.tensor([-1, 1, -1], dtype=torch.int32))
+        assert not decoded[::2].any() and torch.equal(slots[:1], state)
+        expected = rebased_attention_decode(q[:, :1], k[:, :1], v[:, :1], state)
+        assert error(decoded[1:2], expected.double()) < 1e-6 and error(slots[1:], state.double()) < 1e-6
 
 
 def test_triton_that_cannot_run_says_why():
     q, k, v = make_qkv(dtype=torch.double)
-    with pytest.raises(RuntimeError, match="cannot run here"):
+    reason = triton_unavailable_reason(q.device, q.dtype, 16, 20)
+    message = f"`backend='triton'` cannot run here: {reason}. Use backend='auto' or 'eager'."
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         rebased_attention(q, k, v, backend="triton")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,68 @@ def test_what_fails_leaves_nothing(tmp_path):
         path.mkdir()
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_takes_the_place_of_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    for content in ("a", "b"):
+        with written("new/file") as path:
+            assert path.parent.parent == tmp_path / "new" and path.name == "file"
+            assert path.parent.name.startswith(".file.") and path.parent.name.endswith(".partial")
+            path.write_text(content)
+            seen.append((tmp_path / "new" / "file").exists())
+        assert (tmp_path / "new" / "file").read_text() == content
+        assert [each.name for each in (tmp_path / "new").iterdir()] == ["file"]
+    assert seen == [False, True]
+    (tmp_path / "link").symlink_to("nowhere")
+    with written("link") as path:
+        path.mkdir()
+    assert (tmp_path / "link").is_dir() and not (tmp_path / "link").is_symlink()
+
+
+def test_the_old_output_comes_back_where_the_new_one_cannot_take_its_place(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(FileNotFoundError), written(tmp_path / name):
+            pass  # nothing was written
+    assert (tmp_path / "file").read_text() == "old" and (tmp_path / "link").is_symlink()
+    with pytest.raises(FileNotFoundError), written(tmp_path / "kept" / "a" / "b"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "kept", "link"]
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_a_saved_folder(tmp_path):
+    model = make_model("paper", max_position_embeddings=64)
+    save_model(tmp_path / "bare", model)
+    assert not {"tokenizer.json", "README.md"} & {path.name for path in (tmp_path / "bare").iterdir()}
+    tokenizer, short = byte_tokenizer(), byte_tokenizer()
+    tokenizer.padding_side, short.model_max_length = "right", 20
+    card = ModelCard("---\nlicense: mit\n---\nA card.\n")
+    save_model(tmp_path / "whole", model, tokenizer, card, max_shard_size="20KB")
+    assert (tmp_path / "whole" / "README.md").read_text() == str(card)
+    assert (tmp_path / "whole" / "model.safetensors.index.json").is_file()
+    settings = json.loads((tmp_path / "whole" / "tokenizer_config.json").read_text())
+    assert (settings["padding_side"], settings["model_max_length"]) == ("left", 64)
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 64)
+    save_model(tmp_path / "short", model, short)
+    assert json.loads((tmp_path / "short" / "tokenizer_config.json").read_text())["model_max_length"] == 20
+    assert (tmp_path / "short" / "model.safetensors").is_file()
+
+
+def test_a_gathered_model_is_a_copy_of_a_type():
+    model = make_model("paper")
+    for dtype in (torch.bfloat16, torch.float32):
+        copy = gathered_model(model, dtype) if dtype != torch.bfloat16 else gathered_model(model)
+        assert type(copy) is type(model) and copy.config is model.config
+        assert copy.lm_head.weight is copy.model.embed_tokens.weight
+        assert all(
+            torch.equal(weight, model.state_dict()[name].to(dtype)) for name, weight in copy.state_dict().items()
+        )
+        assert {weight.dtype for weight in copy.state_dict().values()} == {dtype}
 
 
 @pytest.mark.parametrize("name", ["every_type", "paper"])

@@ -1,13 +1,15 @@
 """Reading documents and making blocks: one rule for training, distillation and evaluation."""
 
+import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 
-from modeling_rebased.eval.tasks.rebased_ppl import load_text
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
-from modeling_rebased.training.text import TokenBlocks, encode, read_documents
+from modeling_rebased.training.text import TokenBlocks, encode, read_documents, read_token_ids, tokenizer_identity
 
 
 DOCUMENTS = ["one\n", "two", "three: naïve"]
@@ -25,6 +27,9 @@ def file(request, tmp_path):
 
 def test_documents_are_separated_and_blank_ones_left_out(file):
     assert read_documents([file, file]) == DOCUMENTS * 2
+    pytest.importorskip("datasets")
+    from modeling_rebased.eval.tasks.rebased_ppl import load_text
+
     assert load_text(text_file=file)["test"]["text"] == DOCUMENTS
 
 
@@ -62,3 +67,114 @@ def test_another_tokenizer_or_text_has_another_identity(file, tmp_path):
     (tmp_path / "other.txt").write_text("another text")
     found = {TokenBlocks([file], tokenizer, 4).identity for tokenizer in (byte_tokenizer(), other)}
     assert len(found | {TokenBlocks([str(tmp_path / "other.txt")], byte_tokenizer(), 4).identity}) == 3
+
+
+def test_text_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"ab\xffc")
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(tmp_path / 'a.txt'))} must be text in UTF-8, at byte 2 it is not: 0xff$"
+    ):
+        read_documents([tmp_path / "a.txt"])
+    path = tmp_path / "b.jsonl"
+    for line, words in (
+        ('{"text": 3, "id": 1}', 'no field "text", there is text, id'),
+        ("[1]", 'no field "text", there is list'),
+        ("{", "no JSON: Expecting property name"),
+    ):
+        path.write_text('{"text": "x"}\n \n' + line)
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{path}, line 3: {words}')}"):
+            read_documents([path])
+
+
+def test_token_ids_that_cannot_be(tmp_path):
+    tokenizer, path = byte_tokenizer(), tmp_path / "a.npy"
+    size = len(tokenizer)
+    for ids in (np.array([0, size - 1]), np.array([], dtype=np.uint8), np.array([1], dtype=np.uint16)):
+        np.save(path, ids)
+        assert np.array_equal(read_token_ids(path, tokenizer), ids)
+    start = f"{path} must be a vector of token ids below {size}, but is "
+    for ids, words in (
+        (np.array([0, size]), f"int64 of shape (2,), from 0 to {size}."),
+        (np.array([-1, 5]), "int64 of shape (2,), from -1 to 5."),
+        (np.array([[1], [2]], dtype=np.int32), "int32 of shape (2, 1), from 0 to 2."),
+        (np.array([1.0]), "float64 of shape (1,), from 0.0 to 1.0."),
+    ):
+        np.save(path, ids)
+        with pytest.raises(ValueError, match=f"^{re.escape(start + words)}$"):
+            read_token_ids(path, tokenizer)
+    for content in (b"no array", np.array([{}], dtype=object)):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            np.save(path, content)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no array of numbers: "):
+            read_token_ids(path, tokenizer)
+
+
+def test_blocks_of_several_files(tmp_path):
+    tokenizer = byte_tokenizer()
+    (tmp_path / "a.txt").write_text("abc<|endoftext|>de")
+    np.save(tmp_path / "b.npy", np.array([256, 97, 98]))
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.npy"), str(tmp_path / "a.txt")]
+    expected = [256, 97, 98, 99, 256, 100, 101, 256, 97, 98, 256, 97, 98, 99, 256, 100, 101]
+    identity = hashlib.sha256(tokenizer_identity(tokenizer).encode())
+    for part in ("abc", "de", [256, 97, 98], "abc", "de"):
+        if isinstance(part, str):
+            identity.update(b"<|endoftext|>" + part.encode())
+        else:
+            identity.update(b"<|ids|>" + np.array(part, dtype="<i8").tobytes())
+    for cache_dir in (None, tmp_path / "a" / "cache", str(tmp_path / "a" / "cache")):
+        blocks = TokenBlocks(files, tokenizer, 5, cache_dir)
+        assert blocks.tokens.tolist() == expected and blocks.tokens.dtype == np.uint16
+        assert (blocks.num_bytes, blocks.identity) == (12, identity.hexdigest()[:16])
+        assert (len(blocks), blocks.length) == (3, 5)
+        assert torch.equal(blocks[2]["labels"], torch.tensor(expected[10:15]))
+        assert blocks[0]["input_ids"].dtype == torch.int64
+        assert blocks.blocks(1, 2).tolist() == [expected[5:10]] and blocks.blocks(1, 9).shape == (2, 5)
+        for index in (-1, 3):
+            with pytest.raises(IndexError, match=f"^block {index} of 3$"):
+                blocks[index]
+    assert [path.name for path in (tmp_path / "a" / "cache").iterdir()] == [f"tokens-{blocks.identity}.bin"]
+    assert len(TokenBlocks(files, tokenizer, 17)) == 1
+    with pytest.raises(
+        ValueError, match=f"^--context_length is 18, but {re.escape(', '.join(files))} hold only 17 tokens$"
+    ):
+        TokenBlocks(files, tokenizer, 18)
+    (tmp_path / "empty.txt").write_text(" ")
+    for cache_dir in (None, tmp_path / "cache"):
+        with pytest.raises(ValueError, match="hold only 0 tokens"):
+            TokenBlocks([str(tmp_path / "empty.txt")], tokenizer, 1, cache_dir)
+
+
+def test_stored_tokens_are_not_encoded_again(file, tmp_path, monkeypatch):
+    first = TokenBlocks([file], byte_tokenizer(), 4, tmp_path / "cache")
+    monkeypatch.setattr("modeling_rebased.training.text.encode", None)
+    again = TokenBlocks([file], byte_tokenizer(), 4, tmp_path / "cache")
+    assert np.array_equal(again.tokens, first.tokens) and isinstance(again.tokens, np.memmap)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_the_type_of_stored_tokens_follows_the_vocabulary(file, tmp_path, size, dtype):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(size - len(tokenizer))])
+    assert len(tokenizer) == size
+    for cache_dir in (None, tmp_path / "cache"):
+        assert TokenBlocks([file], tokenizer, 4, cache_dir).tokens.dtype == dtype
+
+
+def test_a_tokenizer_without_an_end_or_a_fast_backend():
+    class Plain:
+        eos_token_id = None
+
+        def get_vocab(self):
+            return {"b": 1, "a": 0}
+
+        def __call__(self, document, **options):
+            assert options == {"add_special_tokens": False, "verbose": False}
+            return {"input_ids": [len(document)]}
+
+    assert encode("abc", Plain()) == [3]
+    expected = hashlib.sha256(json.dumps([["a", 0], ["b", 1]]).encode()).hexdigest()[:16]
+    assert tokenizer_identity(Plain()) == expected
+    fast = byte_tokenizer()
+    assert tokenizer_identity(fast) == hashlib.sha256(fast.backend_tokenizer.to_str().encode()).hexdigest()[:16]
