@@ -5,6 +5,8 @@
 #             environment of its own (RELEASES=newest for one of them); see tests/run_releases.py
 # make test-vllm   tests with vLLM and the kernels library on this machine's CPU, in an environment of its own
 # make lint   ruff's checks and formatting, and mypy's types
+# make mutants   change the code in many small ways, one at a time, and count the changes that no test notices: many hours,
+#             or less with a part of the code, as in MUTANTS='*eager*' (see tests/mutants.md)
 # Each makes .venv first if it is missing. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 WORKERS := 2
 RELEASES := oldest pinned newest
 
-.PHONY: demo test test-releases test-vllm lint
+.PHONY: demo test test-releases test-vllm lint mutants
 
 demo: $(READY)
 	@$(BIN)/python -m modeling_rebased.eval.demo
@@ -35,6 +37,14 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# The folders lie in the copy as they do in a wheel. What was found before stays, so that a second run goes on.
+mutants: $(READY)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check mutmut==3.8.1
+	@mkdir -p build/mutants/modeling_rebased
+	@cp -pR modeling_rebased tests docs configuration README.md pyproject.toml setup.cfg build/mutants
+	@cp -pR conversion training eval serving configuration build/mutants/modeling_rebased
+	@cd build/mutants && OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= "$(CURDIR)/$(BIN)/mutmut" run --max-children $(WORKERS) $(MUTANTS)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time)"
