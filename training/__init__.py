@@ -1,1 +1,1 @@
-"""Training on text and on associative recall, with the transformers Trainer."""
+"""Training on text with the transformers Trainer, and on synthetic tests of learning in context."""

@@ -25,7 +25,7 @@ from .random_numbers import IGNORED, below, distinct, example_rows, mix, numbers
 PADDING = 0  # the symbols are 1 .. symbols, and the separator comes after them
 TEST_SHARE = 8  # one in so many automata
 MAX_EDGES = 3
-_BLOCK = 4096  # automata that are drawn at a time
+_BLOCK = 1024  # automata that are drawn at a time
 
 
 @dataclass(frozen=True)

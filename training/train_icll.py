@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": [64],
         "layers": 2,
         "lrs": [3e-3],
-        "epochs": 10,
+        "epochs": 15,
         "train_examples": [2000],
         "test_examples": 200,
         "dropout": 0.0,
