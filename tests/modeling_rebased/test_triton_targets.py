@@ -43,7 +43,11 @@ triton_plan_rebased._is_hopper = lambda device: capability == 90
 triton_plan_rebased._is_blackwell = lambda device: capability == 100
 q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
-triton_rebased._Attention.apply(q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.25, 1e-12, False)[0].sum().backward()
+triton_rebased._Attention.apply(q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.25, 1e-12, False, None)[0].sum().backward()
+if capability == 90:  # every weight has units of its own
+    ranges = torch.ones(1, 2, length)
+    based = (1.0, 1.0, 0.5, 0.25, 1e-12, False, ranges)
+    triton_rebased._Attention.apply(q, k, v, None, None, None, *based)[0].sum().backward()
 token = [x[:, :1].detach().expand(3, -1, -1, -1).contiguous() for x in (q, k, v)]
 state = torch.zeros(5, 2, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
 options = {"coefficients": (0.0, 0.0, 1.0), "scale": 0.25, "eps": 1e-12}
@@ -94,6 +98,7 @@ def test_kernels_compile(capability, shared, width, tmp_path):
     names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_decode_kernel"}
     names |= {"_conv_kernel", "_conv_backward_kernel"}
     names |= {"_scale_kernel", "_gradient_kernel"} if width > 16 else set()
+    names |= {"_low_state_kernel"} if capability == 90 else set()
     assert {name for _, name, _ in lines} == names
     assert max(int(size) for *_, size in lines) <= shared * 1024
 
