@@ -14,14 +14,14 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.sampling import chat, sample
 from modeling_rebased.training.text import TokenBlocks
 
 from .report import progress
@@ -62,21 +62,6 @@ def requests(words: list[str], count: int, seed: int = 0) -> list[str]:
     return [REQUESTS[i % len(REQUESTS)].format(*draw.sample(words, 3)) for i in range(count)]
 
 
-def chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> BatchEncoding:
-    """Return the prompts in the tokenizer's chat template, padded on the left: input_ids, attention_mask [B, T]."""
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:  # padding is masked, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.apply_chat_template(
-        [[{"role": "user", "content": each}] for each in prompts],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    )
-
-
-@torch.no_grad()
 def sample_answers(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -99,21 +84,10 @@ def sample_answers(
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for start in progress(range(0, len(prompts), batch_size), "answers"):
-        inputs = chat(tokenizer, prompts[start : start + batch_size]).to(teacher.device)
-        output = teacher.generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=0.95,
-            pad_token_id=end,
-        )
-        length = inputs["input_ids"].shape[1]
-        prompt_ids, masks = inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu()
-        for prompt, mask, answer in zip(prompt_ids, masks, output[:, length:].tolist()):
-            if end in answer:
-                answer = answer[: answer.index(end)]
+        inputs = chat(tokenizer, prompts[start : start + batch_size])
+        prompt_ids, masks = inputs["input_ids"], inputs["attention_mask"].bool()
+        answers = sample(teacher, inputs, end, new_tokens=new_tokens, temperature=temperature, top_k=0, top_p=0.95)
+        for prompt, mask, (answer, _) in zip(prompt_ids, masks, answers):
             ids += [end, *prompt[mask].tolist(), *answer]
     return ids
 

@@ -43,8 +43,8 @@ from transformers import (
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.sampling import chat
 
-from .answers import chat
 from .distill import perplexity, read_blocks
 
 

@@ -62,8 +62,13 @@ def _json_lines(name: str | os.PathLike, text: str) -> Iterator[str]:
 
 def encode(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a document, with the end-of-text token before it if the tokenizer has one."""
+    return encode_all([document], tokenizer)[0]
+
+
+def encode_all(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return what `encode` returns for each document; a fast tokenizer shares the documents out to all cores."""
     start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return start + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return [start + ids for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def read_token_ids(path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -142,8 +147,9 @@ class TokenBlocks(torch.utils.data.Dataset):
             if isinstance(part, np.ndarray):
                 yield part.astype(self.dtype)
                 continue
-            for document in tqdm(part, "encoding", disable=None, leave=False):
-                yield np.array(encode(document, tokenizer), dtype=self.dtype)
+            for first in tqdm(range(0, len(part), 1000), "encoding", disable=None, leave=False):
+                for ids in encode_all(part[first : first + 1000], tokenizer):
+                    yield np.array(ids, dtype=self.dtype)
 
     def _in_memory(self, parts: list[np.ndarray | list[str]], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         return np.concatenate([np.empty(0, self.dtype), *self._encoded(parts, tokenizer)])

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.conversion import linearize
-from modeling_rebased.conversion.answers import REQUESTS, chat, requests, sample_answers, topics
+from modeling_rebased.conversion.answers import REQUESTS, requests, sample_answers, topics
 from modeling_rebased.conversion.compare_students import (
     PROMPTS,
     decode_speed,
@@ -23,6 +23,7 @@ from modeling_rebased.conversion.compare_students import (
 from modeling_rebased.conversion.distill import main as distill
 from modeling_rebased.conversion.distill import perplexity
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.training.sampling import chat
 from modeling_rebased.training.text import TokenBlocks
 
 

@@ -1,0 +1,198 @@
+"""Judge short stories: endings, repetitions, persons, and what the teacher thinks of them.
+
+    python -m modeling_rebased.eval.judge_stories --teacher teacher/ --model stories-12m=checkpoints/stories-12m \\
+        --train-file data/stories/train.txt --output eval/results/stories
+
+Each model continues twenty fixed beginnings ten times, and so does the teacher, who is asked for a story. Nothing is
+selected. The command writes
+    OUTPUT/stories.csv     one row per model
+    OUTPUT/stories.json    all texts: {model: [[ten texts of the first beginning], ...]}
+    OUTPUT/stories.md      the texts for a reader, the models side by side
+
+The columns of stories.csv, each over the 200 stories of a model:
+    ended        share that the model ended itself, within --new-tokens
+    persons      share whose continuation names the hero of the beginning again
+    repeated     share of runs of four words that stood in the same story before
+    perplexity   the teacher's, per token of its own, of the continuations after the request and the beginning
+    words        mean number of words, with the beginning
+    copied       share of runs of eight words that stand in the training text; only with --train-file
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.folders import written
+from modeling_rebased.training.prepare_stories import clean, repeated, runs, words_of
+from modeling_rebased.training.sampling import chat, sample
+from modeling_rebased.training.story_prompts import SYSTEM
+from modeling_rebased.training.text import read_documents
+
+
+SAMPLES = 10
+# The hero of each story and its beginning. None of them stands in story_prompts.
+BEGINNINGS = (
+    ("Lily", "Once upon a time, there was a little girl named Lily. She loved her red balloon very much."),
+    ("Tom", "Tom was a small mouse who wanted to see the sea."),
+    ("Anna", "One rainy day, Anna and her brother found a box under the stairs."),
+    ("Ben", "Ben did not like to share his toys."),
+    ("Rosa", "Rosa the rabbit woke up early because she heard somebody cry in the garden."),
+    ("Max", "Max the dog buried his best bone, and then he forgot where it was."),
+    ("Nora", "Grandmother gave Nora three seeds and told her to be patient."),
+    ("Oscar", "Oscar the owl was afraid of the dark, and all the other owls laughed at him."),
+    ("Ella", "It was snowing, and Ella wanted to build the biggest snowman in the village."),
+    ("Peter", "An old fisherman named Peter caught a golden fish. The fish could speak."),
+    ("Mia", "Mia and Leo were best friends, but today they were not talking to each other."),
+    ("Sam", "Sam wanted to be a baker like his father."),
+    ("Ruby", "Ruby the fox saw a shiny key at the bottom of the pond."),
+    ("Hugo", "There was once a bear named Hugo who slept so loudly that nobody in the forest could sleep."),
+    ("Clara", "On the first day of school, Clara hid behind her mother."),
+    ("Finn", "Finn built a boat out of an old door."),
+    ("Daisy", '"Where is my hat?" asked Daisy the duck.'),
+    ("Jack", "Jack broke his mother's favorite cup while she was at work."),
+    ("Zoe", "Every night, Zoe talked to the moon from her window."),
+    ("Otto", "A little robot named Otto lived in a shop full of clocks."),
+)  # fmt: skip
+REQUEST = "Write a short story for small children about {}. Use simple words, short sentences and a clear ending."
+SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0}
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model for inference, in bfloat16 on a GPU and in float32 on a CPU, and its tokenizer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, new_tokens: int, is_teacher: bool
+) -> list[list[tuple[str, bool]]]:
+    """Return `count` continuations of each beginning and whether each ended: [beginning][sample]."""
+    torch.manual_seed(0)
+    beginnings = [text for _, text in BEGINNINGS for _ in range(count)]
+    if is_teacher:
+        requests = [REQUEST.format(hero) for hero, _ in BEGINNINGS for _ in range(count)]
+        inputs = chat(tokenizer, requests, beginnings, SYSTEM)
+    else:
+        tokenizer.padding_side = "left"
+        inputs = tokenizer(beginnings, padding=True, return_tensors="pt")
+    found = sample(model, inputs, tokenizer.eos_token_id, new_tokens=new_tokens, **SAMPLING)
+    texts = [(tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in found]
+    return [texts[i : i + count] for i in range(0, len(texts), count)]
+
+
+@torch.no_grad()
+def judged(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> float:
+    """Return the teacher's perplexity of continuations, [beginning][sample], after the request and the beginning."""
+    total, count = 0.0, 0
+    for (hero, beginning), row in zip(BEGINNINGS, texts, strict=True):
+        before = chat(tokenizer, [REQUEST.format(hero)], [beginning], SYSTEM)["input_ids"][0]
+        after = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in row]
+        rows = [torch.cat([before, torch.tensor(ids, dtype=torch.long)]) for ids in after]
+        # Padding on the right changes nothing before it.
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(teacher.device)
+        logits = teacher(input_ids=ids, use_cache=False).logits[:, len(before) - 1 : -1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, len(before) :], reduction="none")
+        for loss, each in zip(losses, after, strict=True):
+            total, count = total + loss[: len(each)].sum().item(), count + len(each)
+    return math.exp(total / count) if count else math.nan
+
+
+def figures(
+    name: str,
+    stories: list[list[tuple[str, bool]]],
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    known: np.ndarray | None,
+) -> dict[str, Any]:
+    """Return the row of stories.csv of one model.
+
+    Args:
+        name: of the model.
+        stories: continuations and whether they ended, [beginning][sample].
+        teacher, tokenizer: the judge.
+        known: sorted hashes of the training text's runs of eight words.
+    """
+    rows = [
+        (hero, f"{beginning}{text}", text, ended)
+        for (hero, beginning), row in zip(BEGINNINGS, stories, strict=True)
+        for text, ended in row
+    ]
+    result = {
+        "model": name,
+        "stories": len(rows),
+        "ended": np.mean([ended for *_, ended in rows]),
+        "persons": np.mean([hero in text for hero, _, text, _ in rows]),
+        "repeated": np.mean([repeated(whole) for _, whole, _, _ in rows]),
+        "perplexity": judged(teacher, tokenizer, [[text for text, _ in row] for row in stories]),
+        "words": np.mean([len(whole.split()) for _, whole, _, _ in rows]),
+    }
+    if known is not None:
+        eights = np.concatenate([runs(words_of(whole), 8) for _, whole, _, _ in rows])
+        result["copied"] = np.isin(eights, known).mean()
+    return {key: round(float(value), 4) if isinstance(value, float) else value for key, value in result.items()}
+
+
+def for_a_reader(texts: dict[str, list[list[str]]]) -> str:
+    """Return the stories in Markdown, beginning by beginning."""
+    parts = ["# Stories", "Every sample of every model, in order. The beginning of each is in bold."]
+    for i, (_, beginning) in enumerate(BEGINNINGS):
+        parts.append(f"## {i + 1}. {beginning}")
+        for name, rows in texts.items():
+            for j, text in enumerate(rows[i]):
+                parts += [f"### {name}, sample {j + 1}", f"**{beginning}**{text.removeprefix(beginning)}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of the model that wrote the training text")
+    parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER; may be repeated")
+    parser.add_argument("--train-file", type=Path, help="the training text, to see how much is copied from it")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="stories per beginning (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=350, help="most tokens of a continuation (%(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    args = parser.parse_args(with_dashes(argv))
+    if any("=" not in each for each in args.model):
+        parser.error(f"--model is {args.model}; each must be NAME=FOLDER")
+    known = None
+    if args.train_file is not None:
+        known = np.unique(np.concatenate([runs(words_of(text), 8) for text in read_documents([args.train_file])]))
+
+    teacher, tokenizer = load(args.teacher)
+    models = {"teacher": None} | dict(each.split("=", 1) for each in args.model)
+    rows, texts = [], {}
+    for name, folder in models.items():
+        writer = (teacher, tokenizer) if folder is None else load(Path(folder))
+        stories = write(*writer, args.samples, args.new_tokens, folder is None)
+        rows.append(figures(name, stories, teacher, tokenizer, known))
+        texts[name] = [
+            [clean(beginning + text) for text, _ in row]
+            for (_, beginning), row in zip(BEGINNINGS, stories, strict=True)
+        ]
+        print(rows[-1], flush=True)
+    with written(args.output / "stories.csv") as path, open(path, "w", encoding="utf-8", newline="") as out:
+        writer_of_rows = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer_of_rows.writeheader()
+        writer_of_rows.writerows(rows)
+    with written(args.output / "stories.json") as path:
+        path.write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
+    with written(args.output / "stories.md") as path:
+        path.write_text(for_a_reader(texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
