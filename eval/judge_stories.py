@@ -24,6 +24,7 @@ import argparse
 import csv
 import json
 import math
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ def judged(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
     return math.exp(total / count) if count else math.nan
 
 
+def eights(text: str) -> np.ndarray:
+    """Return a hash of each run of eight words."""
+    return runs(words_of(text), 8)
+
+
 def figures(
     name: str,
     stories: list[list[tuple[str, bool]]],
@@ -140,8 +146,7 @@ def figures(
         "words": np.mean([len(whole.split()) for _, whole, _, _ in rows]),
     }
     if known is not None:
-        eights = np.concatenate([runs(words_of(whole), 8) for _, whole, _, _ in rows])
-        result["copied"] = np.isin(eights, known).mean()
+        result["copied"] = np.isin(np.concatenate([eights(whole) for _, whole, _, _ in rows]), known).mean()
     return {key: round(float(value), 4) if isinstance(value, float) else value for key, value in result.items()}
 
 
@@ -170,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--model is {args.model}; each must be NAME=FOLDER")
     known = None
     if args.train_file is not None:
-        known = np.unique(np.concatenate([runs(words_of(text), 8) for text in read_documents([args.train_file])]))
+        with ProcessPoolExecutor() as pool:
+            known = np.unique(np.concatenate([*pool.map(eights, read_documents([args.train_file]), chunksize=1000)]))
 
     teacher, tokenizer = load(args.teacher)
     models = {"teacher": None} | dict(each.split("=", 1) for each in args.model)

@@ -107,7 +107,8 @@ def fault(text: str, ended: bool, names: tuple[str, ...]) -> str | None:
 
 def read_shard(path: Path) -> tuple[list[tuple[int, str, np.ndarray]], Counter[str]]:
     """Return the good texts of a shard as (number, text, hashes of runs of eight words), and counts of the rest."""
-    good, dropped = [], Counter()
+    good: list[tuple[int, str, np.ndarray]] = []
+    dropped: Counter[str] = Counter()
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         text = clean(entry["text"])

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     shards = {shard: args.output_dir / f"shard-{shard:05}.jsonl" for shard in range(-(-args.count // args.batch_size))}
     shards = {shard: path for shard, path in shards.items() if not path.exists()}
-    slowest = 0.0
+    seconds = 0.0  # of the last batch
     with grouped(teacher) if args.cache == "static" else contextlib.nullcontext(), ThreadPoolExecutor(1) as pool:
         # The next batch is composed while the GPU works on this one.
         own = copy.deepcopy(tokenizer)  # a tokenizer does not serve two threads
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         coming = next(composed, None)
         for shard, path in shards.items():
             begun = time.perf_counter()
-            if begun - started + slowest > args.max_seconds:
+            if begun - started + 1.1 * seconds > args.max_seconds:
                 break
             (prompts, inputs), coming = coming.result(), next(composed, None)
             torch.manual_seed(shard)
@@ -138,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
             with written(path) as unfinished:
                 unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             seconds = time.perf_counter() - begun
-            slowest = max(slowest, seconds)
             ended = sum(line["ended"] for line in lines) / len(lines)
             print(f"{path.name}: {tokens / seconds:,.0f} tokens per second, {ended:.1%} ended", flush=True)
 
