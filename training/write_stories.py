@@ -6,7 +6,7 @@ writes
     data/stories/train.txt        the stories, each preceded by <|endoftext|>
     data/stories/heldout.txt      the same for the stories that are held out
     data/stories/heldout.jsonl    the first of those, one JSON object per line: title, text
-    data/stories/tokenizer/       byte-level BPE of 4,096 pieces, learnt on the training text
+    data/stories/tokenizer/       byte-level BPE of 2,048 pieces, learnt on the training text
     data/stories/figures.json     how many stories there are
 
 A story follows one of the plots in story_plots.txt: a hero wants, loses or does something, a friend matters, and there
@@ -69,7 +69,7 @@ class Step:
     Attributes:
         choices: its wordings.
         optional: whether it may be left out.
-        begins_paragraph: whether a paragraph begins with it.
+        begins_paragraph: whether a paragraph begins with it. No such step is optional.
     """
 
     choices: list[str]
@@ -104,6 +104,8 @@ def plots() -> tuple[dict[str, list[str]], dict[str, list[Step]]]:
 def story(number: int) -> Story:
     """Compose the story with this number.
 
+    Some stories go without the introduction of their hero, if the second step names the hero too.
+
     Args:
         number: any integer. The same number always gives the same story.
     """
@@ -115,13 +117,12 @@ def story(number: int) -> Story:
         return re.sub(r"<(\w+)>", lambda name: expanded(shared[name[1]]), draw.choice(choices))
 
     plot = draw.choice(list(known))
-    paragraphs: list[list[str]] = []
-    for step in known[plot]:
-        if step.begins_paragraph:
-            paragraphs.append([])
-        if not step.optional or draw.random() < 0.5:
-            paragraphs[-1].append(expanded(step.choices).format(**slots))
-    text = "\n\n".join(" ".join(paragraph) for paragraph in paragraphs if paragraph)
+    steps = [(step, expanded(step.choices)) for step in known[plot] if not step.optional or draw.random() < 0.5]
+    if "{A}" in steps[1][1] and draw.random() < 0.25:
+        steps = steps[1:]
+    text = ""
+    for step, wording in steps:
+        text += ("\n\n" if step.begins_paragraph and text else " " if text else "") + wording.format(**slots)
     return Story(plot, slots["A"], slots["B"], text)
 
 
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=800_000, help="stories, with the held-out ones (%(default)s)")
     parser.add_argument("--held-out", type=int, default=2_000, help="most stories to hold out (%(default)s)")
     parser.add_argument("--repository-bytes", type=int, default=200_000, help="size of heldout.jsonl (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (%(default)s)")
     args = parser.parse_args(with_dashes(argv))
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
