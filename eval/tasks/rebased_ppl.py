@@ -1,4 +1,4 @@
-"""Documents and scores of the two perplexity tasks in this folder, for lm-eval's YAML files."""
+"""Documents and scores of the perplexity tasks in this folder, for lm-eval's YAML files."""
 
 import importlib.util
 import json
@@ -22,10 +22,19 @@ def _dataset(documents: list[dict[str, str]]) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(documents)}
 
 
+def _beside(name: str) -> dict[str, Dataset]:
+    text = (Path(__file__).resolve().parent / name).read_text(encoding="utf-8")
+    return _dataset([json.loads(line) for line in text.split("\n") if line])
+
+
 def load_heldout(**_: Any) -> dict[str, Dataset]:
     """Return the held-out documents that lie beside this file, as lm-eval's `custom_dataset` wants them."""
-    text = (Path(__file__).resolve().parent / "heldout_english.jsonl").read_text(encoding="utf-8")
-    return _dataset([json.loads(line) for line in text.split("\n") if line])
+    return _beside("heldout_english.jsonl")
+
+
+def load_heldout_stories(**_: Any) -> dict[str, Dataset]:
+    """Return the held-out stories that lie beside this file, as lm-eval's `custom_dataset` wants them."""
+    return _beside("heldout_stories.jsonl")
 
 
 def load_text(text_file: str | None = None, **_: Any) -> dict[str, Dataset]:

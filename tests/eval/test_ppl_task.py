@@ -1,5 +1,6 @@
 """The perplexity tasks: documents and metrics. tests/test_readme.py runs lm-eval's command line."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_rebased  # noqa: F401  registers the model
 from modeling_rebased.eval.tasks import tasks_path
-from modeling_rebased.eval.tasks.rebased_ppl import load_heldout, load_text, process_results
+from modeling_rebased.eval.tasks.rebased_ppl import load_heldout, load_heldout_stories, load_text, process_results
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.training.write_stories import story
 
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -39,6 +41,14 @@ def test_the_held_out_documents():
     titles = documents["title"]
     assert len(titles) == len(set(titles)) == 8
     assert 100_000 < sum(len(text.encode()) for text in documents["text"]) < 300_000
+
+
+def test_the_held_out_stories():
+    """They are the first stories of the command whose persons do not meet in the training text."""
+    texts = load_heldout_stories()["test"]["text"]
+    composed = (story(number) for number in itertools.count())
+    held_out = (each.text for each in composed if each.is_held_out)
+    assert len(texts) > 200 and texts[:100] == list(itertools.islice(held_out, 100))
 
 
 def test_a_text_of_ones_own(tmp_path, monkeypatch):
