@@ -14,6 +14,7 @@ from transformers import (
 
 from .attention_rebased import rebased_attention
 from .configuration_rebased import ReBasedConfig
+from .context_parallel_rebased import rebased_attention_shard, shard_sequence
 from .modeling_rebased import (
     ReBasedForCausalLM,
     ReBasedForQuestionAnswering,
@@ -53,4 +54,6 @@ __all__ = [
     "ReBasedModel",
     "ReBasedPreTrainedModel",
     "rebased_attention",
+    "rebased_attention_shard",
+    "shard_sequence",
 ]

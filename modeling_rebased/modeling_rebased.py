@@ -61,6 +61,14 @@ from .cache_rebased import (
     recurrent_state,
 )
 from .configuration_rebased import ReBasedConfig
+from .context_parallel_rebased import (
+    ContextShard,
+    add_inputs_before,
+    attend_shard,
+    check_layers,
+    group_name,
+    locate_shard,
+)
 from .loss_rebased import can_fuse_loss, linear_cross_entropy
 from .triton_rebased import triton_short_conv, triton_unavailable_reason
 
@@ -218,6 +226,7 @@ class ReBasedCausalConv(nn.Module):
         cache: Cache | None,
         segment_ids: torch.Tensor | None,
         gate: torch.Tensor | None = None,
+        shard: ContextShard | None = None,
     ) -> torch.Tensor:
         """Return conv(u), or conv(u) * gate + u where there is a gate.
 
@@ -228,10 +237,16 @@ class ReBasedCausalConv(nn.Module):
             cache (`Cache`, *optional*): holds the last `kernel_size` inputs, [B, size, kernel_size].
             segment_ids (`torch.Tensor`, *optional*): [B, T], the number of each token's packed sequence.
             gate (`torch.Tensor`, *optional*): [B, T, size].
+            shard (`ContextShard`, *optional*): the tokens' place, if other ranks hold what comes before them.
 
         Returns:
             `torch.Tensor`: [B, T, size].
         """
+        length = hidden_states.shape[1]
+        if shard is not None:
+            hidden_states, attention_mask, segment_ids, gate = add_inputs_before(
+                shard, hidden_states, attention_mask, segment_ids, gate
+            )
         x = hidden_states
         state = conv_state(cache, self.layer_idx)
         if attention_mask is not None:
@@ -265,7 +280,8 @@ class ReBasedCausalConv(nn.Module):
         if attention_mask is not None:
             position = (kept.long().cumsum(1) - 1).clamp_min(0)
             out = out.gather(1, position[..., None].expand_as(out))
-        return out if gate is None else out * gate + hidden_states
+        out = out if gate is None else out * gate + hidden_states
+        return out if shard is None else out[:, -length:]
 
     def _has_kernel(self, x: torch.Tensor) -> bool:
         """Return whether Triton's kernel can do what `_taps` does, from the first token on."""
@@ -329,10 +345,12 @@ class ReBasedShortConv(ReBasedCausalConv):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         segment_ids: torch.Tensor | None = None,
+        shard: ContextShard | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Map [B, T, hidden_size] to the same shape. The other arguments are those of `convolve`."""
-        return self.convolve(hidden_states, attention_mask, cache, segment_ids, gate=self.proj(hidden_states))
+        gate = self.proj(hidden_states)
+        return self.convolve(hidden_states, attention_mask, cache, segment_ids, gate, shard)
 
 
 class ReBasedGatedConv(ReBasedCausalConv):
@@ -355,11 +373,12 @@ class ReBasedGatedConv(ReBasedCausalConv):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         segment_ids: torch.Tensor | None = None,
+        shard: ContextShard | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Map [B, T, hidden_size] to the same shape. The other arguments are those of `convolve`."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        convolved = self.convolve(convolved, attention_mask, cache, segment_ids)
+        convolved = self.convolve(convolved, attention_mask, cache, segment_ids, shard=shard)
         return self.out_proj(F.silu(convolved) * gate)
 
 
@@ -394,6 +413,7 @@ class ReBasedLinearAttention(nn.Module):
         linear_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cu_seqlens: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        shard: ContextShard | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """
@@ -404,6 +424,7 @@ class ReBasedLinearAttention(nn.Module):
             linear_position_embeddings (`tuple[torch.Tensor, torch.Tensor]`, *optional*): cos and sin, [B, T, F].
             cu_seqlens, segment_ids (`torch.Tensor`, *optional*): [N + 1], bounds of packed sequences, and [B, T], the
                 number of each token's.
+            shard (`ContextShard`, *optional*): the tokens' place, if other ranks hold what comes before them.
 
         Returns:
             `tuple[torch.Tensor, None]`: [B, T, hidden_size], and no attention weights.
@@ -417,6 +438,7 @@ class ReBasedLinearAttention(nn.Module):
             linear_position_embeddings,
             cu_seqlens,
             segment_ids,
+            shard,
         )
         return self.o_proj(output.flatten(-2)), None
 
@@ -429,6 +451,7 @@ class ReBasedLinearAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         cu_seqlens: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
+        shard: ContextShard | None = None,
     ) -> torch.Tensor:
         """Map [B, T, hidden_size] and values [B, T, H_kv, D] to [B, T, H, D]."""
         q_norm, k_norm = self.q_norm, self.k_norm if self.k_norm is not None else self.q_norm
@@ -445,6 +468,9 @@ class ReBasedLinearAttention(nn.Module):
         q, k = q.to(values.dtype), k.to(values.dtype)
 
         options: dict[str, Any] = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
+        if shard is not None:
+            packing = {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}
+            return attend_shard(q, k, values, shard, attention_mask=attention_mask, **packing, **options)
         state = recurrent_state(cache, self.layer_idx)
         if cache is not None:
             record_recurrence(cache, self.layer_idx, k, values, attention_mask, options)
@@ -782,6 +808,28 @@ class ReBasedPreTrainedModel(PreTrainedModel):
             self.config.auto_map = AUTO_MAP | (getattr(self.config, "auto_map", None) or {})
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def set_context_parallel_group(self, group: Any) -> None:
+        """Split sequences over the ranks of a process group: context parallelism.
+
+        From now on each rank calls the model with its own shard, consecutive tokens of every row, in the order of the
+        ranks. Hidden states, logits and gradients are those of one process with all tokens, without a cache.
+        `shard_sequence` splits a batch. Every rank must take part in every forward and backward pass.
+
+        Args:
+            group (`ProcessGroup` or one-dimensional `DeviceMesh`): The ranks. `None` ends it.
+
+        Raises:
+            `ValueError`: the model has layers other than "conv" and "linear_attention", or a head that reads the
+                whole sequence at once.
+        """
+        if group is not None:
+            check_layers(self.config.layer_types)
+            if isinstance(self, (GenericForSequenceClassification, GenericForQuestionAnswering)):
+                raise ValueError(
+                    f"{type(self).__name__} cannot be split over ranks: its head reads the whole sequence at once."
+                )
+        self.base_model.context_group = None if group is None else group_name(group)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -916,6 +964,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
             if config.rope_linear_attention:
                 self.linear_rotary_emb = ReBasedLinearRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.context_group: str | None = None  # the name of a process group, see `set_context_parallel_group`
         self.post_init()
 
     @either_cache_name
@@ -979,13 +1028,26 @@ class ReBasedModel(ReBasedPreTrainedModel):
             )
         if packing is not None and cache is not None:
             raise ValueError(f"Packed sequences (`{packing.given_by}`) cannot continue from `{CACHE_NAME}`.")
-        if use_cache and cache is None and packing is None:
+        shard = None
+        if self.context_group is not None:
+            shard = locate_shard(
+                self.context_group,
+                inputs_embeds,
+                self.config.conv_kernel_size if "conv" in self.config.layer_types else 1,
+                padding_mask,
+                packing,
+                position_ids,
+                kwargs.get("seq_idx"),
+            )
+        elif use_cache and cache is None and packing is None:
             cache = DynamicCache(config=self.config)
             counter = prepare_cache(cache, self.config, inputs_embeds)
         if masks is None:
             masks = _create_masks(self.config, inputs_embeds, attention_mask, padding_mask, cache, packing)
         if position_ids is None and self.config.position_embedding_type != "none":
             position_ids = count_positions(inputs_embeds, attention_mask, packing, cache, counter)
+            if shard is not None:
+                position_ids = shard.count_on(position_ids, padding_mask)
         if counter is not None:
             counter.update(padding_mask, inputs_embeds.shape[1])
 
@@ -1011,6 +1073,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
                 cache=cache,
                 cu_seqlens=packing.cu_seqlens if packing is not None else None,
                 segment_ids=packing.segment_ids if packing is not None else None,
+                shard=shard,
                 **kwargs,
             )
         if kwargs.get("output_attentions", self.config.output_attentions):
@@ -1041,6 +1104,14 @@ class ReBasedModel(ReBasedPreTrainedModel):
             raise ValueError("`cu_seq_lens_k` needs `cu_seq_lens_q`, which has the bounds of packed sequences.")
         if kwargs.get("is_causal") is False and self.config.is_recurrent:
             raise ValueError("`is_causal=False` is not possible: a recurrent layer sees only what came before.")
+        if self.context_group is not None:
+            if cache is not None:
+                raise ValueError(f"`{CACHE_NAME}` cannot be used by a model whose sequences are split over ranks.")
+            if kwargs.get("cu_seq_lens_q") is not None:
+                raise ValueError(
+                    "`cu_seq_lens_q` cannot be used by a model whose sequences are split over ranks. Give `seq_idx`, "
+                    "which `shard_sequence` makes of it."
+                )
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
                 f"`{CACHE_NAME}` cannot be used in training with gradient checkpointing, which runs every layer "

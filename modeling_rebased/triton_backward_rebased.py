@@ -527,6 +527,34 @@ def _sizes(
     }  # fmt: skip
 
 
+def allocate_scaled(grad: Tensor, inverse_z: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for what `_scale_gradient` stores: scaled_grad of so many columns, delta and minus_delta."""
+    half = torch.float32 if grad.dtype == torch.float32 or INTERPRETED else torch.bfloat16
+    shape = grad.shape[:3]
+    scaled_grad, minus_delta = grad.new_empty(*shape, columns, dtype=half), grad.new_empty(*shape, 16, dtype=half)
+    return scaled_grad, torch.empty_like(inverse_z), minus_delta
+
+
+def launch_scale(
+    prepared: PreparedCall, grad: Tensor, o: Tensor, inverse_z: Tensor, scaled_grad: Tensor, delta: Tensor,
+    minus_delta: Tensor,
+) -> None:  # fmt: skip
+    """Fill scaled_grad [B, T, H, DP], delta [B, H, T] and minus_delta [B, T, H, 16] by `_scale_kernel`."""
+    batch, length, heads, head_dim = grad.shape
+
+    def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return grid_of_rows(-(-length // 64) * heads, batch), {
+            **strides_of("do", grad), "T": length, "N": batch, "D": head_dim, "DP": prepared.layout.d, "H": heads,
+            "BM": 64, "CT": compute_type(grad.dtype),
+        }  # fmt: skip
+
+    tensors = {
+        "o": o, "do": grad, "inverse_z": inverse_z, "scaled_grad": scaled_grad, "delta": delta,
+        "minus_delta": minus_delta,
+    }  # fmt: skip
+    launch(prepared, "scale", _scale_kernel, tensors, complete)
+
+
 def _gradient_through_state(
     x: Tensor, y: Tensor, states: Tensor, mask: Tensor | None, cut: Segments, prepared: PreparedCall, group: int,
     keys: bool, has_initial: bool,
@@ -574,7 +602,7 @@ def backward_pass(
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_initial
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     grad, o = with_unit_stride(grad), o.contiguous()
-    batch, length, heads, feature_dim = q.shape
+    _, length, heads, feature_dim = q.shape
     kv_heads, head_dim = v.shape[2:]
     group = heads // kv_heads
     mask = mask_as_bytes(attention_mask)
@@ -591,10 +619,7 @@ def backward_pass(
         cut = cut_into_segments(prepared, q, kv_heads, has_initial, has_last, cu_seqlens)
         dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         v = pad_rows(v, prepared)
-        half = torch.float32 if q.dtype == torch.float32 or INTERPRETED else torch.bfloat16
-        scaled_grad = q.new_empty(batch, length, heads, layout.d, dtype=half)
-        delta = torch.empty_like(inverse_z)
-        minus_delta = q.new_empty(batch, length, heads, 16, dtype=half)
+        scaled_grad, delta, minus_delta = allocate_scaled(grad, inverse_z, layout.d)
         inputs = {
             "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
             "ranges": ranges,
@@ -603,20 +628,7 @@ def backward_pass(
         has_state = cut.packed or has_initial or length > cut.length
         from_state = None
         if separate and has_state:
-            scaled = {
-                "o": o, "do": grad, "inverse_z": inverse_z, "scaled_grad": scaled_grad, "delta": delta,
-                "minus_delta": minus_delta,
-            }  # fmt: skip
-            launch(
-                prepared, "scale", _scale_kernel, scaled,
-                lambda: (
-                    grid_of_rows(-(-length // 64) * heads, batch),
-                    {
-                        **strides_of("do", grad), "T": length, "N": batch, "D": head_dim, "DP": layout.d, "H": heads,
-                        "BM": 64, "CT": compute_type(q.dtype),
-                    },
-                ),
-            )  # fmt: skip
+            launch_scale(prepared, grad, o, inverse_z, scaled_grad, delta, minus_delta)
             from_state = _gradient_through_state(
                 q, scaled_grad, states, None, cut, prepared, group, False, has_initial
             )

@@ -29,6 +29,7 @@ Each file has one subject. From the ground up:
     triton_forward_rebased      the forward pass
     triton_backward_rebased     the backward pass
     triton_decode_rebased       one token
+    triton_context_rebased      what a shard of a sequence gives to the other shards
     triton_conv_rebased         the short convolution between the layers of attention
     triton_rebased              the operators and the public functions
 """
@@ -45,6 +46,7 @@ from torch.autograd.function import once_differentiable
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM
 from .triton_backward_rebased import backward_fake, backward_pass
 from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, conv_forward
+from .triton_context_rebased import state_fake, state_gradient_fake, state_gradient_pass, state_pass
 from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
 from .triton_inputs_rebased import bring_into_range
@@ -147,6 +149,8 @@ _SCHEMAS = {
     "conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) -> Tensor",
     "conv_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "state": f"(Tensor k, Tensor v, Tensor? attention_mask, {_COEFFICIENTS}) -> Tensor",
+    "state_gradient": f"(Tensor grad, Tensor q, Tensor o, Tensor inverse_z, int kv_heads, {_COEFFICIENTS}) -> Tensor",
 }
 
 
@@ -171,6 +175,8 @@ def _register():
             "decode": (decode_token, decode_fake),
             "conv": (conv_forward, conv_fake),
             "conv_backward": (conv_backward, conv_backward_fake),
+            "state": (state_pass, state_fake),
+            "state_gradient": (state_gradient_pass, state_gradient_fake),
         }.items():
             library.define(op + _SCHEMAS[op], tags=torch.Tag.pt2_compliant_tag)
             library.impl(op, real, "CUDA")
@@ -186,7 +192,7 @@ def _register():
     return getattr(torch.ops, name)
 
 
-_OPS = _register() if HAS_TRITON else None
+OPS = _register() if HAS_TRITON else None
 
 
 def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, feature_dim: int, head_dim: int) -> str | None:
@@ -266,7 +272,7 @@ def triton_rebased_attention(
     inputs = (q, k, v, attention_mask, cu_seqlens, initial_state)
     options = (c0, c1, c2, float(scale), float(eps), output_final_state, ranges)
     if not _is_plain(*inputs):
-        o, final, _, _, _ = _OPS.forward(*inputs, *options)
+        o, final, _, _, _ = OPS.forward(*inputs, *options)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         o, final, _, _, _ = _Attention.apply(*inputs, *options)
     else:
@@ -302,7 +308,7 @@ def triton_rebased_decode(
     """
     c0, c1, c2 = (float(c) for c in coefficients)
     inputs = (q, k, v, state, attention_mask, state_indices)
-    decode = decode_token if _is_plain(*inputs) else _OPS.decode
+    decode = decode_token if _is_plain(*inputs) else OPS.decode
     return decode(*inputs, c0, c1, c2, float(scale), float(eps))
 
 
@@ -327,7 +333,7 @@ def triton_short_conv(
     """
     inputs = (x, weight, bias, gate, segment_ids)
     if not _is_plain(*inputs):
-        return _OPS.conv(*inputs)
+        return OPS.conv(*inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _ShortConv.apply(*inputs)
     return conv_forward(*inputs)

@@ -37,13 +37,15 @@ import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu`, with the reason, where torch sees no GPU."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs an NVIDIA GPU, torch.cuda.is_available() is False")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+    """Skip tests marked `gpu` or `multi_gpu`, with the reason, where torch sees no GPU or only one."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for mark, least, reason in (
+        ("gpu", 1, "needs an NVIDIA GPU, torch.cuda.is_available() is False"),
+        ("multi_gpu", 2, f"needs at least two NVIDIA GPUs, torch sees {gpus}"),
+    ):
+        for item in items if gpus < least else []:
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_sessionfinish() -> None:

@@ -105,7 +105,7 @@ def test_operators_are_well_formed():
     x, weight, bias, gate = (t.requires_grad_() for t in make(1, 9, 6, 3))
     ids = torch.tensor([[0] * 4 + [1] * 5], device=DEVICE)
     for inputs in ((x, weight, bias, gate, ids), (x, weight, None, None, None)):
-        torch.library.opcheck(triton_rebased._OPS.conv, inputs)
+        torch.library.opcheck(triton_rebased.OPS.conv, inputs)
 
 
 @pytest.mark.parametrize("conv_type", ["residual", "gated"])

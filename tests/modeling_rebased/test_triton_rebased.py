@@ -215,7 +215,7 @@ def test_short_sequences_are_one_segment(length, state, small_plan):
     assert prepared.segment == (96 if length <= 96 else 32)
     initial = torch.rand(2, 1, 45, 7, device=DEVICE) + 4 if state else None
     check(q, k, v, eps=1e-2, initial=initial, final=state)
-    operator = triton_rebased._OPS.forward.default  # its fake implementation knows no lengths, see `count_slots`
+    operator = triton_rebased.OPS.forward.default  # its fake implementation knows no lengths, see `count_slots`
     arguments = (q, k, v, None, None, initial, *REBASED, 1 / 3, 1e-2, state)
     torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
@@ -615,7 +615,7 @@ def test_operators_are_well_formed():
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if DEVICE == "cpu":  # compares every element of every output, and on a GPU the states' spare ones hold anything
         tests.append("test_aot_dispatch_static")
-    op = triton_rebased._OPS.forward.default
+    op = triton_rebased.OPS.forward.default
     initial = torch.rand(1, 1, 10, 5, device=DEVICE, requires_grad=True)
     torch.library.opcheck(op, (q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.5, 1e-3, False), test_utils=tests)
     torch.library.opcheck(op, (q, k, v, None, None, initial, 0.0, 0.0, 1.0, 0.5, 1e-3, True), test_utils=tests)
@@ -623,7 +623,7 @@ def test_operators_are_well_formed():
     one = [x[:, :1].detach() for x in (q, k, v)]
     for indices in (None, torch.tensor([0], device=DEVICE)):
         arguments = (*one, state, None, indices, 0.0, 0.0, 1.0, 0.5, 1e-3)
-        torch.library.opcheck(triton_rebased._OPS.decode.default, arguments, test_utils=tests)
+        torch.library.opcheck(triton_rebased.OPS.decode.default, arguments, test_utils=tests)
 
 
 def test_export_with_any_length():
@@ -704,7 +704,7 @@ def test_copies_of_the_files_live_together(tmp_path):
 
     expected = run(triton_rebased)
     copies = [load_backend(same, "copy_a")]
-    assert copies[0]._OPS.forward is triton_rebased._OPS.forward
+    assert copies[0].OPS.forward is triton_rebased.OPS.forward
     files = sorted(path.name for path in same.glob("triton_*.py"))
     assert len(files) > 10
     for number, file in enumerate(files):  # an edit of any of them is another version
@@ -713,7 +713,7 @@ def test_copies_of_the_files_live_together(tmp_path):
             edited.write("\n# another version\n")
         copies.append(load_backend(other, f"copy_b{number}"))
     copies.append(load_backend(same, "copy_a"))
-    assert len({str(module._OPS.forward) for module in copies}) == 1 + len(files)
+    assert len({str(module.OPS.forward) for module in copies}) == 1 + len(files)
     for module in (copies[1], copies[0], triton_rebased, copies[2], copies[-1]):
         assert all(torch.equal(a, b) for a, b in zip(run(module), expected))
     del copies

@@ -1,0 +1,76 @@
+"""A sequence that is split over processes is computed as by one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_rebased.attention_rebased import rebased_attention
+from modeling_rebased.configuration_rebased import n_features
+from modeling_rebased.triton_rebased import OPS
+from tests.modeling_rebased import context_parallel_ranks
+from tests.processes import ROOT
+
+
+def run_ranks(folder: Path, device: str, processes: int) -> list[dict[str, str]]:
+    """Run all cases on so many processes, and return by rank what failed, by the case and the size of its group."""
+    script = Path(context_parallel_ranks.__file__)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(script), str(folder), device, str(processes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> list[dict[str, str]]:
+    """Start the processes once for all tests of this file: importing the libraries takes most of the time."""
+    return run_ranks(tmp_path_factory.mktemp("ranks"), "cpu", 4)
+
+
+@pytest.mark.parametrize("case", context_parallel_ranks.CASES)
+def test_on_one_to_four_processes(failures, case):
+    for rank, failed in enumerate(failures):
+        for size in range(1, 5):
+            assert f"{case} ({size})" not in failed, f"rank {rank} of {size}:\n{failed[f'{case} ({size})']}"
+
+
+@pytest.mark.multi_gpu
+def test_on_all_gpus(tmp_path):
+    """The same cases with NCCL, in groups of 1 to all GPUs of the machine, at most 4."""
+    failures = run_ranks(tmp_path, "cuda", min(4, torch.cuda.device_count()))
+    for rank, failed in enumerate(failures):
+        assert not failed, f"rank {rank}:\n" + "\n".join(f"{case}\n{error}" for case, error in failed.items())
+
+
+# Up to 16 features and beyond, the kernels are others. 70 tokens are more than one segment.
+@pytest.mark.parametrize(
+    ("length", "feature_dim", "coefficients"), [(70, 5, (1.0, 1.0, 0.5)), (20, 17, (0.0, 0.0, 1.0))]
+)
+def test_sums_of_a_shard_by_the_kernels(length, feature_dim, coefficients):
+    """The state after a shard and the gradient of the state before it, against autograd through PyTorch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    sizes = [(2, length, 4, feature_dim), (2, length, 2, feature_dim), (2, length, 2, 3), (2, length, 4, 3)]
+    q, k, v, gradient = (torch.randn(size, device=device) for size in sizes)
+    mask = torch.rand(2, length, device=device) > 0.3
+    initial = torch.randn(2, 2, n_features(feature_dim, coefficients), 4, device=device)
+    initial[..., -1] = initial[..., -1].abs() + 20  # a normaliser far from 0
+    scale = feature_dim**-0.5
+    exact = [x.double() for x in (q, k, v)]
+    leaf = initial.double().requires_grad_()
+    options = {"coefficients": coefficients, "attention_mask": mask, "backend": "eager"}
+    _, state = rebased_attention(*exact, output_final_state=True, **options)
+    (expected,) = torch.autograd.grad(
+        rebased_attention(*exact, initial_state=leaf, **options)[0], leaf, gradient.double()
+    )
+    torch.testing.assert_close(OPS.state(k, v, mask, *coefficients, scale), state.float(), rtol=1e-4, atol=1e-3)
+    o, _, inverse_z, _, _ = OPS.forward(q, k, v, mask, None, initial, *coefficients, scale, 1e-12, False)
+    got = OPS.state_gradient(gradient, q, o, inverse_z, 2, *coefficients, scale)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
