@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plot_mqar
-from .plot_style import color_of, label_lines, label_of, new_figure, plain_log_axis, save
+from .plot_style import OTHERS, color_of, label_lines, label_of, new_figure, plain_log_axis, save
 
 
 def plot_kernels(rows: list[dict[str, Any]], title: str, path: str | Path) -> None:
@@ -133,6 +133,36 @@ def plot_models(training: list[dict[str, Any]], generation: list[dict[str, Any]]
         title="training step of 32,768 tokens or one sequence",
     )
     axes[0, 1].set(xlabel="tokens of context", ylabel="milliseconds per token", title="generate(), batch 1")
+    save(figure, path)
+
+
+def plot_context_parallel(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw the speed and the memory of a training step over the GPUs that share its sequence.
+
+    Args:
+        rows: rows of context_parallel.csv: gpu, gpus, tokens_per_gpu, tokens_per_s, peak_gib.
+        path: the PNG.
+    """
+    figure, axes = new_figure(1, 2, 5.0, 3.8)
+    counts = sorted({row["gpus"] for row in rows})
+    ends: list[list[tuple]] = [[], []]
+    for number, shard in enumerate(sorted({row["tokens_per_gpu"] for row in rows})):
+        mine = sorted((row for row in rows if row["tokens_per_gpu"] == shard), key=lambda row: row["gpus"])
+        color = OTHERS[number % len(OTHERS)]
+        for axis, key, end in zip(axes[0], ("tokens_per_s", "peak_gib"), ends):
+            axis.plot([row["gpus"] for row in mine], [row[key] for row in mine], marker="o", ms=4, lw=1.8, color=color)
+            end.append((mine[-1]["gpus"], mine[-1][key], f"{shard:,} tokens per GPU", color))
+        alone = [row["tokens_per_s"] for row in mine if row["gpus"] == 1]
+        if alone:
+            axes[0, 0].plot(counts, [n * alone[0] for n in counts], ":", lw=1.2, color=color)
+    for axis, title, unit in zip(axes[0], ("training step", "peak memory"), ("tokens per second", "GiB per GPU")):
+        axis.set(xlabel="GPUs that share a sequence", ylabel=unit, title=title, xticks=counts)
+        axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+    figure.canvas.draw()
+    for axis, end in zip(axes[0], ends):
+        label_lines(axis, end)
+    figure.suptitle(f"{rows[0]['gpu']}; dotted: the speed of one GPU times their number", fontsize=10)
     save(figure, path)
 
 
@@ -259,6 +289,9 @@ def redraw(folder: Path) -> list[Path]:
         if "ms_per_token" in read_csv(path)[0]:  # older files have no time per token of generate()
             drawn.append(path.with_name("models.png"))
             plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
+    for path in sorted(folder.glob("**/context_parallel.csv")):
+        drawn.append(path.with_suffix(".png"))
+        plot_context_parallel(read_csv(path), drawn[-1])
     for path in sorted(folder.glob("**/slices.json")):
         drawn.append(path.with_name("slices.png"))
         plot_slices(json.loads(path.read_text(encoding="utf-8")), drawn[-1])

@@ -31,7 +31,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -44,6 +43,7 @@ from modeling_rebased.configuration import config_names, config_path
 from .arguments import parse_dataclasses
 from .byte_tokenizer import byte_tokenizer
 from .card import file_size, hardware, model_card, training_section, typed_command
+from .context_parallel import ContextParallelTrainer
 from .folders import gathered_model, save_model, written
 from .resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from, weights_identity
 from .text import TokenBlocks, tokenizer_identity
@@ -216,7 +216,7 @@ def load_model(model_args: ModelArguments, config: ReBasedConfig) -> ReBasedForC
 # ---------------------------------------------------------------- training
 
 
-class LMTrainer(Trainer):
+class LMTrainer(ContextParallelTrainer):
     """A Trainer that also reports bits per byte, which compares models whatever their tokenizers.
 
     With `label_smoothing_factor` only the training loss is smoothed, so that the evaluation stays one in bits.
@@ -284,16 +284,20 @@ def _main(argv: list[str]) -> None:
     if args.compile_layers and not args.torch_compile:
         for layer in model.model.layers:
             layer.compile()
-    trainer = LMTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        # Blocks need no padding. The library's collator for a tokenizer would pad them through Python lists, 40 ms for
-        # 16 blocks of 2,048 tokens, and add a mask of ones, which every layer would heed.
-        data_collator=default_data_collator,
-    )
+    try:
+        trainer = LMTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+            # Blocks need no padding. The library's collator for a tokenizer would pad them through Python lists, 40 ms
+            # for 16 blocks of 2,048 tokens, and add a mask of ones, which every layer would heed.
+            data_collator=default_data_collator,
+        )
+    except ValueError as error:
+        raise SystemExit(f"rebased-train: error: {error}") from error
+    batches = args.world_size // trainer.get_cp_size()  # processes that do not share one
     logger.warning(
         f"{model.num_parameters() / 1e6:.2f}M parameters, {len(train_data.tokens):,} training tokens in blocks of "
         f"{length}, {args.world_size} process(es) on {args.device.type}"
@@ -307,7 +311,7 @@ def _main(argv: list[str]) -> None:
     figures = {
         "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
-        "tokens_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size * length,
+        "tokens_per_step": args.train_batch_size * args.gradient_accumulation_steps * batches * length,
         "training_bytes": train_data.num_bytes,
     }
     if eval_data is not None:

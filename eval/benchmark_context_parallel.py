@@ -1,0 +1,258 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Time a training step whose one sequence is split over GPUs, and compare its result with one GPU.
+
+    torchrun --nproc-per-node 2 -m modeling_rebased.eval.benchmark_context_parallel --output output/context_parallel
+
+Every GPU holds as many tokens whatever the number of GPUs, so a sequence is longer on more GPUs. The measured step is
+`model(...).loss.backward()` in training mode, in bfloat16, with compiled layers and activation checkpointing, followed
+by the average of the gradients over the GPUs. There is no optimizer. With one GPU there is no exchange at all.
+
+Writes to the output folder:
+
+    context_parallel.csv    for each number of GPUs and tokens per GPU: time, tokens per second, share of the speed of
+                            one GPU times their number, peak memory per GPU, and the bytes that a GPU receives
+    errors.csv              relative errors of logits and gradients against one GPU, in norm
+    context_parallel.png    a picture of the first table
+
+The bytes are counted as the collectives are called, in one step without compilation and without checkpointing. Their
+number does not depend on the number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, shard_sequence
+from modeling_rebased.configuration import config_path
+
+from .plots import plot_context_parallel
+from .timing import write_csv
+
+
+class Received(TorchDispatchMode):
+    """Count the bytes that this process receives by all-gathers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and keep the size of what it brings from the other processes."""
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.sizes.append(result.nbytes - args[0].nbytes)
+        return result
+
+
+def load(name: str, device: str, dtype: torch.dtype) -> ReBasedForCausalLM:
+    """Return a model with random weights, the same on every process."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return ReBasedForCausalLM(ReBasedConfig.from_pretrained(config_path(name))).to(dtype)
+
+
+def make_batch(model: ReBasedForCausalLM, length: int) -> dict[str, torch.Tensor]:
+    """Return one sequence of random tokens, the same on every process."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+    return {"input_ids": ids, "labels": ids}
+
+
+@contextmanager
+def split_over(model: ReBasedForCausalLM, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Split the model's sequences over a group, or over none."""
+    model.set_context_parallel_group(group)
+    try:
+        yield
+    finally:
+        model.set_context_parallel_group(None)
+
+
+def average_gradients(model: ReBasedForCausalLM, group: dist.ProcessGroup) -> None:
+    """Replace each gradient by its mean over the group."""
+    works = [dist.all_reduce(parameter.grad, group=group, async_op=True) for parameter in model.parameters()]
+    for work, parameter in zip(works, model.parameters()):
+        work.wait()
+        parameter.grad /= group.size()
+
+
+def error_rows(name: str, device: str, length: int, group: dist.ProcessGroup) -> list[dict[str, Any]]:
+    """Compare a sequence over all processes with the same on each process alone."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(name, device, dtype).eval()
+        batch = make_batch(model, length)
+        logits = model(**batch).logits.detach()
+        model(**batch).loss.backward()
+        whole = {key: parameter.grad.float() for key, parameter in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        with split_over(model, group):
+            shard = shard_sequence(batch, group)
+            output = model(**shard)
+            output.loss.backward()
+        average_gradients(model, group)
+        start = dist.get_rank(group) * length // group.size()
+        expected = logits[:, start : start + output.logits.shape[1]].float()
+        # Sums of squares over all processes, of the differences and of what is expected
+        squares = torch.stack([(output.logits.detach().float() - expected).square().sum(), expected.square().sum()])
+        dist.all_reduce(squares, group=group)
+        differences = {key: parameter.grad.float() - whole[key] for key, parameter in model.named_parameters()}
+        worst = max((differences[key].norm() / whole[key].norm().clamp_min(1e-30)).item() for key in whole)
+        total = torch.stack([x.norm() for x in differences.values()]).norm()
+        rows.append(
+            {
+                "gpus": group.size(),
+                "tokens": length,
+                "dtype": str(dtype).removeprefix("torch."),
+                "logits": f"{(squares[0] / squares[1]).sqrt().item():.3g}",
+                "gradients": f"{(total / torch.stack([x.norm() for x in whole.values()]).norm()).item():.3g}",
+                "worst_gradient": f"{worst:.3g}",
+            }
+        )
+        del model, output, whole, differences
+    return rows
+
+
+def count_bytes(name: str, device: str, group: dist.ProcessGroup) -> dict[str, int]:
+    """Return the bytes that a process receives in the forward pass, per layer, and in a whole step."""
+    model = load(name, device, torch.bfloat16 if device != "cpu" else torch.float32).train()
+    batch = make_batch(model, 256 * group.size())
+    with split_over(model, group):
+        shard = shard_sequence(batch, group)
+        with Received() as received:
+            loss = model(**shard).loss
+        forward = received.sizes[1:]  # without the table at the start
+        with received:
+            loss.backward()
+    sizes = dict(zip(model.config.layer_types, forward))
+    return {
+        "state_bytes": sizes["linear_attention"],
+        "halo_bytes": sizes.get("conv", 0),
+        "step_bytes": sum(received.sizes),
+    }
+
+
+def time_step(
+    model: ReBasedForCausalLM, length: int, group: dist.ProcessGroup | None, repeats: int
+) -> tuple[float, float]:
+    """Return the median time of a training step in milliseconds, and the peak memory of a GPU in GiB."""
+    on_gpu = model.device.type == "cuda"
+    with split_over(model, group):
+        batch = make_batch(model, length)
+        shard = batch if group is None else shard_sequence(batch, group)
+        times = []
+        for repeat in range(repeats + 2):
+            if repeat == 2 and on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            if group is not None:
+                dist.barrier(group)
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(**shard).loss.backward()
+            if group is not None:
+                average_gradients(model, group)
+            model.zero_grad(set_to_none=True)
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+    figures = torch.tensor(
+        [statistics.median(times[2:]), torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0],
+        device=model.device,
+    )
+    if group is not None:
+        dist.all_reduce(figures, dist.ReduceOp.MAX, group=group)
+    ms, gib = figures.tolist()
+    return ms, gib
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make both tables and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--config", default="150m-rebased")
+    parser.add_argument("--shards", type=int, nargs="*", default=[131072], help="tokens per GPU")
+    parser.add_argument("--checked-length", type=int, default=5001, help="tokens of the comparison with one GPU")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", type=int, default=1, help="0 leaves the layers as they are")
+    arguments = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    rows: list[dict[str, Any]] = []
+
+    def write(table: list[dict[str, Any]], file: str) -> None:
+        if rank == 0 and arguments.output is not None:
+            write_csv(table, arguments.output / file)
+
+    if processes > 1:
+        errors = error_rows(arguments.config, device, arguments.checked_length, dist.group.WORLD)
+        write(errors, "errors.csv")
+        for row in errors if rank == 0 else []:
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    groups = {gpus: dist.new_group(range(gpus)) for gpus in _powers_of_two(processes)}
+    for gpus, group in groups.items():
+        received: dict[str, int] = {}
+        if gpus > 1 and rank < gpus:
+            received = count_bytes(arguments.config, device, group)
+        for shard in arguments.shards:
+            if rank < gpus:
+                model = load(arguments.config, device, dtype).train()
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                if arguments.compile:
+                    torch.compiler.reset()
+                    for layer in model.model.layers:
+                        layer.compile(dynamic=False)
+                ms, gib = time_step(model, gpus * shard, group if gpus > 1 else None, arguments.repeats)
+                alone = next((row["ms"] for row in rows if row["tokens_per_gpu"] == shard), ms)
+                row = {
+                    "gpu": machine,
+                    "gpus": gpus,
+                    "tokens_per_gpu": shard,
+                    "tokens": gpus * shard,
+                    "ms": ms,
+                    "tokens_per_s": gpus * shard / ms * 1e3,
+                    "us_per_token": 1e3 * ms / (gpus * shard),
+                    "efficiency": alone / ms,
+                    "peak_gib": gib,
+                    **{key: received.get(key, 0) for key in ("state_bytes", "halo_bytes", "step_bytes")},
+                }
+                rows.append(row)
+                write(rows, "context_parallel.csv")
+                if rank == 0:
+                    figures = (f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+                    print("  ".join(figures), flush=True)
+                del model
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            dist.barrier()
+    if rank == 0 and arguments.output is not None:
+        plot_context_parallel(rows, arguments.output / "context_parallel.png")
+    dist.destroy_process_group()
+
+
+def _powers_of_two(most: int) -> list[int]:
+    """Return 1, 2, 4 and so on below `most`, and `most`."""
+    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+
+
+if __name__ == "__main__":
+    main()
