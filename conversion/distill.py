@@ -50,7 +50,7 @@ from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
 from modeling_rebased.training.arguments import parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command
-from modeling_rebased.training.folders import save_model, written
+from modeling_rebased.training.folders import gathered_model, save_model, written
 from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint, train_from, weights_identity
 from modeling_rebased.training.text import TokenBlocks, tokenizer_identity
 
@@ -452,17 +452,20 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         teacher=teacher,
         distill=distill,
     )
+    if distill.lora_rank and trainer.is_fsdp_enabled:
+        raise ConversionError("--lora_rank cannot be used with FSDP, which would have to merge sharded weights.")
     started = time.monotonic()
     train_from(trainer, latest_complete_checkpoint(arguments.output_dir, record.fewest_processes))
     seconds = time.monotonic() - started
 
     # Without what the library wrapped around it for mixed precision: what is measured below is float32.
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if distill.stage == "transfer":
-        student.load_state_dict(trained.state_dict(), strict=False)
-    else:
-        student = trained.merge_and_unload() if distill.lora_rank else trained
+    whole = trained.merge_and_unload() if distill.lora_rank else gathered_model(trained, torch.float32)
     if trainer.is_world_process_zero():
+        if distill.stage == "transfer":
+            student.load_state_dict(whole.state_dict(), strict=False)
+        else:
+            student = whole.to(arguments.device)
         student.requires_grad_(True)
         student.config.kernel_backend = load_config(Path(distill.student)).kernel_backend
         steps = trainer.state.global_step

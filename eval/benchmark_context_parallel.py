@@ -57,11 +57,12 @@ class Received(TorchDispatchMode):
         return result
 
 
-def load(name: str, device: str, dtype: torch.dtype) -> ReBasedForCausalLM:
+def load(name: str, device: str, dtype: torch.dtype, **changes: Any) -> ReBasedForCausalLM:
     """Return a model with random weights, the same on every process."""
     torch.manual_seed(0)
+    config = ReBasedConfig.from_pretrained(config_path(name), **changes)
     with torch.device(device):
-        return ReBasedForCausalLM(ReBasedConfig.from_pretrained(config_path(name))).to(dtype)
+        return ReBasedForCausalLM(config).to(dtype)
 
 
 def make_batch(model: ReBasedForCausalLM, length: int) -> dict[str, torch.Tensor]:
@@ -128,8 +129,8 @@ def error_rows(name: str, device: str, length: int, group: dist.ProcessGroup) ->
 
 def count_bytes(name: str, device: str, group: dist.ProcessGroup) -> dict[str, int]:
     """Return the bytes that a process receives in the forward pass, per layer, and in a whole step."""
-    model = load(name, device, torch.bfloat16 if device != "cpu" else torch.float32).train()
-    batch = make_batch(model, 256 * group.size())
+    model = load(name, device, torch.bfloat16 if device != "cpu" else torch.float32, kernel_backend="eager").train()
+    batch = make_batch(model, 64 * group.size())
     with split_over(model, group):
         shard = shard_sequence(batch, group)
         with Received() as received:
@@ -201,11 +202,6 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0 and arguments.output is not None:
             write_csv(table, arguments.output / file)
 
-    if processes > 1:
-        errors = error_rows(arguments.config, device, arguments.checked_length, dist.group.WORLD)
-        write(errors, "errors.csv")
-        for row in errors if rank == 0 else []:
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     groups = {gpus: dist.new_group(range(gpus)) for gpus in _powers_of_two(processes)}
     for gpus, group in groups.items():
@@ -244,6 +240,11 @@ def main(argv: list[str] | None = None) -> None:
                 if device == "cuda":
                     torch.cuda.empty_cache()
             dist.barrier()
+    if processes > 1:
+        errors = error_rows(arguments.config, device, arguments.checked_length, dist.group.WORLD)
+        write(errors, "errors.csv")
+        for row in errors if rank == 0 else []:
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if rank == 0 and arguments.output is not None:
         plot_context_parallel(rows, arguments.output / "context_parallel.png")
     dist.destroy_process_group()

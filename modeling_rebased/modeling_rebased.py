@@ -278,7 +278,8 @@ class ReBasedCausalConv(nn.Module):
                 state = window.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
             keep_conv_state(cache, self.layer_idx, state.transpose(1, 2))
         if attention_mask is not None:
-            position = (kept.long().cumsum(1) - 1).clamp_min(0)
+            # Padding has the output of the real token before it, or of the first one.
+            position = (kept.long().cumsum(1) - 1).clamp_min(kept.shape[1] - length)
             out = out.gather(1, position[..., None].expand_as(out))
         out = out if gate is None else out * gate + hidden_states
         return out if shard is None else out[:, -length:]

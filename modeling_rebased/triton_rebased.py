@@ -45,8 +45,8 @@ from torch.autograd.function import once_differentiable
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM
 from .triton_backward_rebased import backward_fake, backward_pass
-from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, conv_forward
 from .triton_context_rebased import state_fake, state_gradient_fake, state_gradient_pass, state_pass
+from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, conv_forward
 from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
 from .triton_inputs_rebased import bring_into_range

@@ -1,6 +1,6 @@
 """Compare sequences that are split over processes with one process, on all ranks of several process groups.
 
-    python context_parallel_ranks.py FOLDER cpu|cuda PROCESSES
+    python context_parallel_ranks.py FOLDER cpu|cuda PROCESSES [CASE ...]
 
 Each rank writes what failed to FOLDER/RANK.json, by the names of the case and of the group's size.
 """
@@ -31,7 +31,7 @@ from tests.modeling_rebased.cases import make_ids, make_model
 
 
 DEVICE = "cpu"
-TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}  # the kernels multiply float32 by three products of TF32
 LENGTH = 23  # which 2, 3 and 4 do not divide
 LINEAR = {"layer_types": ["conv", "linear_attention"] * 2, "num_hidden_layers": 4}
 # The kinds of model by what meets a bound between shards: the paper's, then every other option of these two layers.
@@ -367,8 +367,8 @@ CASES |= {
 }
 
 
-def run_rank(rank: int, folder: str, device: str, processes: int) -> None:
-    """Run every case in groups of 1 to so many processes, and write down what failed."""
+def run_rank(rank: int, folder: str, device: str, processes: int, cases: list[str]) -> None:
+    """Run the cases in groups of 1 to so many processes, and write down what failed."""
     global DEVICE
     DEVICE = device
     torch.set_num_threads(1)
@@ -382,9 +382,9 @@ def run_rank(rank: int, folder: str, device: str, processes: int) -> None:
         group = dist.new_group(range(size))
         if rank >= size:
             continue
-        for name, function in CASES.items():
+        for name in cases or CASES:
             try:
-                function(rank, size, group)
+                CASES[name](rank, size, group)
             except Exception:
                 failures[f"{name} ({size})"] = traceback.format_exc()
     Path(folder, f"{rank}.json").write_text(json.dumps(failures))
@@ -396,4 +396,5 @@ if __name__ == "__main__":
     folder, device, processes = sys.argv[1], sys.argv[2], int(sys.argv[3])
     # Forked processes share what is imported. CUDA does not survive a fork.
     method = "fork" if device == "cpu" else "spawn"
-    multiprocessing.start_processes(run_rank, (folder, device, processes), processes, start_method=method)
+    arguments = (folder, device, processes, sys.argv[4:])
+    multiprocessing.start_processes(run_rank, arguments, processes, start_method=method)
