@@ -2,11 +2,14 @@
 
     python context_parallel_ranks.py FOLDER cpu|cuda PROCESSES [CASE ...]
 
-Each rank writes what failed to FOLDER/RANK.json, by the names of the case and of the group's size.
+Each rank writes what failed to FOLDER/RANK.json, by the names of the case and of the group's size. On a CPU,
+`train_lm` then writes FOLDER/trained-1 and FOLDER/trained-2, by one process and by two that share each sequence.
 """
 
 import itertools
 import json
+import os
+import socket
 import sys
 import traceback
 from datetime import timedelta
@@ -15,11 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.parallelism_config import ParallelismConfig
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from modeling_rebased import (
+    ReBasedConfig,
     ReBasedForCausalLM,
     ReBasedForSequenceClassification,
     rebased_attention_shard,
@@ -27,6 +32,7 @@ from modeling_rebased import (
 )
 from modeling_rebased.batch_rebased import PURELY_RECURRENT
 from modeling_rebased.eager_rebased import naive_rebased_attention
+from modeling_rebased.training import train_lm
 from tests.modeling_rebased.cases import make_ids, make_model
 
 
@@ -392,9 +398,57 @@ def run_rank(rank: int, folder: str, device: str, processes: int, cases: list[st
     dist.destroy_process_group()
 
 
+# ---------------------------------------------------------------- training
+
+
+def run_trainer(rank: int, folder: str, processes: int) -> None:
+    """Train by `train_lm`, as a process that `accelerate launch` has started."""
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    if processes > 1:
+        port = int(Path(folder, "port").read_text())
+        sizes = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": processes}
+        os.environ.update({name: str(value) for name, value in {**place, "MASTER_PORT": port, **sizes}.items()})
+        # accelerate wants FSDP2 on GPUs beside `cp_size`. Here it is data parallelism on a CPU.
+        ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    arguments = {
+        "config": f"{folder}/config",
+        "train_file": f"{folder}/text.txt",
+        "eval_file": f"{folder}/text.txt",
+        "context_length": 37,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "output_dir": f"{folder}/trained-{processes}",
+    }
+    train_lm.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
+
+
+def compare_training(folder: str) -> None:
+    """Run `run_trainer` in one process and in two."""
+    text = "".join(f"the number {n} is followed by {n + 1}. " for n in range(12))  # 10 blocks: a batch of 4 leaves 2
+    Path(folder, "text.txt").write_text(text)
+    ReBasedConfig(
+        vocab_size=258, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, feature_dim=4, intermediate_size=32
+    ).save_pretrained(f"{folder}/config")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        Path(folder, "port").write_text(str(free.getsockname()[1]))
+    for processes in (1, 2):
+        multiprocessing.start_processes(run_trainer, (folder, processes), processes, start_method="fork")
+
+
 if __name__ == "__main__":
     folder, device, processes = sys.argv[1], sys.argv[2], int(sys.argv[3])
     # Forked processes share what is imported. CUDA does not survive a fork.
     method = "fork" if device == "cpu" else "spawn"
     arguments = (folder, device, processes, sys.argv[4:])
     multiprocessing.start_processes(run_rank, arguments, processes, start_method=method)
+    if device == "cpu":
+        compare_training(folder)

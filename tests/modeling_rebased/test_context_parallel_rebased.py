@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modeling_rebased.attention_rebased import rebased_attention
 from modeling_rebased.configuration_rebased import n_features
@@ -29,9 +30,14 @@ def run_ranks(folder: Path, device: str, processes: int) -> list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory) -> list[dict[str, str]]:
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def failures(folder) -> list[dict[str, str]]:
     """Start the processes once for all tests of this file: importing the libraries takes most of the time."""
-    return run_ranks(tmp_path_factory.mktemp("ranks"), "cpu", 4)
+    return run_ranks(folder, "cpu", 4)
 
 
 @pytest.mark.parametrize("case", context_parallel_ranks.CASES)
@@ -39,6 +45,20 @@ def test_on_one_to_four_processes(failures, case):
     for rank, failed in enumerate(failures):
         for size in range(1, 5):
             assert f"{case} ({size})" not in failed, f"rank {rank} of {size}:\n{failed[f'{case} ({size})']}"
+
+
+def test_the_trainer_splits_sequences(failures, folder):
+    """`train_lm` with a `cp_size` of 2 trains as one process does: losses, evaluation and weights."""
+    alone, split = folder / "trained-1", folder / "trained-2"
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (alone, split)]
+    losses = [[entry[key] for entry in log for key in ("loss", "eval_loss") if key in entry] for log in logs]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], abs=2e-4)
+    figures = [json.loads((path / "final/training_figures.json").read_text()) for path in (alone, split)]
+    assert figures[0] == figures[1]  # as many tokens per step, and the same loss of the held-out text
+    weights = [load_file(path / "final/model.safetensors") for path in (alone, split)]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-2, atol=1e-4)  # in bfloat16
 
 
 @pytest.mark.multi_gpu

@@ -83,8 +83,8 @@ def test_a_gathered_model_is_a_copy_of_a_type():
         assert {weight.dtype for weight in copy.state_dict().values()} == {dtype}
 
 
-@pytest.mark.parametrize("name", ["every_type", "paper"])
-def test_a_model_sharded_by_fsdp2_is_written_like_one_of_a_single_process(tmp_path, name):
+@pytest.mark.parametrize(("name", "checkpointing"), [("every_type", "no"), ("paper", "yes")])
+def test_a_model_sharded_by_fsdp2_is_written_like_one_of_a_single_process(tmp_path, name, checkpointing):
     """The same files, the same bytes of weights, code of this package, and one process that writes."""
     model = make_model(name)
     model.save_pretrained(tmp_path / "model")
@@ -96,6 +96,7 @@ def test_a_model_sharded_by_fsdp2_is_written_like_one_of_a_single_process(tmp_pa
 import sys
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
@@ -103,7 +104,9 @@ from modeling_rebased.training.folders import gathered_model, save_model, writte
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (2,))
 model = ReBasedForCausalLM.from_pretrained(sys.argv[1])
-for layer in model.model.layers:
+for i, layer in enumerate(model.model.layers):
+    if sys.argv[3] == "yes":  # as accelerate does for fsdp_activation_checkpointing
+        model.model.layers[i] = layer = checkpoint_wrapper(layer)
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
 whole = gathered_model(model)
@@ -114,7 +117,7 @@ if whole is not None:
 dist.destroy_process_group()
 """
     )
-    run_with_two_processes(script, tmp_path / "model", tmp_path / "sharded")
+    run_with_two_processes(script, tmp_path / "model", tmp_path / "sharded", checkpointing)
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     assert {path.name for path in alone.iterdir()} == {path.name for path in sharded.iterdir()}
     assert json.loads((alone / "config.json").read_text()) == json.loads((sharded / "config.json").read_text())
