@@ -92,7 +92,8 @@ class _Exchanged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _combine(gradient, *ctx.saved_tensors, ctx.group), None, None, None
+        (gives,) = ctx.saved_tensors
+        return _combine(gradient, gives, ctx.group), None, None, None
 
 
 def add_inputs_before(
@@ -426,10 +427,11 @@ def locate_shard(
     table = _all_gather(
         torch.cat([torch.stack(numbers, dim=1).long(), of_tail], dim=1), group, size
     )  # [W, B, 6 + room]
-    by_row = [[_Summary(*rank[row][:6], tail=tuple(rank[row][6:])) for rank in table.tolist()] for row in range(batch)]
+    ranks = table.tolist()
+    by_row = [[_Summary._make([*rank[row][:6], tuple(rank[row][6:])]) for rank in ranks] for row in range(batch)]
 
     key = "seq_idx" if seq_idx is not None else "position_ids" if position_ids is not None else None
-    sequences = [_number_sequences(ranks, key) for ranks in by_row]
+    sequences = [_number_sequences(row, key) for row in by_row]
     if batch > 1 and any(last > 0 for row in sequences for _, last in row):
         raise ValueError(
             f"`{key}` restart within a row, which packs sequences: that takes a batch of 1, but the batch is {batch}."
@@ -439,7 +441,7 @@ def locate_shard(
     for other in range(size):
         takes[0, 0, other] = other < me and reached[other][1] == reached[me][0]
         gives[0, 0, other] = other > me and reached[me][1] == reached[other][0]
-    offset = [sum(rank.real_of_last * int(takes[0, 0, i]) for i, rank in enumerate(ranks)) for ranks in by_row]
+    offset = [sum(rank.real_of_last * int(takes[0, 0, i]) for i, rank in enumerate(row)) for row in by_row]
     packed = packing is not None
     return ContextShard(
         states=Exchange(group, takes.to(device), gives.to(device)),
@@ -489,7 +491,8 @@ def _exchange_of_inputs(
 
     def sources(row: int, rank: int) -> list[tuple[int, int]]:
         """Return (rank, row of its tail) of the tokens before a shard, the nearest first."""
-        wanted, found = sequences[row][rank][0], []
+        wanted = sequences[row][rank][0]
+        found: list[tuple[int, int]] = []
         for other in range(rank - 1, -1, -1):
             first, last = sequences[row][other]
             if last < wanted or len(found) >= room:
