@@ -462,10 +462,12 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     whole = trained.merge_and_unload() if distill.lora_rank else gathered_model(trained, torch.float32)
     if trainer.is_world_process_zero():
-        if distill.stage == "transfer":
-            student.load_state_dict(whole.state_dict(), strict=False)
+        if distill.lora_rank:
+            student = whole
         else:
-            student = whole.to(arguments.device)
+            if distill.stage == "logits":  # the model that was trained may be sharded
+                student = ReBasedForCausalLM(whole.config).to(arguments.device)
+            student.load_state_dict(whole.state_dict(), strict=distill.stage == "logits")
         student.requires_grad_(True)
         student.config.kernel_backend = load_config(Path(distill.student)).kernel_backend
         steps = trainer.state.global_step
