@@ -22,6 +22,7 @@ from transformers.utils import is_tracing
 from .attention_rebased import EAGER, TRITON, _check_mask, _check_tensors, choose_backend
 from .batch_rebased import PURELY_RECURRENT, Packing, find_packing
 from .eager_rebased import computation_dtype, feature_map, segment_ids_of
+from .triton_inputs_rebased import bring_into_range, needs_range
 from .triton_rebased import OPS
 
 
@@ -140,6 +141,9 @@ class _TritonShard(torch.autograd.Function):
     The forward pass sums the shard's own state, exchanges it, and then runs over the shard with the state that comes
     before it. The backward pass does the same from the other side: the gradient of the state before the shard is
     exchanged for that of the state after it.
+
+    q, k, `ranges` and `state_factor` come from `bring_into_range`, or the latter two are `None`. Each rank has units
+    of its own then, and states are exchanged without units.
     """
 
     @staticmethod
@@ -152,6 +156,8 @@ class _TritonShard(torch.autograd.Function):
         cu_seqlens: torch.Tensor | None,
         first: torch.Tensor | None,
         last: torch.Tensor | None,
+        ranges: torch.Tensor | None,
+        state_factor: torch.Tensor | None,
         takes: torch.Tensor,
         gives: torch.Tensor,
         group: str,
@@ -163,22 +169,34 @@ class _TritonShard(torch.autograd.Function):
     ) -> torch.Tensor:
         kept = mask if last is None else last if mask is None else mask & last
         state = OPS.state(k, v, kept, c0, c1, c2, scale)
+        if state_factor is not None:
+            state = state / state_factor
         initial = _combine(state[:, None], takes, group)[:, 0]
+        if state_factor is not None:
+            initial = initial * state_factor
         if cu_seqlens is not None:  # what came before is of the first of N sequences
             initial = F.pad(initial, (0, 0, 0, 0, 0, 0, 0, cu_seqlens.shape[0] - 2))
-        o, _, inverse_z, states, norms = OPS.forward(q, k, v, mask, cu_seqlens, initial, c0, c1, c2, scale, eps, False)
-        ctx.save_for_backward(q, k, v, mask, cu_seqlens, first, gives, o, inverse_z, states, norms)
+        o, _, inverse_z, states, norms = OPS.forward(
+            q, k, v, mask, cu_seqlens, initial, c0, c1, c2, scale, eps, False, ranges
+        )
+        ctx.save_for_backward(
+            q, k, v, mask, cu_seqlens, first, ranges, state_factor, gives, o, inverse_z, states, norms
+        )
         ctx.group, ctx.coefficients = group, (c0, c1, c2, scale)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, mask, cu_seqlens, first, gives, o, inverse_z, states, norms = ctx.saved_tensors
+        q, k, v, mask, cu_seqlens, first, ranges, state_factor, gives, o, inverse_z, states, norms = ctx.saved_tensors
         # A query of another sequence than the first token's has no part in the state before the shard.
         reaching = inverse_z if first is None else inverse_z * first[:, None]
-        of_initial = OPS.state_gradient(gradient, q, o, reaching, k.shape[2], *ctx.coefficients)
+        of_initial = OPS.state_gradient(gradient, q, o, reaching, k.shape[2], *ctx.coefficients, ranges)
+        if state_factor is not None:
+            of_initial = of_initial * state_factor
         of_final = _combine(of_initial[:, None], gives, ctx.group)[:, 0]
+        if state_factor is not None:
+            of_final = of_final / state_factor
         if cu_seqlens is not None:  # what comes after is of the last of N sequences
             of_final = F.pad(of_final, (0, 0, 0, 0, 0, 0, cu_seqlens.shape[0] - 2, 0))
         dq, dk, dv, _ = OPS.backward(
@@ -197,8 +215,9 @@ class _TritonShard(torch.autograd.Function):
             False,  # the forward pass kept no final state,
             False,  # and the gradient of the initial state is known
             *ctx.coefficients,
+            ranges,
         )
-        return dq, dk, dv, *[None] * 12
+        return dq, dk, dv, *[None] * 14
 
 
 def _sum_state(
@@ -225,6 +244,7 @@ def attend_shard(
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
+    normalized: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Compute `rebased_attention_shard` for a shard whose place is known.
@@ -237,8 +257,11 @@ def attend_shard(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     exchange = shard.states
     if choose_backend(backend, q, v) is TRITON:
+        ranges = state_factor = None
+        if needs_range(q, coefficients, normalized):
+            q, k, _, ranges, state_factor = bring_into_range(q, k, coefficients, mask, None)
         options = (*exchange[1:], exchange.group, *coefficients, scale, float(eps))
-        return _TritonShard.apply(q, k, v, mask, cu_seqlens, shard.first, shard.last, *options)
+        return _TritonShard.apply(q, k, v, mask, cu_seqlens, shard.first, shard.last, ranges, state_factor, *options)
     kept = mask if shard.last is None else shard.last if mask is None else mask & shard.last
     state = _sum_state(k, v, kept, coefficients)
     # What comes in belongs to the first token's sequence, which is what this backend takes an initial state to be.
@@ -268,6 +291,7 @@ def rebased_attention_shard(
     eps: float = 1e-12,
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    normalized: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     r"""Compute `rebased_attention` over a sequence that is split over the ranks of a process group.
@@ -277,7 +301,7 @@ def rebased_attention_shard(
     backward pass.
 
     Args:
-        q, k, v, coefficients, scale, eps, backend: as in `rebased_attention`, for this rank's tokens.
+        q, k, v, coefficients, scale, eps, normalized, backend: as in `rebased_attention`, for this rank's tokens.
         group (`ProcessGroup` or one-dimensional `DeviceMesh`): The ranks.
         attention_mask (`torch.Tensor`, *optional*): [B, T], zero or False where this rank's key is padding.
         cu_seqlens (`torch.Tensor`, *optional*): int32 or int64 [N + 1], the bounds of packed sequences among the
@@ -329,6 +353,7 @@ def rebased_attention_shard(
         attention_mask=mask,
         cu_seqlens=packing.cu_seqlens if packing is not None else None,
         segment_ids=packing.segment_ids if packing is not None else None,
+        normalized=normalized,
         backend=backend,
     )
 

@@ -470,8 +470,8 @@ class ReBasedLinearAttention(nn.Module):
 
         options: dict[str, Any] = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
         if shard is not None:
-            packing = {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}
-            return attend_shard(q, k, values, shard, attention_mask=attention_mask, **packing, **options)
+            options |= {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids, "normalized": self.normalized}
+            return attend_shard(q, k, values, shard, attention_mask=attention_mask, **options)
         state = recurrent_state(cache, self.layer_idx)
         if cache is not None:
             record_recurrence(cache, self.layer_idx, k, values, attention_mask, options)

@@ -55,8 +55,9 @@ def state_fake(
 
 
 def state_gradient_pass(
-    grad: Tensor, q: Tensor, o: Tensor, inverse_z: Tensor, kv_heads: int, c0: float, c1: float, c2: float, scale: float
-) -> Tensor:
+    grad: Tensor, q: Tensor, o: Tensor, inverse_z: Tensor, kv_heads: int, c0: float, c1: float, c2: float,
+    scale: float, ranges: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return the gradient by the state before the first token, fp32 [B, H_kv, n_features, D + 1].
 
     A query with an `inverse_z` of 0 has no part in it.
@@ -67,12 +68,13 @@ def state_gradient_pass(
         o, inverse_z: what `forward_pass` returned.
         kv_heads: H_kv.
         c0, c1, c2, scale: as in `triton_rebased_attention`.
+        ranges: what `forward_pass` was given.
     """
     if computes_in_float32(q.dtype):
         grad, q, o = grad.float(), q.float(), o.float()
     grad, q, o = with_unit_stride(grad), with_unit_stride(q), o.contiguous()
     head_dim = grad.shape[3]
-    prepared = prepare("shard's gradient", (q, q, grad, o, inverse_z), (c0, c1, c2, scale), kv_heads)
+    prepared = prepare("shard's gradient", (q, q, grad, o, inverse_z, ranges), (c0, c1, c2, scale), kv_heads)
     layout = prepared.layout
     with on_gpu_of(q):
         scaled_grad, delta, minus_delta = allocate_scaled(grad, inverse_z, layout.d)
@@ -80,14 +82,16 @@ def state_gradient_pass(
         cut = cut_into_segments(prepared, q, kv_heads, False, True, None, reverse=True)
         states, norms = allocate_states(q, cut.total, kv_heads, layout, True)
         totals = sum_states(
-            q, scaled_grad, states, norms, cut, prepared, None, kv_heads, head_dim, None, True, delta, minus_delta
-        )
+            q, scaled_grad, states, norms, cut, prepared, None, kv_heads, head_dim, None, True, delta, minus_delta,
+            ranges,
+        )  # fmt: skip
         return to_public(*totals, q.shape[3], head_dim, layout)
 
 
 def state_gradient_fake(
-    grad: Tensor, q: Tensor, o: Tensor, inverse_z: Tensor, kv_heads: int, c0: float, c1: float, c2: float, scale: float
-) -> Tensor:
+    grad: Tensor, q: Tensor, o: Tensor, inverse_z: Tensor, kv_heads: int, c0: float, c1: float, c2: float,
+    scale: float, ranges: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return an empty tensor of the size that `state_gradient_pass` returns."""
     features = n_features(q.shape[3], (c0, c1, c2))
     return inverse_z.new_empty(q.shape[0], kv_heads, features, grad.shape[3] + 1)

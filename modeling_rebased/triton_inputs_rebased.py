@@ -28,6 +28,11 @@ def computes_in_float32(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (INTERPRETED and dtype != torch.float32)
 
 
+def needs_range(q: Tensor, coefficients: tuple[float, float, float], normalized: bool) -> bool:
+    """Return whether `bring_into_range` has something to do. float16's own range is narrow enough."""
+    return not normalized and any(coefficients[1:]) and q.dtype != torch.float16
+
+
 def bring_into_range(
     q: Tensor,
     k: Tensor,

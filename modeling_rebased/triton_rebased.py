@@ -49,7 +49,7 @@ from .triton_context_rebased import state_fake, state_gradient_fake, state_gradi
 from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, conv_forward
 from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
-from .triton_inputs_rebased import bring_into_range
+from .triton_inputs_rebased import bring_into_range, needs_range
 from .triton_language_rebased import HAS_TRITON, INTERPRETED
 
 
@@ -150,7 +150,8 @@ _SCHEMAS = {
     "conv_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "state": f"(Tensor k, Tensor v, Tensor? attention_mask, {_COEFFICIENTS}) -> Tensor",
-    "state_gradient": f"(Tensor grad, Tensor q, Tensor o, Tensor inverse_z, int kv_heads, {_COEFFICIENTS}) -> Tensor",
+    "state_gradient": "(Tensor grad, Tensor q, Tensor o, Tensor inverse_z, int kv_heads, "
+    f"{_COEFFICIENTS}, Tensor? ranges=None) -> Tensor",
 }
 
 
@@ -267,7 +268,7 @@ def triton_rebased_attention(
     """
     c0, c1, c2 = (float(c) for c in coefficients)
     ranges = state_factor = None
-    if not normalized and (c1 or c2) and q.dtype != torch.float16:  # float16's range is narrow enough
+    if needs_range(q, (c0, c1, c2), normalized):
         q, k, initial_state, ranges, state_factor = bring_into_range(q, k, (c0, c1, c2), attention_mask, initial_state)
     inputs = (q, k, v, attention_mask, cu_seqlens, initial_state)
     options = (c0, c1, c2, float(scale), float(eps), output_final_state, ranges)
