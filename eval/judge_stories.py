@@ -6,9 +6,8 @@
 
 Each model continues twenty fixed beginnings ten times. So does the judge itself, an instruct model that is asked for a
 story. Nothing is selected. The command writes
-    OUTPUT/stories.csv     one row per model
-    OUTPUT/stories.json    all texts: {model: [[ten texts of the first beginning], ...]}
-    OUTPUT/stories.md      the texts for a reader, the models side by side
+    OUTPUT/stories.csv    one row per model
+    OUTPUT/MODEL.md       all stories of one model; the judge's are in judge.md
 
 The columns of stories.csv, each over the 200 stories of a model:
     ended        share that the model ended itself, within --new-tokens
@@ -23,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import re
 import zlib
@@ -163,14 +161,13 @@ def figures(
     return {key: round(float(value), 4) if isinstance(value, float) else value for key, value in result.items()}
 
 
-def for_a_reader(texts: dict[str, list[list[str]]]) -> str:
-    """Return the stories in Markdown, beginning by beginning."""
-    parts = ["# Stories", "Every sample of every model, in order. The beginning of each is in bold."]
-    for i, (_, beginning) in enumerate(BEGINNINGS):
-        parts.append(f"## {i + 1}. {beginning}")
-        for name, rows in texts.items():
-            for j, text in enumerate(rows[i]):
-                parts += [f"### {name}, sample {j + 1}", f"**{beginning}**{text.removeprefix(beginning)}"]
+def for_a_reader(name: str, continuations: list[list[str]]) -> str:
+    """Return the stories of a model in Markdown, beginning by beginning."""
+    parts = [f"# Stories of {name}", "Every sample stands here, in the order of sampling. The beginnings are in bold."]
+    for i, ((_, beginning), row) in enumerate(zip(BEGINNINGS, continuations, strict=True), 1):
+        parts.append(f"## Beginning {i}")
+        for j, text in enumerate(row, 1):
+            parts += [f"### Sample {j}", f"**{beginning}**{text.rstrip()}"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -198,19 +195,15 @@ def main(argv: list[str] | None = None) -> None:
         writer = (judge, tokenizer) if folder is None else load(Path(folder))
         stories = write(*writer, args.samples, args.new_tokens, folder is None)
         rows.append(figures(name, stories, judge, tokenizer, known))
-        texts[name] = [
-            [beginning + text.rstrip() for text, _ in row]
-            for (_, beginning), row in zip(BEGINNINGS, stories, strict=True)
-        ]
+        texts[name] = [[text for text, _ in row] for row in stories]
         print(rows[-1], flush=True)
     with written(args.output / "stories.csv") as path, open(path, "w", encoding="utf-8", newline="") as out:
         writer_of_rows = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer_of_rows.writeheader()
         writer_of_rows.writerows(rows)
-    with written(args.output / "stories.json") as path:
-        path.write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
-    with written(args.output / "stories.md") as path:
-        path.write_text(for_a_reader(texts), encoding="utf-8")
+    for name, stories in texts.items():
+        with written(args.output / f"{name}.md") as path:
+            path.write_text(for_a_reader(name, stories), encoding="utf-8")
 
 
 if __name__ == "__main__":
