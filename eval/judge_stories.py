@@ -201,9 +201,9 @@ def main(argv: list[str] | None = None) -> None:
         writer_of_rows = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer_of_rows.writeheader()
         writer_of_rows.writerows(rows)
-    for name, stories in texts.items():
+    for name, continuations in texts.items():
         with written(args.output / f"{name}.md") as path:
-            path.write_text(for_a_reader(name, stories), encoding="utf-8")
+            path.write_text(for_a_reader(name, continuations), encoding="utf-8")
 
 
 if __name__ == "__main__":
