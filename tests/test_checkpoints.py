@@ -3,14 +3,14 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.processes import run_python
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(copy)!r}, trust_remote_code=True)
 print(type(model).__module__)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", code, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "transformers_modules" in done.stdout
 
@@ -80,7 +80,7 @@ from transformers import pipeline
 write = pipeline("text-generation", {str(ENGLISH)!r}, trust_remote_code=True)
 print(repr(write("It was", max_new_tokens=12)[0]["generated_text"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", code, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith(("'It was", '"It was'))
 

@@ -3,11 +3,12 @@
 import importlib
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_python
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -63,9 +64,7 @@ def test_python_blocks_run_as_they_stand():
     assert {"docs/getting-started.md", "docs/model.md", "docs/kernels.md", "docs/training.md"} <= pages.keys()
     assert len([name for name in pages if name.startswith("checkpoints")]) == len(CARDS)
     code = "\n".join(f"exec(compile({code!r}, {name!r}, 'exec'), {{}})" for name, code in pages.items())
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "\n5000\n" in done.stdout  # what the card of mqar-d128 says that its model answers
 

@@ -1,15 +1,15 @@
 """The programs of examples/ run, offline, and stay short enough to read at once."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
+from tests.conversion.teacher import make_teacher
+from tests.processes import run_python
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -21,9 +21,8 @@ TEXT = "the cat sat on the mat and the dog sat on the log. " * 30
 def run(name: str, *arguments: str | Path) -> str:
     """Run an example without the network and return what it prints."""
     path = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(REPOSITORY / "examples" / name), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = run_python(REPOSITORY / "examples" / name, *arguments, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -60,16 +59,7 @@ def test_finetune_lora(tmp_path):
 
 
 def test_linearize(tmp_path):
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    make_teacher(tie_word_embeddings=False).save_pretrained(tmp_path / "teacher")
     byte_tokenizer().save_pretrained(tmp_path / "teacher")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     files = ("--train_file", tmp_path / "text.txt", "--eval_file", tmp_path / "text.txt")

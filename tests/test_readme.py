@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run_python
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -23,29 +25,25 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def run(checkout: Path, command: list[str]) -> str:
-    """Run a command there, with this interpreter's scripts first on the path, and return what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        command, cwd=checkout, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_the_python_blocks_one_after_another(checkout):
     code = "\n".join(block for language, block in BLOCKS if language == "python")
-    printed = run(checkout, [sys.executable, "-c", code])
-    assert "My fellow citizens, " in printed
-    assert "torch.Size([2, 1000, 8, 64])" in printed
+    done = run_python("-c", code, folder=checkout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "My fellow citizens, " in done.stdout
+    assert "torch.Size([2, 1000, 8, 64])" in done.stdout
 
 
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "bash"])
 def test_a_bash_block(checkout, code):
     if "lm-eval" in code:
         pytest.importorskip("lm_eval")
-    printed = run(checkout, ["bash", "-euo", "pipefail", "-c", code])
-    assert "bits_per_byte" in printed or "model.safetensors" in printed
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # this interpreter's scripts come first
+    command = ["bash", "-euo", "pipefail", "-c", code]
+    done = subprocess.run(
+        command, cwd=checkout, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "bits_per_byte" in done.stdout or "model.safetensors" in done.stdout
 
 
 def test_there_is_a_block_for_each_main_job():

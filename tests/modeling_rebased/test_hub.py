@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import modeling_rebased
 from modeling_rebased import ReBasedForCausalLM
 from tests.modeling_rebased.cases import make_ids, make_model
+from tests.processes import run_python
 
 
 CODE = sorted(p.name for p in Path(modeling_rebased.__file__).parent.glob("*_rebased.py"))
@@ -38,65 +38,70 @@ importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] in ABS
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-source, destination = sys.argv[1:3]
-model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-ids = torch.load(source + "/ids.pt", weights_only=True)
-out = model.generate(ids, max_new_tokens=3, do_sample=False)
-model.train()
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-losses = []
-for _ in range(3):
-    optimizer.zero_grad()
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-assert losses[-1] < losses[0], losses
-model.save_pretrained(destination)
-again = AutoModelForCausalLM.from_pretrained(destination, trust_remote_code=True).eval()
-with torch.no_grad():
-    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
-classifier = AutoModelForSequenceClassification.from_pretrained(destination, trust_remote_code=True, num_labels=3)
-assert classifier.config.num_labels == 3
-torch.save(out, destination + "/out.pt")
+folder, first, second, *names = sys.argv[1:]
+for name in names:
+    source, destination = (f"{folder}/{stage}/{name}" for stage in (first, second))
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    ids = torch.load(source + "/ids.pt", weights_only=True)
+    out = model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+    model.save_pretrained(destination)
+    again = AutoModelForCausalLM.from_pretrained(destination, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+    classifier = AutoModelForSequenceClassification.from_pretrained(destination, trust_remote_code=True, num_labels=3)
+    assert classifier.config.num_labels == 3
+    torch.save(out, destination + "/out.pt")
+    torch.save(ids, destination + "/ids.pt")
 """
 
 
 def run_script(tmp_path, script, environment, *arguments):
     """A process of its own in an otherwise empty folder, with its own cache of remote code."""
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    environment = {**environment, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = run_python(script, *arguments, folder=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def run_stranger(tmp_path, source, destination):
-    script = tmp_path / "stranger.py"
-    script.write_text(STRANGER)
+STRANGERS_MODELS = ["paper", "every_type"]
+
+
+@pytest.fixture(scope="module")
+def strangers_work(tmp_path_factory):
+    """A folder in which one stranger has read `source` and written `first`, and the next `first` and `second`."""
+    folder = tmp_path_factory.mktemp("stranger")
+    for name in STRANGERS_MODELS:
+        make_model(name).save_pretrained(folder / "source" / name)
+        torch.save(make_ids(), folder / "source" / name / "ids.pt")
+    (folder / "stranger.py").write_text(STRANGER)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    run_script(tmp_path, script, environment, source, destination)
+    environment["HF_MODULES_CACHE"] = str(folder / "modules")
+    for stages in (("source", "first"), ("first", "second")):
+        # A new interpreter: a forked process has imported what is to be absent.
+        command = [sys.executable, "stranger.py", str(folder), *stages, *STRANGERS_MODELS]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
 
-@pytest.mark.parametrize("name", ["paper", "every_type"])
-def test_a_saved_folder_is_all_a_stranger_needs(tmp_path, name):
-    model, ids = make_model(name), make_ids()
-    source, first, second = tmp_path / "source", tmp_path / "first", tmp_path / "second"
-    model.save_pretrained(source)
-    torch.save(ids, source / "ids.pt")
-    assert sorted(p.name for p in source.glob("*.py")) == CODE
-    run_stranger(tmp_path, source, first)
-    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
-    assert torch.equal(torch.load(first / "out.pt", weights_only=True), expected)
-    # What was saved by the stranger serves the next one.
-    shutil.copy(source / "ids.pt", first)
-    assert sorted(p.name for p in first.glob("*.py")) == CODE
-    run_stranger(tmp_path, first, second)
+@pytest.mark.parametrize("name", STRANGERS_MODELS)
+def test_a_saved_folder_is_all_a_stranger_needs(strangers_work, name):
+    """What a stranger has saved serves the next one."""
+    expected = make_model(name).generate(make_ids(), max_new_tokens=3, do_sample=False)
+    assert torch.equal(torch.load(strangers_work / "first" / name / "out.pt", weights_only=True), expected)
+    assert (strangers_work / "second" / name / "out.pt").is_file()
+    for stage in ("source", "first", "second"):
+        assert sorted(p.name for p in (strangers_work / stage / name).glob("*.py")) == CODE
 
 
 def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, monkeypatch):

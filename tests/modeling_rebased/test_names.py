@@ -1,9 +1,6 @@
 """What transformers decides by the names of a model's classes: above all, whether Trainer shifts smoothed labels."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +17,7 @@ from transformers.modelcard import TrainingSummary
 from modeling_rebased import ReBasedForTokenClassification
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from tests.modeling_rebased.cases import make_config, make_ids, make_model
-
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_python
 
 
 def smoothed(logits, labels, shift=True):
@@ -113,8 +108,7 @@ def test_label_smoothing_of_a_checkpoints_own_code(tmp_path):
     script.write_text(REMOTE)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = run_python(script, tmp_path, folder=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     expected = smoothed(model(ids).logits, make_labels(ids))
     for loss in torch.load(tmp_path / "losses.pt", weights_only=True):

@@ -2,8 +2,6 @@
 
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from tests.processes import start_python
 
 
 ENGLISH = Path(__file__).resolve().parents[2] / "checkpoints" / "english-6m"
@@ -51,25 +50,23 @@ def transformers_server(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "modeling_rebased.serving.transformers_serve"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = folder.parent / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ENGLISH.parents[1], stdout=output, stderr=subprocess.STDOUT)
+    given = ("--host", "127.0.0.1", "--port", port, "--device", "cpu")
+    process = start_python("-m", "modeling_rebased.serving.transformers_serve", *given, output=folder.parent)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             deadline = time.monotonic() + 180
             while True:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                said = (folder.parent / "stderr").read_text() if not process.is_alive() else ""
+                assert process.is_alive() and time.monotonic() < deadline, said[-3000:]
                 try:
                     if client.get("/health").status_code == 200:
                         break
                 except httpx.TransportError:
-                    time.sleep(1)
+                    time.sleep(0.2)
             yield client, folder
     finally:
         process.terminate()
-        process.wait(30)
+        process.join(30)
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from
 from modeling_rebased.training.text import TokenBlocks, read_documents
 from modeling_rebased.training.train_lm import LMTrainer, LMTrainingArguments, parse_arguments
+from tests.processes import run_python, start_python
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,8 +55,8 @@ disable_tqdm: true
     return folder / "recipe.yaml"
 
 
-def _command(recipe: Path, output: Path) -> list[str]:
-    return [sys.executable, "-m", "modeling_rebased.training.train_lm", str(recipe), "--output_dir", str(output)]
+def _command(recipe: Path, output: Path) -> tuple[object, ...]:
+    return ("-m", "modeling_rebased.training.train_lm", recipe, "--output_dir", output)
 
 
 def _environment() -> dict[str, str]:
@@ -66,9 +65,7 @@ def _environment() -> dict[str, str]:
 
 def _train(recipe: Path, output: Path) -> str:
     """Run the training script to its end and return what it wrote to stderr."""
-    done = subprocess.run(
-        _command(recipe, output), cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=300
-    )
+    done = run_python(*_command(recipe, output), environment=_environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -112,27 +109,23 @@ tokenizer = AutoTokenizer.from_pretrained({str(final)!r}, trust_remote_code=True
 output = model.generate(**tokenizer("The quick", return_tensors="pt"), max_new_tokens=5, do_sample=False)
 print(type(model).__module__.split(".")[0], output.shape[1])
 """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=finished, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", code, folder=finished)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].split() == ["transformers_modules", "14"]
 
 
 def test_a_run_killed_by_sigkill_resumes_exactly(recipe, finished, tmp_path):
     output = tmp_path / "killed"
-    log = tmp_path / "log"
-    with open(log, "wb") as out:
-        process = subprocess.Popen(
-            _command(recipe, output), cwd=REPOSITORY, env=_environment(), stdout=out, stderr=subprocess.STDOUT
-        )
+    process = start_python(*_command(recipe, output), environment=_environment(), output=tmp_path)
     # Kill it while it trains on, after its first checkpoint and before its last.
     deadline = time.monotonic() + 240
     while latest_complete_checkpoint(str(output)) is None:
-        assert process.poll() is None, log.read_text()[-3000:]
+        assert process.is_alive(), (tmp_path / "stderr").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (output / "final").exists()
     # What a kill in the middle of saving would leave: the newest folder, without its last file's end.
     torn = output / "checkpoint-18"

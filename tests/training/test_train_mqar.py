@@ -20,6 +20,7 @@ from modeling_rebased.training.mqar_runs import MODELS, Run
 from modeling_rebased.training.recipe import Options, build_model
 from modeling_rebased.training.run_results import append_result, read_results
 from modeling_rebased.training.sweep import sweep
+from tests.processes import forking
 from tests.training.plain_mqar import train_plain
 
 
@@ -118,7 +119,8 @@ def test_a_sweep_skips_what_is_done_and_takes_up_what_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("take_turns", [False, True])
-def test_a_sweep_in_other_processes_gives_the_same_numbers(tmp_path, take_turns):
+def test_a_sweep_in_other_processes_gives_the_same_numbers(tmp_path, take_turns, monkeypatch):
+    monkeypatch.setattr(sweep_module, "get_context", lambda method: forking)  # new interpreters would take longer
     runs = [dataclasses.replace(TINY, epochs=1, model=model) for model in ("rebased", "based")]
     options = dataclasses.replace(CPU, take_turns=take_turns)
     here = sweep(runs, options, str(tmp_path / "a.jsonl"))
