@@ -22,109 +22,37 @@ folder that holds another run is refused. A run writes:
 """
 
 import argparse
-import copy
 import json
 import math
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from modeling_rebased import ReBasedForCausalLM
-from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
 from modeling_rebased.training.arguments import parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command
 from modeling_rebased.training.folders import gathered_model, save_model, written
 from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint, train_from, weights_identity
 from modeling_rebased.training.text import TokenBlocks, tokenizer_identity
 
-from .clock import Clock, StopByClock
-from .losses import logits_loss, relative_error
+from .distill_arguments import RECIPES, DistillArguments, DistillTrainingArguments
+from .distill_trainer import DistillTrainer, freeze_all_but_transferred, without_mlps
 from .reading import load_config, load_model
 from .report import ConversionError, progress
-
-
-# What stage "transfer" trains, of the linear layers.
-TRANSFERRED = ("q_proj.", "k_proj.", "q_norm.", "k_norm.", "gate")
-
-# The published recipe, for which the command line can give other values.
-RECIPES: dict[str, dict[str, Any]] = {
-    "transfer": {"learning_rate": 1e-2, "context_length": 512, "per_device_train_batch_size": 24},
-    "logits": {"learning_rate": 6e-4, "context_length": 1024, "per_device_train_batch_size": 12},
-}
-
-
-@dataclass
-class DistillArguments:
-    """Hold the models, the text and the settings of one stage."""
-
-    stage: Literal["transfer", "logits"] = field(metadata={"help": "What is matched: attention outputs, or logits."})
-    teacher: str = field(metadata={"help": "Folder of the softmax model."})
-    student: str = field(metadata={"help": "Folder that linearize made, or an earlier stage's final."})
-    train_file: list[str] = field(
-        metadata={
-            "help": "Text files, in which <|endoftext|> separates documents, .jsonl files with a 'text' per line, or "
-            ".npy files of token ids. A file that is named twice counts twice."
-        }
-    )
-    eval_file: list[str] | None = field(default=None, metadata={"help": "Held-out files, each measured by itself."})
-    context_length: int = field(
-        default=512, metadata={"help": "Tokens of an example; default: 512 in stage transfer, 1024 in logits."}
-    )
-    eval_length: list[int] | None = field(
-        default=None, metadata={"help": "Tokens of an example of held-out text (default: CONTEXT_LENGTH)."}
-    )
-    max_seconds: float | None = field(
-        default=None,
-        metadata={
-            "help": "Train for so long instead of a number of steps: the learning rate falls to 0, in a line, by then."
-        },
-    )
-    compile: bool = field(
-        default=False, metadata={"help": "Compile the layers and the loss with torch.compile; pays from a minute on."}
-    )
-    kernel_backend: Literal["auto", "eager", "triton"] | None = field(
-        default=None, metadata={"help": "Overrides the student's kernel_backend in training."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Of both distributions in stage logits."})
-    text_weight: float = field(
-        default=0.4,
-        metadata={"help": "Share of the loss of the text itself in stage logits; the rest is the teacher's."},
-    )
-    lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank and merge them; 0 trains all."})
-
-
-@dataclass
-class DistillTrainingArguments(TrainingArguments):
-    """Hold the arguments of transformers, with the published recipe as defaults."""
-
-    learning_rate: float = field(
-        default=6e-4, metadata={"help": "Peak learning rate; default: 1e-2 in stage transfer, 6e-4 in logits."}
-    )
-    per_device_train_batch_size: int = field(
-        default=12, metadata={"help": "Examples per GPU and step; default: 24 in stage transfer, 12 in logits."}
-    )
-    warmup_steps: float = field(
-        default=30, metadata={"help": "Steps of warm-up, or below 1 a share of all; at most a tenth of --max_steps."}
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second decay rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[DistillArguments, DistillTrainingArguments]:
@@ -145,155 +73,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DistillArguments, DistillTrain
     if arguments.max_steps > 0 and not any(each.startswith(("--warmup_steps", "--warmup-steps")) for each in argv):
         arguments.warmup_steps = min(arguments.warmup_steps, arguments.max_steps // 10)
     return distill, arguments
-
-
-class AttentionTap:
-    """Record the inputs and outputs of attention modules, and replace inputs on request.
-
-    Args:
-        modules: the attention modules, by layer.
-
-    Attributes:
-        inputs, outputs: [B, T, hidden_size] of each layer in the last forward pass.
-        replace: inputs to use instead, by layer. The outputs are then detached from the graph for the layers that
-            follow, so that each layer learns by itself.
-    """
-
-    def __init__(self, modules: dict[int, nn.Module]):
-        self.inputs: dict[int, torch.Tensor] = {}
-        self.outputs: dict[int, torch.Tensor] = {}
-        self.replace: dict[int, torch.Tensor] | None = None
-        for i, module in modules.items():
-            module.register_forward_pre_hook(self._before(i), with_kwargs=True)
-            module.register_forward_hook(self._after(i))
-
-    def _before(self, i: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            self.inputs[i] = given
-            if self.replace is None:
-                return None
-            other = self.replace[i].to(given.dtype)
-            if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": other}
-            return (other, *args[1:]), kwargs
-
-        return hook
-
-    def _after(self, i: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, Any]) -> Any:
-            self.outputs[i] = output[0]
-            return None if self.replace is None else (output[0].detach(), *output[1:])
-
-        return hook
-
-
-class DistillTrainer(Trainer):
-    """Train a student with the Trainer of transformers and a teacher.
-
-    Args:
-        model: the student, or in stage "transfer" what `without_mlps` makes of it.
-        teacher: the softmax model, which is neither trained nor saved.
-        distill: the stage and its settings.
-        others: as in the Trainer.
-    """
-
-    def __init__(self, *, teacher: PreTrainedModel, distill: DistillArguments, **kwargs: Any):
-        super().__init__(**kwargs)
-        # Tells the library that the loss is a mean over this batch, to be averaged over accumulated ones.
-        self.model_accepts_loss_kwargs = False
-        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
-        self.distill = distill
-        self.clock = None
-        if distill.max_seconds is not None:
-            self.clock = Clock(int(self.args.warmup_steps))
-            self.add_callback(StopByClock(self.clock, distill.max_seconds))
-        student = self.model.get_base_model() if distill.lora_rank else self.model
-        if distill.stage == "transfer":
-            layers = linear_layers(student)
-            self.teacher_tap = AttentionTap({i: self.teacher.model.layers[i].self_attn for i in layers})
-            self.student_tap = AttentionTap({i: student.model.layers[i].self_attn for i in layers})
-        if distill.compile:
-            # Layer by layer: layers of a kind share their code, which is then compiled once.
-            for layer in student.model.layers:
-                if distill.stage == "logits":
-                    layer.compile(dynamic=False)
-                else:
-                    layer.self_attn.forward = torch.compile(layer.self_attn.forward, dynamic=False)
-            if distill.stage == "logits":
-                for layer in self.teacher.model.layers:
-                    layer.compile(dynamic=False)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the schedule of the Trainer, or one by the clock if there is a clock."""
-        if self.clock is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.clock)
-        return self.lr_scheduler
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the stage's mean loss of a batch of `TokenBlocks`."""
-        ids, labels = inputs["input_ids"], inputs["labels"]
-        if self.distill.stage == "transfer":
-            loss = self._transfer_loss(model, ids)
-            return (loss, {"loss": loss}) if return_outputs else loss
-        with torch.no_grad():
-            expected = self.teacher(input_ids=ids, use_cache=False).logits
-        logits = model(input_ids=ids, use_cache=False).logits
-        settings = self.distill.temperature, self.distill.text_weight, self.distill.compile
-        loss = logits_loss(logits, expected, labels, *settings)
-        return (loss, {"loss": loss}) if return_outputs else loss
-
-    def _transfer_loss(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            self.teacher(input_ids=ids, use_cache=False, logits_to_keep=1)
-        self.student_tap.replace = self.teacher_tap.inputs
-        try:
-            # Through the whole model, so that what wraps it (several GPUs, mixed precision) does its work; each
-            # attention module hears the teacher and not the layers before it.
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        finally:
-            self.student_tap.replace = None
-        losses = [
-            relative_error(output, self.teacher_tap.outputs[i]) for i, output in self.student_tap.outputs.items()
-        ]
-        return torch.stack(losses).mean()
-
-
-def linear_layers(student: ReBasedForCausalLM) -> list[int]:
-    """Return the numbers of the layers that have linear attention.
-
-    Raises:
-        ConversionError: no layer has it.
-    """
-    layers = [i for i, layer_type in enumerate(student.config.layer_types) if layer_type in LINEAR_LAYER_TYPES]
-    if not layers:
-        raise ConversionError("--student has no linear layers, so there is nothing to transfer.")
-    return layers
-
-
-def without_mlps(student: ReBasedForCausalLM) -> ReBasedForCausalLM:
-    """Return a model that shares the student's parameters and has no MLPs.
-
-    In stage "transfer" each attention module gets the teacher's inputs, so the student's MLPs have no effect.
-    """
-    config = copy.deepcopy(student.config)
-    config.mlp_type = "none"
-    model = ReBasedForCausalLM(config)
-    model.load_state_dict(student.state_dict(keep_vars=True), strict=False, assign=True)
-    model.tie_weights()
-    return model
-
-
-def freeze_all_but_transferred(student: ReBasedForCausalLM) -> None:
-    """Freeze everything but the queries, keys, their normalisation and the gates of linear layers."""
-    student.requires_grad_(False)
-    for i in linear_layers(student):
-        for name, parameter in student.model.layers[i].self_attn.named_parameters():
-            parameter.requires_grad_(name.startswith(TRANSFERRED))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.conversion import linearize
@@ -25,6 +25,7 @@ from modeling_rebased.conversion.distill import perplexity
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.sampling import chat
 from modeling_rebased.training.text import TokenBlocks
+from tests.conversion.teacher import make_teacher
 
 
 TEMPLATE = (
@@ -46,18 +47,8 @@ def folder(tmp_path_factory):
     """A teacher, a student that has gone through both stages, and one that has only been started."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "text.txt").write_text(TEXT)
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=byte_tokenizer().eos_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    teacher = make_teacher(max_position_embeddings=512, eos_token_id=byte_tokenizer().eos_token_id)
+    teacher.save_pretrained(folder / "teacher")
     chat_tokenizer().save_pretrained(folder / "teacher")
     for name, layers in (("pure", "pure"), ("window", "window")):
         linearize(folder / "teacher", folder / name / "start", layers=layers, feature_dim=4, window=4)

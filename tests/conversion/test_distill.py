@@ -8,23 +8,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, linearize
-from modeling_rebased.conversion.distill import (
-    DistillArguments,
-    DistillTrainer,
-    check_pair,
-    freeze_all_but_transferred,
-    main,
-    parse_arguments,
-    perplexity,
-    without_mlps,
-)
+from modeling_rebased.conversion.distill import check_pair, main, parse_arguments, perplexity
+from modeling_rebased.conversion.distill_arguments import DistillArguments
+from modeling_rebased.conversion.distill_trainer import DistillTrainer, freeze_all_but_transferred, without_mlps
 from modeling_rebased.conversion.losses import _LogitsLoss, _loss_part, logits_loss, relative_error
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.text import TokenBlocks, read_token_ids
+from tests.conversion.teacher import make_teacher
 
 
 TEXT = "the cat sat on the mat and the dog sat on the log <|endoftext|>" * 40
@@ -36,17 +30,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill")
     (folder / "text.txt").write_text(TEXT)
     byte_tokenizer().save_pretrained(folder / "teacher")
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    teacher = LlamaForCausalLM(config)
+    teacher = make_teacher()
     blocks = TokenBlocks([folder / "text.txt"], byte_tokenizer(), 32)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)
     for step in range(40):
