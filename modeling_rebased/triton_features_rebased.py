@@ -211,6 +211,19 @@ def _shift_8_features(x, CT: tl.constexpr):
 
 
 @triton.jit
+def _add_shifts(
+    acc, x, y, s, FIRST: tl.constexpr, WIDTH: tl.constexpr, SQUARES: tl.constexpr, OTHERS: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Add the features of the WIDTH shifts from FIRST on, times their rows of the state, s [16 WIDTH, BD], to acc.
+
+    x and y are [C, 16]: the factors of each feature, the second in the layout of `_in_result_layout`.
+    """
+    shifted = tl.dot(x, shift_matrix(FIRST, 16 * WIDTH, SQUARES, OTHERS, x.dtype), input_precision=PREC).to(CT)
+    return tl.dot(_times_repeated(shifted, y, WIDTH), s, acc, input_precision=PREC)
+
+
+@triton.jit
 def query_shifts(acc, x, s0, s1, s2, NB: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
     """Add the quadratic part of phi(x) @ state to acc [C, BD] (F <= 16).
 
@@ -220,10 +233,8 @@ def query_shifts(acc, x, s0, s1, s2, NB: tl.constexpr, CT: tl.constexpr, PREC: t
     """
     exact = _in_result_layout(x, PREC)
     y = exact.to(CT)
-    shifted = tl.dot(x, shift_matrix(0, 64, 1.0, 2.0, x.dtype), input_precision=PREC).to(CT)  # [C, 64]
-    acc = tl.dot(_times_repeated(shifted, y, 4), s0, acc, input_precision=PREC)
-    shifted = tl.dot(x, shift_matrix(4, 64, 1.0, 2.0, x.dtype), input_precision=PREC).to(CT)
-    acc = tl.dot(_times_repeated(shifted, y, 4), s1, acc, input_precision=PREC)
+    acc = _add_shifts(acc, x, y, s0, 0, 4, 1.0, 2.0, CT, PREC)
+    acc = _add_shifts(acc, x, y, s1, 4, 4, 1.0, 2.0, CT, PREC)
     if NB == 2:
         acc = tl.dot(_shift_8_features(exact, CT), s2, acc, input_precision=PREC)
     return acc
@@ -234,14 +245,10 @@ def query_shift_pairs(acc, x, s0, s1, s2, s3, s4, NB: tl.constexpr, CT: tl.const
     """Add what `query_shifts` adds, from a state in pairs of shifts, by the matrices that `shift_gradient` makes."""
     exact = _in_result_layout(x, PREC)
     y = (exact * 2.0).to(CT)
-    shifted = tl.dot(x, shift_matrix(0, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)  # [C, 32]
-    acc = tl.dot(_times_repeated(shifted, y, 2), s0, acc, input_precision=PREC)
-    shifted = tl.dot(x, shift_matrix(2, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)
-    acc = tl.dot(_times_repeated(shifted, y, 2), s1, acc, input_precision=PREC)
-    shifted = tl.dot(x, shift_matrix(4, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)
-    acc = tl.dot(_times_repeated(shifted, y, 2), s2, acc, input_precision=PREC)
-    shifted = tl.dot(x, shift_matrix(6, 32, 0.5, 1.0, x.dtype), input_precision=PREC).to(CT)
-    acc = tl.dot(_times_repeated(shifted, y, 2), s3, acc, input_precision=PREC)
+    acc = _add_shifts(acc, x, y, s0, 0, 2, 0.5, 1.0, CT, PREC)
+    acc = _add_shifts(acc, x, y, s1, 2, 2, 0.5, 1.0, CT, PREC)
+    acc = _add_shifts(acc, x, y, s2, 4, 2, 0.5, 1.0, CT, PREC)
+    acc = _add_shifts(acc, x, y, s3, 6, 2, 0.5, 1.0, CT, PREC)
     if NB == 2:
         acc = tl.dot(_shift_8_features(exact, CT), s4, acc, input_precision=PREC)
     return acc
