@@ -42,10 +42,12 @@ else:
 
 import torch
 
-q, k, v, options = torch.load(inputs)
-o, state = package.rebased_attention(q[:, :-1], k[:, :-1], v[:, :-1], output_final_state=True, **options)
-last = package.rebased_attention_decode(q[:, -1:], k[:, -1:], v[:, -1:], state, **options)
-torch.save((o, last, state), outputs)
+found = []
+for q, k, v, options in torch.load(inputs):
+    o, state = package.rebased_attention(q[:, :-1], k[:, :-1], v[:, :-1], output_final_state=True, **options)
+    last = package.rebased_attention_decode(q[:, -1:], k[:, -1:], v[:, -1:], state, **options)
+    found.append((o, last, state))
+torch.save(found, outputs)
 """
 
 
@@ -57,25 +59,25 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", [*BACKENDS, "kernels"])
-@pytest.mark.parametrize("coefficients", [(0, 0, 1), (1, 1, 0.5)])
-def test_same_numbers_without_this_package(how, coefficients, folder, tmp_path):
+def test_same_numbers_without_this_package(how, folder, tmp_path):
     if how == "kernels":
         pytest.importorskip("kernels", reason="the kernels library is not installed")
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 30, 4, 5), torch.randn(2, 30, 2, 5), torch.randn(2, 30, 2, 10)
-    options = {"coefficients": coefficients, "backend": "eager"}
-    torch.save((q, k, v, options), tmp_path / "inputs.pt")
+    kernels = [{"coefficients": coefficients, "backend": "eager"} for coefficients in ((0, 0, 1), (1, 1, 0.5))]
+    torch.save([(q, k, v, options) for options in kernels], tmp_path / "inputs.pt")
     arguments = [str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt"), how]
     done = subprocess.run(
         [sys.executable, "-c", LOAD, *arguments], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    o, last, state = torch.load(tmp_path / "outputs.pt")
-    expected, expected_state = rebased_attention(q[:, :-1], k[:, :-1], v[:, :-1], output_final_state=True, **options)
-    expected_last = rebased_attention_decode(q[:, -1:], k[:, -1:], v[:, -1:], expected_state, **options)
-    assert torch.equal(o, expected)
-    assert torch.equal(last, expected_last)
-    assert torch.equal(state, expected_state)
+    for options, (o, last, state) in zip(kernels, torch.load(tmp_path / "outputs.pt"), strict=True):
+        before, token = [x[:, :-1] for x in (q, k, v)], [x[:, -1:] for x in (q, k, v)]
+        expected, expected_state = rebased_attention(*before, output_final_state=True, **options)
+        expected_last = rebased_attention_decode(*token, expected_state, **options)
+        assert torch.equal(o, expected)
+        assert torch.equal(last, expected_last)
+        assert torch.equal(state, expected_state)
 
 
 def test_the_package_is_as_the_library_wants_it(folder):

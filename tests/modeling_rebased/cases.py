@@ -69,6 +69,11 @@ def make_model(name: str, **changes) -> ReBasedForCausalLM:
     return model
 
 
+def make_small_model(name: str, **changes) -> ReBasedForCausalLM:
+    """The same with one layer of each kind, for tests that compile: every layer takes time."""
+    return make_model(name, **({"num_hidden_layers": 2} if name == "paper" else {}), **changes)
+
+
 def make_ids(batch: int = 2, length: int = 23) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     # 0 is the padding of some tests.

@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from modeling_rebased import ReBasedForCausalLM
-from tests.modeling_rebased.cases import BASE, MODELS, make_ids, make_model
+from tests.modeling_rebased.cases import BASE, MODELS, make_ids, make_model, make_small_model
 from tests.processes import run_with_two_processes
 
 
@@ -75,7 +75,7 @@ def test_half_precision_weights(dtype):
 
 @pytest.mark.parametrize("name", ["paper", "every_type", "softmax_first"])
 def test_compile_forward_and_backward(name):
-    model, ids = make_model(name), make_ids()
+    model, ids = make_small_model(name), make_ids()
     expected = gradients(model, ids)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -87,7 +87,7 @@ def test_compile_forward_and_backward(name):
 @torch.no_grad()
 def test_compile_with_dynamic_shapes():
     """Numbers such as `attention_eps` are symbols then, and a message about one cannot be traced."""
-    model, ids = make_model("paper"), make_ids()
+    model, ids = make_small_model("paper"), make_ids()
     expected = model(ids, use_cache=False).logits
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
@@ -95,7 +95,7 @@ def test_compile_with_dynamic_shapes():
 
 
 def test_compile_by_inductor():
-    model, ids = make_model("paper", num_hidden_layers=2), make_ids()  # one layer of each kind: compiling is slow
+    model, ids = make_small_model("paper", mlp_type="none"), make_ids()  # each kernel of an MLP takes a second too
     expected = gradients(model, ids)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
@@ -108,7 +108,7 @@ def test_compile_by_inductor():
 @pytest.mark.parametrize("name", ["paper", "every_type"])
 def test_compiled_packed_positions(name):
     """Without cu_seq_lens: what restarts cannot be read while tracing, and still no token sees another sequence."""
-    model, ids = make_model(name), make_ids(1)
+    model, ids = make_small_model(name), make_ids(1)
     positions = torch.tensor([[*range(10), *range(13)]])
     expected = model(ids, position_ids=positions, use_cache=False).logits
     torch._dynamo.reset()
