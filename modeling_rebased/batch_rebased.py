@@ -1,6 +1,8 @@
 # Copyright The ReBased for Hugging Face authors. Licensed under the Apache License, Version 2.0.
 """What comes with a batch of tokens: which are padding, which sequences are packed in a row, which position each has.
 
+The masks of the layers follow from that.
+
 Nothing here makes a GPU's host wait for a batch of one token per row, which a decoding step is.
 """
 
@@ -8,8 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
 from transformers.utils import is_tracing
+from transformers.utils.generic import is_flash_attention_requested
 
 from .cache_rebased import CACHE_NAME, TokenCountLayer
 from .configuration_rebased import ReBasedConfig
@@ -249,3 +257,63 @@ def count_positions(
     elif cache is not None:
         positions = positions + cache.get_seq_length()
     return positions if attention_mask is None else positions.clamp_min(0)
+
+
+def create_masks(
+    config: ReBasedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    padding_mask: torch.Tensor | None,
+    cache: Cache | None,
+    packing: Packing | None,
+) -> dict[str, torch.Tensor | None]:
+    """Make the masks for the kinds of layer in a model. They also keep packed sequences apart in softmax layers.
+
+    Args:
+        config (`ReBasedConfig`): the model's.
+        inputs_embeds (`torch.Tensor`): [B, T, any size].
+        attention_mask, padding_mask: what `fit_mask` returned.
+        cache (`Cache`, *optional*): what came before.
+        packing (`Packing`, *optional*): the packed sequences.
+
+    Returns:
+        `dict[str, torch.Tensor | None]`: as `ReBasedPreTrainedModel.create_masks_for_generate`.
+
+    Raises:
+        `ValueError`: padding inside packed sequences, with FlashAttention.
+    """
+    masks = {"linear_attention": padding_mask} if config.is_recurrent else {}
+    options = {}
+    if packing is not None:
+        attention_mask = padding_mask
+        if padding_mask is None:
+            # The library finds the bounds in positions that restart, if nothing else is given.
+            options["position_ids"] = packing.columns
+        else:
+            options["and_mask_function"] = packed_sequence_mask_function(packing.segment_ids)
+    for name, build in (
+        ("full_attention", create_causal_mask),
+        ("sliding_attention", create_sliding_window_causal_mask),
+    ):
+        users = [name, "hybrid_sliding"] if name == "sliding_attention" else [name]
+        layer_idx = next((i for i, layer_type in enumerate(config.layer_types) if layer_type in users), None)
+        if layer_idx is None:
+            continue
+        if packing is not None and padding_mask is not None and is_flash_attention_requested(config):
+            raise ValueError(
+                "`attention_mask` has padding inside packed sequences, which FlashAttention cannot tell apart: leave "
+                "the padding out, or choose `attn_implementation='sdpa'`."
+            )
+        layer_cache = None
+        if cache is not None:
+            # The library sizes a mask by the first layer of the cache that looks right to it. Among layers that have
+            # no length that can be a wrong one, so it sees only a layer that the mask is for.
+            layer_cache = Cache(layers=[cache.layers[layer_idx]]) if layer_idx < len(cache.layers) else DynamicCache()
+        masks[name] = build(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            **{CACHE_NAME: layer_cache},
+            **options,
+        )
+    return masks

@@ -6,10 +6,11 @@ The kernel is a polynomial of degree two in the scaled dot product (Aksenov et a
     s_ij = (q_i . k_j) * scale,   w_ij = c0 + c1 s_ij + c2 s_ij**2   for j <= i,
     o_i = sum_j w_ij v_j / (sum_j w_ij + eps).
 
-`w` is an inner product of feature maps, so the sum over all earlier chunks is one matrix (the state) and only the
-tokens of the chunk at hand meet each other pairwise.
+`w` is an inner product of feature maps, so the sum over all earlier chunks is one matrix, the state. Only the tokens
+of one chunk meet each other pairwise.
 """
 
+import functools
 import itertools
 import math
 
@@ -164,15 +165,25 @@ def eager_rebased_attention(
     """
     # A mixed-precision region must not turn the fp32 sums into bf16 ones.
     with torch.autocast(q.device.type, enabled=False):
-        if cu_seqlens is not None and (initial_state is not None or output_final_state):
-            return _by_sequence(
-                q, k, v, coefficients, scale, eps, attention_mask, cu_seqlens, initial_state, output_final_state
-            )
-        if cu_seqlens is not None:
-            segment_ids = segment_ids_of(cu_seqlens, q.shape[1])
-        return _chunked(
-            q, k, v, coefficients, scale, eps, attention_mask, segment_ids, initial_state, output_final_state
+        compute = functools.partial(
+            _chunked, coefficients=coefficients, scale=scale, eps=eps, output_final_state=output_final_state
         )
+        if cu_seqlens is None:
+            return compute(q, k, v, attention_mask, segment_ids, initial_state)
+        if initial_state is None and not output_final_state:
+            return compute(q, k, v, attention_mask, segment_ids_of(cu_seqlens, q.shape[1]), None)
+        # Packed sequences that bring or leave states are computed one after another.
+        if initial_state is None:
+            shape = (cu_seqlens.shape[0] - 1, k.shape[2], n_features(k.shape[3], coefficients), v.shape[3] + 1)
+            initial_state = q.new_zeros(shape, dtype=computation_dtype(q))
+        outputs, states = [], list(initial_state.split(1))
+        for i, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            if stop > start:
+                part = slice(start, stop)
+                mask = attention_mask[:, part] if attention_mask is not None else None
+                output, states[i] = compute(q[:, part], k[:, part], v[:, part], mask, None, states[i])
+                outputs.append(output)
+        return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
 
 
 def segment_ids_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
@@ -181,54 +192,17 @@ def segment_ids_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     return torch.bucketize(tokens, cu_seqlens[1:], right=True)[None]
 
 
-def _by_sequence(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    coefficients: tuple[float, float, float],
-    scale: float,
-    eps: float,
-    attention_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute packed sequences that bring or leave states, one after another."""
-    outputs, states = [], []
-    for i, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        state = initial_state[i : i + 1] if initial_state is not None else None
-        if stop > start:
-            part = slice(start, stop)
-            output, state = _chunked(
-                q[:, part],
-                k[:, part],
-                v[:, part],
-                coefficients,
-                scale,
-                eps,
-                attention_mask[:, part] if attention_mask is not None else None,
-                None,
-                state,
-                output_final_state,
-            )
-            outputs.append(output)
-        elif state is None:
-            shape = (1, k.shape[2], n_features(k.shape[3], coefficients), v.shape[3] + 1)
-            state = q.new_zeros(shape, dtype=computation_dtype(q))
-        states.append(state)
-    return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
-
-
 def _chunked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    coefficients: tuple[float, float, float],
-    scale: float,
-    eps: float,
     attention_mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
     initial_state: torch.Tensor | None,
+    *,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    eps: float,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`eager_rebased_attention`, a block of chunks at a time: what is larger than an input exists for one block."""
@@ -267,7 +241,7 @@ def _chunked(
         state = torch.zeros(batch, kv_heads, features, head_dim + 1, dtype=dtype, device=q.device)
     last_segment = segment_ids[:, :1] if segment_ids is not None else None
 
-    # Without gradients each block writes its part of the output; a graph of such writes would cost O(T) a block.
+    # Without gradients each block writes its part of the output; a graph of such writes would cost O(T) per block.
     output = None if torch.is_grad_enabled() else q.new_empty(batch, length, q_heads, head_dim)
     outputs = []
     for part in parts:
@@ -310,11 +284,14 @@ def _block(
     state: torch.Tensor | None,
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """N chunks of C tokens at once.
+    """Compute N chunks of C tokens at once, and return [B, T, H_q, D] and the state after them.
 
-    q [B, T, H_q, F], k [B, T, H_kv, F], v [B, T, H_kv, D], where T is at most N * C; `key_factor` [B, H_kv, 1, 1];
-    `state` [B, H_kv, features, D + 1] before the block, in units of the factor, `None` if nothing comes before or
-    after; `last_segment` [B, 1], the segment that the state belongs to. Returns [B, T, H_q, D] and the state after.
+    Args:
+        q, k, v: [B, T, H_q, F], [B, T, H_kv, F] and [B, T, H_kv, D], where T is at most N * C.
+        key_factor: [B, H_kv, 1, 1].
+        last_segment: [B, 1], the segment that the state belongs to.
+        state: [B, H_kv, features, D + 1] before the block, in units of the factor. It is `None` if nothing comes
+            before or after.
     """
     batch, length, q_heads, feature_dim = q.shape
     kv_heads, head_dim = k.shape[2], v.shape[3]

@@ -161,3 +161,33 @@ def linear_cross_entropy(
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def fused_causal_lm_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Return what `ForCausalLMLoss` gives for the logits `hidden_states @ weight.T`, a float32 scalar.
+
+    Args:
+        hidden_states (`torch.Tensor`): [B, T, C], floating point.
+        weight (`torch.Tensor`): [V, C].
+        labels (`torch.Tensor`): int64 [B, T], the tokens themselves: the loss shifts them.
+        shift_labels (`torch.Tensor`, *optional*): int64 [B, T], the token after each token, instead of `labels`.
+        num_items_in_batch, ignore_index: as in `linear_cross_entropy`.
+        kwargs: other arguments of `ForCausalLMLoss`, which it does not use either.
+    """
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    return linear_cross_entropy(
+        hidden_states.flatten(0, 1),
+        weight,
+        shift_labels.reshape(-1).to(hidden_states.device),
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+    )

@@ -24,11 +24,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    packed_sequence_mask_function,
-)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -41,11 +36,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
-from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rebased import rebased_attention, rebased_attention_decode
-from .batch_rebased import PURELY_RECURRENT, Packing, check_counts, count_positions, find_packing, fit_mask
+from .batch_rebased import (
+    PURELY_RECURRENT,
+    check_counts,
+    count_positions,
+    create_masks,
+    find_packing,
+    fit_mask,
+)
 from .cache_rebased import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -69,7 +71,7 @@ from .context_parallel_rebased import (
     group_name,
     locate_shard,
 )
-from .loss_rebased import can_fuse_loss, linear_cross_entropy
+from .loss_rebased import can_fuse_loss, fused_causal_lm_loss
 from .triton_rebased import triton_short_conv, triton_unavailable_reason
 
 
@@ -513,8 +515,8 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute softmax attention by its definition and return its weights too (`attn_implementation="eager"`).
 
-    query [B, H, T, D], key and value [B, H_kv, S, D] and a mask that is added to the scores, [B or 1, 1, T, S] ->
-    [B, T, H, D] and weights [B, H, T, S], in query's dtype; the softmax is in float32.
+    It maps query [B, H, T, D], key and value [B, H_kv, S, D] to [B, T, H, D] and weights [B, H, T, S], in query's
+    dtype. The mask [B or 1, 1, T, S] is added to the scores. The softmax is in float32.
     """
     key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -795,7 +797,7 @@ class ReBasedPreTrainedModel(PreTrainedModel):
         except Exception as error:
             from safetensors import SafetensorError
 
-            if not isinstance(error, SafetensorError):
+            if not isinstance(error, SafetensorError) or pretrained_model_name_or_path is None:
                 raise
             message = _about_damaged_weights(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             raise OSError(f"{message} safetensors says: {error}") from error
@@ -869,7 +871,7 @@ class ReBasedPreTrainedModel(PreTrainedModel):
         """
         counter = prepare_cache(cache, config, inputs_embeds) if cache is not None else None
         attention_mask, padding_mask = fit_mask(config, inputs_embeds, attention_mask, cache, counter)
-        return _create_masks(config, inputs_embeds, attention_mask, padding_mask, cache, None)
+        return create_masks(config, inputs_embeds, attention_mask, padding_mask, cache, None)
 
 
 def _about_damaged_weights(source: str | os.PathLike, subfolder: str) -> str:
@@ -893,52 +895,6 @@ def _about_damaged_weights(source: str | os.PathLike, subfolder: str) -> str:
         f"The folder {str(folder)!r} holds weights that are cut short or damaged: {', '.join(damaged)}. Copy or "
         "download them again. A file of about 130 bytes is a pointer of Git LFS: `git lfs pull` fetches the weights."
     )
-
-
-def _create_masks(
-    config: ReBasedConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: Any,
-    padding_mask: torch.Tensor | None,
-    cache: Cache | None,
-    packing: Packing | None,
-) -> dict[str, torch.Tensor | None]:
-    """Make the masks of `create_masks_for_generate`, which also keep packed sequences apart in softmax layers."""
-    masks = {"linear_attention": padding_mask} if config.is_recurrent else {}
-    options = {}
-    if packing is not None:
-        attention_mask = padding_mask
-        if padding_mask is None:
-            # The library finds the bounds in positions that restart, if nothing else is given.
-            options["position_ids"] = packing.columns
-        else:
-            options["and_mask_function"] = packed_sequence_mask_function(packing.segment_ids)
-    for name, build in (
-        ("full_attention", create_causal_mask),
-        ("sliding_attention", create_sliding_window_causal_mask),
-    ):
-        users = [name, "hybrid_sliding"] if name == "sliding_attention" else [name]
-        layer_idx = next((i for i, layer_type in enumerate(config.layer_types) if layer_type in users), None)
-        if layer_idx is None:
-            continue
-        if packing is not None and padding_mask is not None and is_flash_attention_requested(config):
-            raise ValueError(
-                "`attention_mask` has padding inside packed sequences, which FlashAttention cannot tell apart: leave "
-                "the padding out, or choose `attn_implementation='sdpa'`."
-            )
-        layer_cache = None
-        if cache is not None:
-            # The library sizes a mask by the first layer of the cache that looks right to it. Among layers that have
-            # no length that can be a wrong one, so it sees only a layer that the mask is for.
-            layer_cache = Cache(layers=[cache.layers[layer_idx]]) if layer_idx < len(cache.layers) else DynamicCache()
-        masks[name] = build(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            **{CACHE_NAME: layer_cache},
-            **options,
-        )
-    return masks
 
 
 class ReBasedModel(ReBasedPreTrainedModel):
@@ -1044,7 +1000,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
             cache = DynamicCache(config=self.config)
             counter = prepare_cache(cache, self.config, inputs_embeds)
         if masks is None:
-            masks = _create_masks(self.config, inputs_embeds, attention_mask, padding_mask, cache, packing)
+            masks = create_masks(self.config, inputs_embeds, attention_mask, padding_mask, cache, packing)
         if position_ids is None and self.config.position_embedding_type != "none":
             position_ids = count_positions(inputs_embeds, attention_mask, packing, cache, counter)
             if shard is not None:
@@ -1210,7 +1166,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
         mask, ids = kwargs.get("attention_mask"), inputs.get("input_ids")
         first = kwargs.get("is_first_iteration") and cache is not None and self.config.is_recurrent
-        if first and getattr(mask, "ndim", 0) == 2 and ids is not None and ids.shape[1] == 1:
+        if first and isinstance(mask, torch.Tensor) and mask.ndim == 2 and ids is not None and ids.shape[1] == 1:
             # A turn of one token, which `forward` on a GPU would take for one that was generated, and not check.
             counter = count_layer(cache, self.config)
             if mask.shape[1] - 1 == counter.get_seq_length() > 0:
@@ -1291,7 +1247,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
             raise ValueError(f"`skip_logits=True` is not possible: {reason}.")
         loss = logits = None
         if skip_logits:
-            loss = self._fused_loss(hidden_states, labels, **kwargs)
+            loss = fused_causal_lm_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
@@ -1321,26 +1277,6 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         if not can_fuse_loss(hidden_states, head.weight):
             return "it takes a GPU, Triton and an output layer that is not sharded"
         return None
-
-    def _fused_loss(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Return what `ForCausalLMLoss` gives, whose arguments these are, from the hidden states."""
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-        return linear_cross_entropy(
-            hidden_states.flatten(0, 1),
-            self.lm_head.weight,
-            shift_labels.reshape(-1).to(hidden_states.device),
-            num_items_in_batch=num_items_in_batch,
-            ignore_index=ignore_index,
-        )
 
 
 class ReBasedGenericHead:
