@@ -1,8 +1,8 @@
 """Convert checkpoints of the paper's authors to this package and back, bit for bit.
 
-The authors' model is a stack of pre-norm layers whose mixers are the gated short convolution (BaseConv), ReBased or
-Based, with a GELU MLP or none, and an output layer tied to the word embedding. A checkpoint is a `state_dict` saved
-with `torch.save`. It has no configuration, so the configuration is read off the tensors.
+The authors' model is a stack of pre-norm layers. Their mixers are the gated short convolution (BaseConv), ReBased or
+Based. A GELU MLP may follow each mixer, and the output layer is tied to the word embedding. A checkpoint is a
+`state_dict` saved with `torch.save`. It has no configuration, so the configuration is read off the tensors.
 """
 
 import os
@@ -220,8 +220,8 @@ def read_layout(
         fields |= _heads(state, mapping, [i for i, _ in attention], hidden_size, num_heads, notes)
         fields |= _flags(attention[0][1], state, mapping, kernel, normalize, use_beta, notes)
         if fields["use_gamma"] and not fields["use_beta"]:
-            for name, ours in mapping.items():
-                if ours is not None and re.search(r"\.ln_[qk]\.beta$", name):
+            for name, place in mapping.items():
+                if place is not None and re.search(r"\.ln_[qk]\.beta$", name):
                     mapping[name] = None
     else:
         fields |= {"num_attention_heads": 1, "head_dim": 1}

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, function: Callable[..., Any], source: str, destination: str | None) -> argparse.ArgumentParser:
-        summary = inspect.getdoc(function).split("\n")[0]
+        summary = (inspect.getdoc(function) or "").split("\n")[0]
         command = commands.add_parser(
             name,
             help=summary,
@@ -137,13 +137,17 @@ def _parser() -> argparse.ArgumentParser:
     command = add("from-based", from_based, "folder or file of a released Based model", "new folder")
     command.add_argument("--num-heads", type=int, help="attention heads, where no config.json tells (16 as released)")
     command.add_argument(
-        "--window-size", type=int, help="their window_size, where no config.json tells; a token sees half of it"
+        "--window-size", type=int, help="window_size, where no config.json tells it; a token sees half of it"
     )
-    command.add_argument("--attention-eps", type=float, help="of the normaliser (default: theirs, or 1e-12)")
-    command.add_argument("--norm-eps", type=float, help="of RMSNorm (default: theirs, or 1e-5)")
-    command.add_argument("--rope-theta", type=float, help="of the rotary embedding (default: theirs, or 10000)")
-    command.add_argument("--max-position-embeddings", type=int, help="length trained on (default: theirs, or 2048)")
-    command.add_argument("--tokenizer", help="folder with GPT-2's tokenizer, which is theirs")
+    command.add_argument("--attention-eps", type=float, help="of the normaliser (default: the checkpoint's, or 1e-12)")
+    command.add_argument("--norm-eps", type=float, help="of RMSNorm (default: the checkpoint's, or 1e-5)")
+    command.add_argument(
+        "--rope-theta", type=float, help="of the rotary embedding (default: the checkpoint's, or 10000)"
+    )
+    command.add_argument(
+        "--max-position-embeddings", type=int, help="length trained on (default: the checkpoint's, or 2048)"
+    )
+    command.add_argument("--tokenizer", help="folder with GPT-2's tokenizer, which the released models use")
 
     source = "folder or GGUF file of a Llama, Mistral or Qwen model, or its copy with softmax in every layer"
     command = add("linearize", linearize, source, "new folder")

@@ -202,7 +202,7 @@ def decode_speed(
             if cuda:
                 torch.cuda.synchronize()
             seconds = (time.perf_counter() - began) / steps
-            row = {"batch": batch, "tokens_per_s": batch / seconds, "ms": 1e3 * seconds}
+            row: dict[str, float | None] = {"batch": batch, "tokens_per_s": batch / seconds, "ms": 1e3 * seconds}
             row["cache_mib"] = sum(each.nbytes for each in tensors_of(cache)) / 2**20
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         except torch.cuda.OutOfMemoryError:

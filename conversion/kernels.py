@@ -79,7 +79,7 @@ def operator_files() -> dict[str, str]:
         text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
         files[f"{module}.py"] = text
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
                 if node.module == CONFIGURATION:
                     wanted |= {alias.name for alias in node.names}
                 elif f"{node.module}.py" not in files and node.module not in todo:
@@ -106,6 +106,6 @@ def definitions_of(module: str, wanted: set[str]) -> str:
         used = {node.id for node in ast.walk(definitions[name]) if isinstance(node, ast.Name)}
         todo += [other for other in used if other in definitions and other not in kept]
     parts = ['"""Numbers of the operator."""']
-    parts += [ast.get_source_segment(text, node) for name, node in definitions.items() if name in kept]
+    parts += [ast.get_source_segment(text, node) or "" for name, node in definitions.items() if name in kept]
     license_line = re.match(r"#[^\n]*\n", text)
     return (license_line.group() if license_line else "") + "\n\n\n".join(parts) + "\n"

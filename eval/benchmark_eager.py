@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def check(heads: int, feature_dim: int, head_dim: int) -> None:
         raise RuntimeError(f"The eager backend is off by {error:.1e}; nothing was timed.")
 
 
-def time_length(length: int, heads: int, feature_dim: int, head_dim: int, repeats: int) -> dict[str, float | None]:
+def time_length(length: int, heads: int, feature_dim: int, head_dim: int, repeats: int) -> dict[str, Any]:
     """Return the milliseconds of both forms at one length, `None` where a form is left out."""
     inputs = make_inputs(length, heads, feature_dim, head_dim)
 
@@ -54,7 +55,7 @@ def time_length(length: int, heads: int, feature_dim: int, head_dim: int, repeat
     def chunked(*qkv: torch.Tensor) -> torch.Tensor:
         return rebased_attention(*qkv, backend="eager")[0]
 
-    row: dict[str, float | None] = {"tokens": length}
+    row: dict[str, Any] = {"tokens": length}
     with torch.no_grad():
         row["chunked"] = median_ms(lambda: chunked(*inputs), repeats)
         quadratic = length <= QUADRATIC_LIMIT
@@ -64,7 +65,7 @@ def time_length(length: int, heads: int, feature_dim: int, head_dim: int, repeat
     return row
 
 
-def print_row(row: dict[str, float | None]) -> None:
+def print_row(row: dict[str, Any]) -> None:
     """Print one length as a line of the table."""
 
     def cell(value: float | None) -> str:

@@ -190,11 +190,11 @@ class TokenCountLayer(CacheLayerMixin):
     """
 
     supports_early_init = False
+    counts: torch.Tensor  # from `lazy_initialization` on
 
     def __init__(self, compileable: bool):
         super().__init__()
         self.is_compileable = compileable
-        self.counts: torch.Tensor | None = None
         # The columns as the host knows them; `None` after compiled steps, which only `counts` has seen.
         self.columns: int | None = 0
 
@@ -233,13 +233,13 @@ class TokenCountLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Start every row at 0 again, in place."""
-        if self.counts is not None:
+        if self.is_initialized:
             self.counts.zero_()
         self.columns = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select rows, for beam search."""
-        if self.counts is not None:
+        if self.is_initialized:
             self.counts = self.counts.index_select(0, beam_idx.to(self.counts.device))
 
     def offload(self) -> None:
@@ -259,7 +259,7 @@ class TokenCountLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` columns, which are real tokens in every row."""
         self.activate_past_recording()
-        if self.counts is not None:
+        if self.is_initialized:
             self.counts.add_(tokens_to_remove)
         if self.columns is not None:
             self.columns += tokens_to_remove
@@ -287,8 +287,8 @@ def count_layer(cache: Cache, config: ReBasedConfig) -> TokenCountLayer:
 def prepare_cache(cache: Cache, config: ReBasedConfig, inputs_embeds: torch.Tensor) -> TokenCountLayer | None:
     """Make a cache ready for a batch [B, T, hidden_size], and return its counts, `None` without recurrent layers.
 
-    Outside of compiled code it also gives every row of the batch a copy of a cache that has one row, for beams, and
-    copies states that were made under `torch.inference_mode` and are to be changed outside of it.
+    Outside of compiled code it does two more things. It gives every row of the batch a copy of a cache that has one
+    row, for beams. It copies states that were made under `torch.inference_mode` and are to be changed outside of it.
 
     Raises:
         `TypeError`: `cache` is no `Cache`, for example a tuple of older releases.

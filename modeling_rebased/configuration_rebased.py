@@ -4,7 +4,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -19,6 +19,15 @@ SOFTMAX_LAYER_TYPES = ("sliding_attention", "full_attention", "hybrid_sliding")
 RECURRENT_LAYER_TYPES = ("conv", "linear_attention", "hybrid_sliding")  # these carry a state from token to token
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
+
+# The type of a field that may be left out, for a value that follows from other fields. In a configuration that is made
+# it is None only where no layer reads it, so a type checker takes the value for granted.
+UNSET: Any = None
+if TYPE_CHECKING:
+    _T = TypeVar("_T")
+    Filled = Annotated[_T, "None as an argument"]
+else:
+    Filled = Optional
 
 
 def feature_blocks(feature_dim: int, coefficients: tuple[float, float, float]) -> list[int]:
@@ -194,16 +203,16 @@ class ReBasedConfig(PreTrainedConfig):
     vocab_size: int = 32000
     hidden_size: int = 768
     num_hidden_layers: int = 12
-    layer_types: list[str] | None = None
+    layer_types: Filled[list[str]] = UNSET
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
+    num_key_value_heads: Filled[int] = UNSET
     feature_dim: int = 16
-    head_dim: int | None = None
+    head_dim: Filled[int] = UNSET
     kernel: Literal["rebased", "based"] = "rebased"
     kernel_coefficients: list[int | float] | tuple[int | float, ...] | None = None
-    normalize: bool | None = None
-    use_gamma: bool | None = None
-    use_beta: bool | None = None
+    normalize: Filled[bool] = UNSET
+    use_gamma: Filled[bool] = UNSET
+    use_beta: Filled[bool] = UNSET
     qk_norm_scope: Literal["all_heads", "head"] = "all_heads"
     qk_norm_shared: bool = False
     qk_norm_eps: float = 1e-5
@@ -212,17 +221,17 @@ class ReBasedConfig(PreTrainedConfig):
     softmax_qk_norm: bool = False
     conv_type: Literal["residual", "gated"] = "residual"
     conv_kernel_size: int = 3
-    conv_intermediate_size: int | None = None
+    conv_intermediate_size: Filled[int] = UNSET
     conv_bias: bool = True
     mlp_type: Literal["none", "gelu", "swiglu"] = "gelu"
-    intermediate_size: int | None = None
-    hidden_act: str | None = None
-    mlp_bias: bool | None = None
+    intermediate_size: Filled[int] = UNSET
+    hidden_act: Filled[str] = UNSET
+    mlp_bias: Filled[bool] = UNSET
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
     position_embedding_type: Literal["none", "learned", "rope"] = "none"
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: Filled[RopeParameters | dict] = UNSET
     rope_linear_attention: bool = False
     sliding_window: int | None = 64
     embedding_dropout: float | int = 0.0

@@ -155,8 +155,7 @@ class FastTrainer:
     def _state_path(self, run: Recipe) -> Path | None:
         return Path(self.options.work_dir) / f"{run.name}.pt" if self.options.work_dir else None
 
-    def _save(self, run: Recipe, history: list[dict[str, float]], seconds: float) -> None:
-        path = self._state_path(run)
+    def _save(self, path: Path, run: Recipe, history: list[dict[str, float]], seconds: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "run": fields_of(run),
@@ -226,10 +225,9 @@ class FastTrainer:
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
             late = self.options.late
             early = until is not None and epoch + 1 >= until
-            if self.options.work_dir and (
-                late or early or time.perf_counter() - last_save > self.options.save_seconds
-            ):
-                self._save(run, history, seconds)
+            due = late or early or time.perf_counter() - last_save > self.options.save_seconds
+            if due and (path := self._state_path(run)) is not None:
+                self._save(path, run, history, seconds)
                 last_save = time.perf_counter()
             if (late or early) and epoch + 1 < run.epochs and accuracy < run.stop_at:
                 stopped = "deadline" if late else f"epoch {until}"

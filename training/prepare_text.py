@@ -57,8 +57,8 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
             files = {Path(name).stem: archive.read(name) for name in archive.namelist() if name.endswith(".txt")}
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
-            members = [member for member in archive if member.isfile() and member.name.endswith(".txt")]
-            files = {Path(member.name).stem: archive.extractfile(member).read() for member in members}
+            names = [member.name for member in archive if member.isfile() and member.name.endswith(".txt")]
+            files = {Path(name).stem: file.read() for name in names if (file := archive.extractfile(name))}
     else:
         raise ValueError(f"--text {path} is neither a folder nor a zip or tar archive")
     if not files:

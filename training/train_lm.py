@@ -146,12 +146,13 @@ def load_config(model_args: ModelArguments) -> ReBasedConfig:
     Raises:
         ValueError: neither or both of --config and --model are given, or what is given is no ReBased model.
     """
-    if (model_args.config is None) == (model_args.model is None):
+    given = [(f"--{name}", value) for name in ("config", "model") if (value := getattr(model_args, name)) is not None]
+    if len(given) != 1:
         raise ValueError("give either --config, to train a new model, or --model, to train one further")
-    if model_args.config in config_names() and not Path(model_args.config).exists():
-        folder = config_path(model_args.config)
+    name, folder = given[0]
+    if name == "--config" and folder in config_names() and not Path(folder).exists():
+        folder = config_path(folder)
     else:
-        name, folder = ("--model", model_args.model) if model_args.config is None else ("--config", model_args.config)
         if not Path(folder).exists():
             known = f", nor one of the configurations {', '.join(config_names())}" if name == "--config" else ""
             raise ValueError(f"{name} {folder} is no folder{known}")
