@@ -1,10 +1,11 @@
 """Convert the released models of Based to this package.
 
-Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff" (2024), published by
-HazyResearch as based-360m, based-1b and based-1b-50b: gated short convolutions, with Taylor linear attention and
-sliding-window softmax attention of rotary positions between them, RMSNorm and SwiGLU. The names of their tensors are
-those of flash-attn's GPT model. A folder of the Hub has a `config.json` of transformers' GPT2 with more fields. What
-neither this file nor the tensors tell must be given as an argument.
+The models are those of Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff"
+(2024). HazyResearch published them as based-360m, based-1b and based-1b-50b. Most of their layers are gated short
+convolutions. Between them stand Taylor linear attention and sliding-window softmax attention with rotary positions.
+Norms are RMSNorm and MLPs are SwiGLU. The names of the tensors are those of flash-attn's GPT model. A folder of the
+Hub has a `config.json` of transformers' GPT2 with more fields. What neither this file nor the tensors tell must be
+given as an argument.
 """
 
 import json

@@ -1,8 +1,9 @@
 """Convert flash-linear-attention's ReBased layers to this package and back, bit for bit.
 
 The library's `ReBasedLinearAttention` normalises each head by itself, with one gamma and beta for queries, keys and
-all heads. A checkpoint may hold one such layer, a stack of them, or a model around them with the names that all of the
-library's models share: `model.embeddings`, `attn_norm`, `mlp_norm`, `mlp.{gate,up,down}_proj`, RMSNorm and SwiGLU.
+all heads. A checkpoint may hold one such layer, a stack of them, or a model around them. Such a model has RMSNorm and
+SwiGLU, and the names that all of the library's models share: `model.embeddings`, `attn_norm`, `mlp_norm` and
+`mlp.{gate,up,down}_proj`.
 """
 
 import os

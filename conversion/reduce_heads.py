@@ -19,9 +19,9 @@ def reduce_heads(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return queries and keys of `feature_dim` numbers whose products come closest to those of the full ones.
 
-    For x and y of unit covariance the error of the score x^T Q^T K y is the Frobenius norm of Q^T K - Q'^T K', summed
-    over the query heads that share a key head. With Q' = B^T Q and K' = A K, the best B and A come from a singular
-    value decomposition of the size of a head.
+    The score of x and y is x^T Q^T K y. If x and y have unit covariance, its error is the Frobenius norm of
+    Q^T K - Q'^T K', summed over the query heads that share a key head. With Q' = B^T Q and K' = A K, the
+    best B and A come from a singular value decomposition of the size of a head.
 
     If queries and keys are rotated by position, pairs of numbers are complex numbers that each turn at one frequency,
     and only numbers of like frequency may be added. The head's pairs are divided into `feature_dim / 2` bands. The

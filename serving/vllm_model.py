@@ -76,7 +76,7 @@ class ReBasedShortConv(nn.Module):
         self.conv = build_conv(size, config, page, place, f"{prefix}.conv")
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]"""
+        """Map [T, hidden_size] to the same shape."""
         inputs = own_share(hidden_states).contiguous()
         out = self.conv(inputs) * self.proj(hidden_states) + inputs
         return tensor_model_parallel_all_gather(out) if self.tp_size > 1 else out
@@ -102,7 +102,7 @@ class ReBasedGatedConv(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]"""
+        """Map [T, hidden_size] to the same shape."""
         convolved, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         return self.out_proj(F.silu(self.conv(convolved.contiguous())) * gate)
 
@@ -155,11 +155,11 @@ class ReBasedLinearAttention(nn.Module):
         self.states = LinearAttentionStates(config, page, f"{prefix}.states")
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]"""
+        """Map [T, hidden_size] to the same shape."""
         return self.o_proj(self.attend(positions, hidden_states)[0].flatten(1))
 
     def attend(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, hidden_size] -> [T, H, D] and the values [T, H_kv, D]"""
+        """Map [T, hidden_size] to [T, H, D] and to the values [T, H_kv, D]."""
         q, k, v = self.qkv_proj(hidden_states).split(self.split, dim=-1)
         q = self.normalize(q, self.q_norm)
         k = self.normalize(k, self.k_norm if self.k_norm is not None else self.q_norm)
@@ -170,7 +170,7 @@ class ReBasedLinearAttention(nn.Module):
         return self.states(q, k, v), v
 
     def normalize(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-        """[T, H * F] -> [T, H * F]. A norm over all heads needs the other processes' heads too."""
+        """Map [T, H * F] to the same shape. A norm over all heads needs the other processes' heads too."""
         if self.norm_by_head:
             return norm(x.unflatten(-1, (-1, self.feature_dim))).flatten(-2)
         if self.tp_size == 1:
@@ -210,7 +210,7 @@ class ReBasedSoftmaxCore(nn.Module):
         q_norm: nn.Module | None,
         k_norm: nn.Module | None,
     ) -> torch.Tensor:
-        """q [T, H * D], k and v [T, H_kv * D] -> [T, H * D]"""
+        """Map q [T, H * D], k and v [T, H_kv * D] to [T, H * D]."""
         if q_norm is not None and k_norm is not None:
             q = q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
@@ -256,7 +256,7 @@ class ReBasedSoftmaxAttention(nn.Module):
         self.core = ReBasedSoftmaxCore(vllm_config, heads, kv_heads, window, prefix)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]"""
+        """Map [T, hidden_size] to the same shape."""
         q, k, v = self.qkv_proj(hidden_states).split(self.split, dim=-1)
         return self.o_proj(self.core(positions, q, k, v, self.q_norm, self.k_norm))
 
@@ -284,7 +284,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         self.window = ReBasedSoftmaxCore(vllm_config, heads, kv_heads, config.sliding_window, prefix)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]"""
+        """Map [T, hidden_size] to the same shape."""
         linear, values = self.attend(positions, hidden_states)
         q, k = self.window_qk_proj(hidden_states).split(self.window_split, dim=-1)
         window = self.window(positions, q, k, values.flatten(1), self.window_q_norm, self.window_k_norm)
@@ -321,7 +321,7 @@ class ReBasedMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]"""
+        """Map [T, hidden_size] to the same shape."""
         if not self.gated:
             return self.down_proj(self.act_fn(self.up_proj(x)))
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -350,7 +350,7 @@ class ReBasedDecoderLayer(nn.Module):
         self.post_attention_layernorm = build_norm(config)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size]"""
+        """Map [T, hidden_size] to the same shape."""
         mixer = self.conv if self.is_conv else self.self_attn
         hidden_states = hidden_states + mixer(positions, self.input_layernorm(hidden_states))
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -385,7 +385,7 @@ class ReBasedModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids and positions [T] -> [T, hidden_size]"""
+        """Map token ids and positions [T] to [T, hidden_size]."""
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(positions)
@@ -439,7 +439,7 @@ class ReBasedForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsQuant):
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [T] -> [T, hidden_size]"""
+        """Map token ids [T] to [T, hidden_size]."""
         return self.model.embed_tokens(input_ids)
 
     def forward(
@@ -450,11 +450,11 @@ class ReBasedForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsQuant):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Token ids and positions [T] -> [T, hidden_size]"""
+        """Map token ids and positions [T] to [T, hidden_size]."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[T, hidden_size] -> [T, vocab_size]"""
+        """Map [T, hidden_size] to [T, vocab_size]."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -112,7 +112,7 @@ class LinearAttentionStates(nn.Module):
         register_layer(prefix, self)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [T, H, F], k [T, H_kv, F] and v [T, H_kv, D] of all requests, one after another -> [T, H, D]"""
+        """Map q [T, H, F], k [T, H_kv, F] and v [T, H_kv, D] of all requests, one after another, to [T, H, D]."""
         output = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
         torch.ops.vllm.rebased_linear_attention(q, k, v, output, self.prefix)
         return output
@@ -177,7 +177,7 @@ class ShortConvStates(nn.Module):
         register_layer(prefix, self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, channels] of all requests, one after another -> [T, channels]"""
+        """Map [T, channels] of all requests, one after another, to the same shape."""
         output = torch.empty_like(x)
         torch.ops.vllm.rebased_short_conv(x, output, self.prefix)
         return output

@@ -3,8 +3,8 @@
     python -m modeling_rebased.training.byte_tokenizer tokenizer/
 
 writes tokenizer.json and tokenizer_config.json, which `AutoTokenizer` loads without remote code. ByT5's tokenizer is
-byte-level too, but it is made for an encoder: it ends every text with </s>, so that a language model given
-`tokenizer(prompt)` would continue a text that has just ended. Here a text is encoded as its bytes and nothing else.
+byte-level too, but it is made for an encoder: it ends every text with </s>. A language model given such a prompt would
+continue a text that has just ended. Here a text is encoded as its bytes and nothing else.
 
 A prompt is taken as the middle of a document: no end-of-text token is put before it, by the tokenizer, by the demo or
 by lm-eval. Write "<|endoftext|>" at the start of a prompt that begins a document. Where whole documents are scored

@@ -21,8 +21,8 @@ from modeling_rebased import ReBasedForCausalLM
 def written(destination: str | os.PathLike) -> Iterator[Path]:
     """Give a path to write to that becomes `destination` when the block ends, and vanishes if the block fails.
 
-    The path lies in a temporary folder beside `destination`, on the same file system, so that the last step is a
-    rename: nobody ever sees half of a file or folder. What `destination` was before is replaced in that step.
+    The path lies in a temporary folder beside `destination`, on the same file system. The last step is a rename, so
+    `destination` never holds half of a file or folder. What it was before is replaced in that step.
     """
     path = Path(os.path.abspath(destination))
     made = [parent for parent in path.parents if not parent.exists()]

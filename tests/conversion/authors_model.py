@@ -131,7 +131,7 @@ class Backbone(nn.Module):
 
 
 class AuthorsModel(nn.Module):
-    """`kinds` holds "conv" and "attention", one a layer; other keywords are `Attention`'s."""
+    """`kinds` holds "conv" and "attention", one per layer; other keywords are `Attention`'s."""
 
     def __init__(
         self,

@@ -126,7 +126,7 @@ class Transformer(nn.Module):
 
 
 class BasedModel(nn.Module):
-    """`kinds` holds "conv", "linear" and "sliding", one a layer; `conv` are `BaseConv`'s further keywords."""
+    """`kinds` holds "conv", "linear" and "sliding", one per layer; `conv` are `BaseConv`'s further keywords."""
 
     def __init__(
         self,
