@@ -25,10 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_rebased import triton_plan_rebased, triton_rebased
+from modeling_rebased import triton_launch_rebased, triton_plan_rebased, triton_rebased
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-capability, feature_dim, head_dim, length = map(int, sys.argv[1:])
 launches = []
 
 
@@ -41,25 +40,31 @@ def record(kernel, grid, **arguments):
 triton.JITFunction.__getitem__ = lambda kernel, grid: lambda **arguments: record(kernel, grid, **arguments)
 triton_plan_rebased._is_hopper = lambda device: capability == 90
 triton_plan_rebased._is_blackwell = lambda device: capability == 100
-q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
-triton_rebased._Attention.apply(q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.25, 1e-12, False, None)[0].sum().backward()
-if capability == 90:  # every weight has units of its own
-    ranges = torch.ones(1, 2, length)
-    based = (1.0, 1.0, 0.5, 0.25, 1e-12, False, ranges)
-    triton_rebased._Attention.apply(q, k, v, None, None, None, *based)[0].sum().backward()
-token = [x[:, :1].detach().expand(3, -1, -1, -1).contiguous() for x in (q, k, v)]
-state = torch.zeros(5, 2, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
-options = {"coefficients": (0.0, 0.0, 1.0), "scale": 0.25, "eps": 1e-12}
-for indices in (None, torch.zeros(3, dtype=torch.int32)):
-    rows = state if indices is not None else state[:3]
-    triton_rebased.triton_rebased_decode(*token, rows, state_indices=indices, **options)
-alone = [x[:1, :, :1] for x in token]  # one program, of several warps
-triton_rebased.triton_rebased_decode(*alone, state[:1, :1], **options)
-x, gate = (torch.zeros(1, 300, 96, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-weight, bias = torch.zeros(96, 3, dtype=torch.bfloat16), torch.zeros(96, dtype=torch.bfloat16)
-triton_rebased.triton_short_conv(x, weight, bias, gate, torch.zeros(1, 300, dtype=torch.int64)).sum().backward()
-for kernel, arguments in launches:
+
+
+def launch(feature_dim, head_dim, length):
+    q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
+    rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None)
+    triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
+    if capability == 90:  # every weight has units of its own
+        ranges = torch.ones(1, 2, length)
+        based = (1.0, 1.0, 0.5, 0.25, 1e-12, False, ranges)
+        triton_rebased._Attention.apply(q, k, v, None, None, None, *based)[0].sum().backward()
+    token = [x[:, :1].detach().expand(3, -1, -1, -1).contiguous() for x in (q, k, v)]
+    state = torch.zeros(5, 2, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
+    options = {"coefficients": (0.0, 0.0, 1.0), "scale": 0.25, "eps": 1e-12}
+    for indices in (None, torch.zeros(3, dtype=torch.int32)):
+        rows = state if indices is not None else state[:3]
+        triton_rebased.triton_rebased_decode(*token, rows, state_indices=indices, **options)
+    alone = [x[:1, :, :1] for x in token]  # one program, of several warps
+    triton_rebased.triton_rebased_decode(*alone, state[:1, :1], **options)
+    x, gate = (torch.zeros(1, 300, 96, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    weight, bias = torch.zeros(96, 3, dtype=torch.bfloat16), torch.zeros(96, dtype=torch.bfloat16)
+    triton_rebased.triton_short_conv(x, weight, bias, gate, torch.zeros(1, 300, dtype=torch.int64)).sum().backward()
+
+
+def compile(kernel, arguments):
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value, parameter = arguments.pop(name), kernel.params[i]
@@ -79,28 +84,45 @@ for kernel, arguments in launches:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     # what no parameter has taken are options of the compiler
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=arguments)
-    print("compiled", kernel.__name__, compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=arguments)
+
+
+for target in sys.argv[1:]:
+    capability, width = map(int, target.split(","))
+    triton_launch_rebased._PREPARED.clear()  # plans for another kind of GPU
+    launches.clear()
+    launch(width, 64, 2300)
+    for kernel, arguments in launches:
+        print("compiled", capability, kernel.__name__, compile(kernel, arguments).metadata.shared)
 """
 
 
-@pytest.mark.skipif(not triton_rebased.HAS_TRITON, reason="needs the package triton")
-@pytest.mark.parametrize(("capability", "shared", "width"), [(80, 99, 16), (90, 227, 16), (100, 227, 32)])
-def test_kernels_compile(capability, shared, width, tmp_path):
-    """D = 64 in bfloat16, with states: within the shared memory of a block, in KiB (8.6 has less than 8.0)."""
+TARGETS = [(80, 99, 16), (90, 227, 16), (100, 227, 32)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[list[str]]:
+    """What the script has compiled for one kind of GPU after another: (kind, kernel, bytes of shared memory)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = os.pathsep.join(path for path in sys.path if path)
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
-    command = [sys.executable, "-c", SCRIPT, str(capability), str(width), "64", "2300"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": paths}
+    command = [sys.executable, "-c", SCRIPT, *(f"{capability},{width}" for capability, _, width in TARGETS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("compiled")]
+    return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("compiled")]
+
+
+@pytest.mark.skipif(not triton_rebased.HAS_TRITON, reason="needs the package triton")
+@pytest.mark.parametrize(("capability", "shared", "width"), TARGETS)
+def test_kernels_compile(capability, shared, width, compiled):
+    """D = 64 in bfloat16, with states: within the shared memory of a block, in KiB (8.6 has less than 8.0)."""
+    found = [(name, int(size)) for kind, name, size in compiled if int(kind) == capability]
     names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_decode_kernel"}
     names |= {"_conv_kernel", "_conv_backward_kernel"}
     names |= {"_scale_kernel", "_gradient_kernel"} if width > 16 else set()
     names |= {"_low_state_kernel"} if capability == 90 else set()
-    assert {name for _, name, _ in lines} == names
-    assert max(int(size) for *_, size in lines) <= shared * 1024
+    assert {name for name, _ in found} == names
+    assert max(size for _, size in found) <= shared * 1024
 
 
 def test_without_triton(monkeypatch):
