@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,7 +194,7 @@ def _register():
     return getattr(torch.ops, name)
 
 
-OPS = _register() if HAS_TRITON else None
+OPS: Any = _register() if HAS_TRITON else None
 
 
 def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, feature_dim: int, head_dim: int) -> str | None:

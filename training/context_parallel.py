@@ -72,6 +72,7 @@ class ContextParallelTrainer(Trainer):
 
     def _gather_once(self, values: torch.Tensor) -> torch.Tensor:
         """Return what `gather_for_metrics` does of values [B], from the first process of each sequence."""
+        assert self.context_group is not None  # or `evaluation_loop` would not ask
         every = self.accelerator.gather(values).view(-1, self.context_group.size(), len(values))[:, 0].flatten()
         state = self.accelerator.gradient_state
         return every[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else every
