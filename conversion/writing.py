@@ -78,7 +78,6 @@ def write_model(
     own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     model.load_state_dict(own, strict=False, assign=True)
     model.tie_weights()
-    model.config.dtype = model.dtype
     if generation_config is not None:
         model.generation_config = generation_config
     folders.save_model(folder, model, tokenizer, card, max_shard_size)

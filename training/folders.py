@@ -29,21 +29,18 @@ def written(destination: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     old = temporary / f"{path.name}.old"
-    complete = False
     try:
         yield temporary / path.name
         if path.exists() or path.is_symlink():
             os.replace(path, old)
         os.replace(temporary / path.name, path)
-        complete = True
     finally:
-        if not complete and (old.exists() or old.is_symlink()) and not path.exists():
+        if (old.exists() or old.is_symlink()) and not path.exists():
             os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
-        if not complete:
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+        for parent in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                parent.rmdir()
 
 
 def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> ReBasedForCausalLM | None:

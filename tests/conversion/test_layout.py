@@ -71,6 +71,7 @@ def test_a_configuration_that_cannot_be():
         make_config(num_attention_heads=0)
     config = small_config("paper")
     assert make_config(**own_fields(config)).to_dict() == config.to_dict()
+    config.auto_map = {"AutoConfig": "code.Config"}
     assert not {"model_type", "auto_map", "transformers_version", "dtype"} & own_fields(config).keys()
 
 

@@ -2,11 +2,14 @@
 
 import collections
 import json
+import pickle
 import re
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
@@ -14,6 +17,7 @@ from transformers import GenerationConfig
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError
 from modeling_rebased.conversion.reading import (
+    _refusal,
     check_tensors,
     load_config,
     load_folder,
@@ -122,6 +126,29 @@ def test_what_a_pickle_asks_for_is_told(tmp_path):
     assert re.fullmatch(r"GLOBAL \S*print", said)
 
 
+def test_a_pickle_is_refused_whatever_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"b": print}, tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match="was refused"):
+        read_state_dict(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Weights only load failed. GLOBAL os.system was not an allowed global", "GLOBAL os.system"),
+        (
+            "x WeightsUnpickler error:  Unsupported operand 149\n(load with weights_only=False)",
+            "Unsupported operand 149",
+        ),
+        ("something else", "weights only load failed"),
+        ("WeightsUnpickler error: " + "x" * 400, "x" * 300),
+    ],
+)
+def test_why_torch_refuses_a_pickle(said, told):
+    assert _refusal(pickle.UnpicklingError(said)) == told
+
+
 def test_archives_that_torch_does_not_write(tmp_path):
     path, other = tmp_path / "a.pt", tmp_path / "b.pt"
     torch.save(STATE, path)
@@ -204,7 +231,7 @@ def test_a_folder_is_read_as_it_was_written(tmp_path, size, tied):
     assert equal(dict(sorted(loaded.state_dict().items())), dict(sorted(model.state_dict().items())))
 
 
-def test_shards_that_are_missing_or_disagree(tmp_path):
+def test_shards_that_are_missing_or_disagree(tmp_path, monkeypatch):
     index = tmp_path / "model.safetensors.index.json"
     for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}'):
         index.write_text(text)
@@ -221,7 +248,12 @@ def test_shards_that_are_missing_or_disagree(tmp_path):
     with refused(f"{str(index)!r} and its shards disagree about 'b', 'c'."):
         read_weights(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}))
-    assert equal(read_weights(tmp_path), dict(sorted(STATE.items())))
+    bars = []
+    monkeypatch.setattr("modeling_rebased.conversion.reading.progress", lambda items, what: bars.append(what) or items)
+    assert equal(read_weights(tmp_path), dict(sorted(STATE.items()))) and bars == ["reading"]
+    save_file({"a": torch.ones(1, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with refused(f"'a' in {str(tmp_path)!r} is a torch.strided tensor of torch.int8", whole=False):
+        read_weights(tmp_path)
 
 
 def test_a_model_whose_weights_are_not_all_there(tmp_path):
@@ -236,9 +268,13 @@ def test_a_model_whose_weights_are_not_all_there(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with refused("The weights in SOURCE 'it' cannot be loaded: ", whole=False):
         load_model(ReBasedForCausalLM, tmp_path, "SOURCE 'it'")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")  # pickles are not read
+    with refused("The weights in SOURCE 'it' cannot be loaded: ", whole=False):
+        load_model(ReBasedForCausalLM, tmp_path, "SOURCE 'it'")
 
 
-def test_tokenizers(tmp_path):
+def test_tokenizers(tmp_path, monkeypatch):
     config = make_config("paper", vocab_size=264)
     assert load_tokenizer(tmp_path, None, config) is None
     files = "tokenizer.json, tokenizer_config.json, tokenizer.model, vocab.json"
@@ -251,6 +287,12 @@ def test_tokenizers(tmp_path):
     assert load_tokenizer(tmp_path, None, make_config("paper", vocab_size=last + 1)) is not None
     with refused(f"The tokenizer in {str(tmp_path)!r} has the token id {last}, but the model's vocab_size is {last}."):
         load_tokenizer(tmp_path, None, make_config("paper", vocab_size=last))
+    empty = SimpleNamespace(get_vocab=dict)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "modeling_rebased.conversion.reading.AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: empty)
+        )
+        assert load_tokenizer(tmp_path, None, make_config("paper", vocab_size=1)) is empty
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{")
     with refused(f"The tokenizer in {str(tmp_path)!r} cannot be loaded: ", whole=False):
@@ -328,7 +370,9 @@ def test_all_parts_of_a_written_folder(tmp_path):
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     settings = GenerationConfig(temperature=0.5, do_sample=True)
     record = {"format": "theirs"}
-    write_model(tmp_path, model.config, state, record, {"y": STATE["b"]}, settings, byte_tokenizer())
+    card = ModelCard("---\nlicense: mit\n---\nA card.\n")
+    write_model(tmp_path, model.config, state, record, {"y": STATE["b"]}, settings, byte_tokenizer(), card)
+    assert (tmp_path / "README.md").read_text() == str(card)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.5
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 64

@@ -25,13 +25,13 @@ def test_what_is_written_takes_the_place_of_what_was_there(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     seen = []
     for content in ("a", "b"):
-        with written("new/file") as path:
-            assert path.parent.parent == tmp_path / "new" and path.name == "file"
+        with written("new/er/file") as path:
+            assert path.parent.parent == tmp_path / "new" / "er" and path.name == "file"
             assert path.parent.name.startswith(".file.") and path.parent.name.endswith(".partial")
             path.write_text(content)
-            seen.append((tmp_path / "new" / "file").exists())
-        assert (tmp_path / "new" / "file").read_text() == content
-        assert [each.name for each in (tmp_path / "new").iterdir()] == ["file"]
+            seen.append((tmp_path / "new" / "er" / "file").exists())
+        assert (tmp_path / "new" / "er" / "file").read_text() == content
+        assert [each.name for each in (tmp_path / "new" / "er").iterdir()] == ["file"]
     assert seen == [False, True]
     (tmp_path / "link").symlink_to("nowhere")
     with written("link") as path:

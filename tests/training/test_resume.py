@@ -50,6 +50,8 @@ def test_random_states_of_all_processes(tmp_path, caplog):
     assert caplog.records[-1].message == (
         f"{two} is incomplete and is ignored: the states of some processes' random number generators are missing"
     )
+    one = make_checkpoint(tmp_path / "one" / "checkpoint-3", states=("rng_state_0.pth",))
+    assert latest_complete_checkpoint(tmp_path / "one") == one
     alone = make_checkpoint(tmp_path / "checkpoint-4", 4)
     assert latest_complete_checkpoint(tmp_path, 8) == alone
     none = make_checkpoint(tmp_path / "checkpoint-5", 5, states=())
@@ -126,11 +128,11 @@ def test_a_record_is_written_and_found_again(tmp_path):
     assert (folder / "run.json").read_text().endswith("}\n") and [path.name for path in folder.iterdir()] == [
         "run.json"
     ]
-    assert json.loads((folder / "run.json").read_text()) == {
-        "identity": {"data": ["a", 1], "config": {"x": 2}},
-        "fewest_processes": 2,
-        "finished": None,
-    }
+    content = {"identity": {"data": ["a", 1], "config": {"x": 2}}, "fewest_processes": 2, "finished": None}
+    assert (folder / "run.json").read_text() == json.dumps(content, indent=1) + "\n"
+    more = RunRecord(folder, {"data": ("a", 1), "config": {"x": 2}}, processes=4)
+    more.check()
+    assert more.fewest_processes == 2
     record.write({"steps": 7})
     record.write()
     again = RunRecord(folder, {"data": ["a", 1], "config": {"x": 2, "new": 3}})
@@ -180,6 +182,7 @@ def test_when_a_run_is_finished(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "config.json").touch()
     assert record.is_finished(steps) and record.is_finished(epochs)
+    assert not record.is_finished(SimpleNamespace(max_steps=0, num_train_epochs=3))
     for finished, answers in (
         ({"steps": 9, "epochs": 2.0 - 1e-7}, (False, True)),
         ({"steps": 11, "epochs": 1.9}, (True, False)),

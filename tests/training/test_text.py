@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
-from modeling_rebased.training.text import TokenBlocks, encode, read_documents, read_token_ids, tokenizer_identity
+from modeling_rebased.training.text import (
+    TokenBlocks,
+    encode,
+    encode_all,
+    read_documents,
+    read_token_ids,
+    tokenizer_identity,
+)
 
 
 DOCUMENTS = ["one\n", "two", "three: naïve"]
@@ -97,6 +104,7 @@ def test_token_ids_that_cannot_be(tmp_path):
         (np.array([0, size]), f"int64 of shape (2,), from 0 to {size}."),
         (np.array([-1, 5]), "int64 of shape (2,), from -1 to 5."),
         (np.array([[1], [2]], dtype=np.int32), "int32 of shape (2, 1), from 0 to 2."),
+        (np.empty((0, 2), dtype=np.int64), "int64 of shape (0, 2), from 0 to 0."),
         (np.array([1.0]), "float64 of shape (1,), from 0.0 to 1.0."),
     ):
         np.save(path, ids)
@@ -146,11 +154,33 @@ def test_blocks_of_several_files(tmp_path):
             TokenBlocks([str(tmp_path / "empty.txt")], tokenizer, 1, cache_dir)
 
 
+def test_documents_are_encoded_a_thousand_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(2001)))
+    sizes = []
+
+    def counted(documents, tokenizer):
+        sizes.append(len(documents))
+        return encode_all(documents, tokenizer)
+
+    monkeypatch.setattr("modeling_rebased.training.text.encode_all", counted)
+    blocks = TokenBlocks([str(tmp_path / "a.jsonl")], byte_tokenizer(), 4)
+    assert sizes == [1000, 1000, 1]
+    assert blocks.tokens.tolist() == [token for i in range(2001) for token in (256, *str(i).encode())]
+
+
 def test_stored_tokens_are_not_encoded_again(file, tmp_path, monkeypatch):
     first = TokenBlocks([file], byte_tokenizer(), 4, tmp_path / "cache")
-    monkeypatch.setattr("modeling_rebased.training.text.encode", None)
+    monkeypatch.setattr("modeling_rebased.training.text.encode_all", None)
     again = TokenBlocks([file], byte_tokenizer(), 4, tmp_path / "cache")
     assert np.array_equal(again.tokens, first.tokens) and isinstance(again.tokens, np.memmap)
+    assert not again.tokens.flags.writeable
+    monkeypatch.undo()
+    bars = []
+    monkeypatch.setattr(
+        "modeling_rebased.training.text.tqdm", lambda part, *what, **how: bars.append((what, how)) or part
+    )
+    TokenBlocks([file, file], byte_tokenizer(), 4, tmp_path / "cache")
+    assert bars == [(("encoding",), {"disable": None, "leave": False})] * 2
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -169,11 +199,11 @@ def test_a_tokenizer_without_an_end_or_a_fast_backend():
         def get_vocab(self):
             return {"b": 1, "a": 0}
 
-        def __call__(self, document, **options):
+        def __call__(self, documents, **options):
             assert options == {"add_special_tokens": False, "verbose": False}
-            return {"input_ids": [len(document)]}
+            return {"input_ids": [[len(document)] for document in documents]}
 
-    assert encode("abc", Plain()) == [3]
+    assert encode("abc", Plain()) == [3] and encode_all(["abc", "d"], Plain()) == [[3], [1]]
     expected = hashlib.sha256(json.dumps([["a", 0], ["b", 1]]).encode()).hexdigest()[:16]
     assert tokenizer_identity(Plain()) == expected
     fast = byte_tokenizer()
