@@ -231,6 +231,8 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         teacher=teacher,
         distill=distill,
     )
+    if trainer.get_cp_size() > 1:
+        raise ConversionError("cp_size is above 1, but a teacher's sequences cannot be split over processes.")
     if distill.lora_rank and trainer.is_fsdp_enabled:
         raise ConversionError("--lora_rank cannot be used with FSDP, which would have to merge sharded weights.")
     started = time.monotonic()

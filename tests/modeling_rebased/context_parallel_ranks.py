@@ -83,7 +83,7 @@ def check_operator(rank: int, size: int, group, backend: str, length: int, packe
     k[:, length // 2 :] *= 8  # the kernels bring large keys into range, by another factor on each rank
     gradient = torch.randn(batch, length, 4, 3)
     q, k, v, gradient = (x.to(DEVICE) for x in (q, k, v, gradient))
-    bounds = [0, 1, length // 2, length - 1, length] if packed else [0, length]
+    bounds = [0, 1, length // 2 + 1, length - 1, length] if packed else [0, length]
     mask = torch.rand(batch, length, device=DEVICE) > 0.3 if padded else None
     # The oracle is the definition in float64, by each packed sequence alone.
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
