@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -14,7 +14,10 @@ from modeling_rebased import ReBasedForCausalLM
 
 from . import folders, mqar
 from .card import model_card, training_section, typed_command
-from .mqar_runs import Run
+
+
+if TYPE_CHECKING:
+    from .mqar_runs import Run
 
 
 # The sizes that lm-eval's tasks in eval/tasks have by themselves, (length, pairs).

@@ -11,7 +11,7 @@ from torch import nn
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 
-from . import mqar
+from . import mqar, mqar_checkpoint
 from .fused_loss import linear_cross_entropy
 from .recipe import Recipe
 
@@ -92,8 +92,6 @@ class Run(Recipe):
         return MQARTask(self, device)
 
     def save(self, model: ReBasedForCausalLM, folder: Path, result: dict[str, Any]) -> None:
-        from . import mqar_checkpoint
-
         mqar_checkpoint.save_model(model, self, folder, result)
 
     def config(self, kernel_backend: str = "auto") -> ReBasedConfig:
