@@ -106,7 +106,7 @@ def test_compiled_packing_of_other_heads(model_class):
 @pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "seq_idx"])
 def test_packing_with_a_mask(name, compile_it, given):
-    """A mask of ones changes nothing, and padding inside or after packed sequences is passed over."""
+    """A mask of ones changes nothing, and padding before, inside or after packed sequences is passed over."""
     if compile_it and name not in ("paper", "every_type"):
         pytest.skip("compiled: two models are enough")
     model, rows = (make_small_model if compile_it else make_model)(name), make_rows()
@@ -125,10 +125,10 @@ def test_packing_with_a_mask(name, compile_it, given):
         out = run(ids, attention_mask=torch.ones_like(ids), **options(sizes, positions))
         assert_same(out.logits[0], lone(model, rows))
 
-    # Two columns of padding inside the first sequence, and one after each other.
+    # Two columns of padding inside the first sequence, one before the last, and one after each other.
     padded, mask, places = [], [], []
     for i, row in enumerate(rows):
-        cut = 3 if i == 0 else row.shape[1]
+        cut = {0: 3, 3: 0}.get(i, row.shape[1])
         padding = 2 if i == 0 else 1
         padded.append(torch.cat([row[:, :cut], torch.zeros(1, padding, dtype=torch.long), row[:, cut:]], dim=1))
         mask += [1] * cut + [0] * padding + [1] * (row.shape[1] - cut)
