@@ -28,6 +28,11 @@ def computes_in_float32(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (INTERPRETED and dtype != torch.float32)
 
 
+# What a key may be, and a query times F: their products have squares below 2**88. That leaves 2**40 for the tokens and
+# their values, and smaller products of the same head are exact down to 2**-63.
+LARGEST = 2.0**22
+
+
 def needs_range(q: Tensor, coefficients: tuple[float, float, float], normalized: bool) -> bool:
     """Return whether `bring_into_range` has something to do. float16's own range is narrow enough."""
     return not normalized and any(coefficients[1:]) and q.dtype != torch.float16
@@ -40,29 +45,39 @@ def bring_into_range(
     attention_mask: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Multiply queries and keys by powers of two that keep (q . k)**2 within float32, as the eager backend does.
+    """Multiply the queries and the keys of each head by a power of two that keeps (q . k)**2 within float32.
 
-    A query row has a factor of its own, and all keys of a head share one. Both bring the largest number to at most 1.
-    Multiplying all weights of a row, and eps, by the same number leaves o as it is.
+    The power is 1 unless numbers are very large. Multiplying all weights and eps by the same number leaves o as it is.
 
     Returns:
-        q, k and the initial state, multiplied; the products of both factors for every row, `ranges`, fp32 [B, H, T];
+        q, k and the initial state, multiplied; the product of both powers for every query, `ranges`, fp32 [B, H, T];
         and the factors by which the states are multiplied, fp32 [B, H_kv, n_features, 1].
     """
     with torch.no_grad():
-        query_factor = units_of(torch.linalg.vector_norm(q, math.inf, dim=3, dtype=torch.float32))  # [B, T, H]
-        sizes = torch.linalg.vector_norm(k, math.inf, dim=3, dtype=torch.float32)  # [B, T, H_kv]
-        if attention_mask is not None:  # a dropped key may hold anything
-            sizes = sizes.where(attention_mask[:, :, None], 0.0)
-        key_factor = units_of(sizes.amax(1))  # [B, H_kv]
-        by_head = key_factor.repeat_interleave(q.shape[2] // k.shape[2], dim=1)  # [B, H]
-        ranges = (query_factor.transpose(1, 2) * by_head[:, :, None]).contiguous()
+        query_size = torch.linalg.vector_norm(q, math.inf, (1, 3), dtype=torch.float32)  # [B, H]
+        query_factor = _units_of_heads(query_size, LARGEST / q.shape[3])
+        # A dropped key may hold anything.
+        kept = k if attention_mask is None else k.masked_fill(~attention_mask[:, :, None, None], 0.0)
+        key_size = torch.linalg.vector_norm(kept, math.inf, (1, 3), dtype=torch.float32)  # [B, H_kv]
+        if (
+            initial_state is not None
+        ):  # it holds squares of keys; a row of it belongs to a packed sequence or to the batch
+            squares = initial_state.abs().amax((2, 3) if initial_state.shape[0] == k.shape[0] else (0, 2, 3))
+            key_size = torch.maximum(key_size, squares.float().sqrt())
+        key_factor = _units_of_heads(key_size, LARGEST)
+        by_head = query_factor * key_factor.repeat_interleave(q.shape[2] // k.shape[2], dim=1)  # [B, H]
+        ranges = by_head[:, :, None].expand(-1, -1, q.shape[1]).contiguous()
         state_factor = degree_factors(key_factor[:, :, None, None], coefficients, q.shape[3])
-    q = q * query_factor[..., None].to(q.dtype)
+    q = q * query_factor[:, None, :, None].to(q.dtype)
     k = k * key_factor[:, None, :, None].to(k.dtype)
     if initial_state is not None:
         initial_state = initial_state.float() * state_factor
     return q, k, initial_state, ranges, state_factor
+
+
+def _units_of_heads(size: Tensor, largest: float) -> Tensor:
+    """Return powers of two that bring heads whose largest number is `size` to `largest` at most; 1 for NaN."""
+    return units_of(size.where(size.isfinite(), 0.0) / largest)
 
 
 def with_unit_stride(x: Tensor) -> Tensor:

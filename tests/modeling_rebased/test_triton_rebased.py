@@ -536,8 +536,9 @@ def test_extreme_inputs_stay_finite():
         ((1, 70, 1, 1, 20, 5), BASED),
     ],
 )
-def test_queries_and_keys_are_brought_into_range(shape, coefficients):
-    """Queries of very different sizes: the weights of each have units of their own."""
+def test_queries_and_keys_are_brought_into_range(shape, coefficients, monkeypatch):
+    """With a narrow range, so that every part of a weight counts."""
+    monkeypatch.setattr(triton_inputs_rebased, "LARGEST", 0.7)
     q, k, v = make(*shape)
     if coefficients == (0.0, 2.0, 0.0):
         q, k = q.abs(), k.abs()
@@ -550,7 +551,8 @@ def test_queries_and_keys_are_brought_into_range(shape, coefficients):
 
 
 @pytest.mark.parametrize("state", [False, True])
-def test_packed_queries_and_keys_are_brought_into_range(state, small_plan):
+def test_packed_queries_and_keys_are_brought_into_range(state, small_plan, monkeypatch):
+    monkeypatch.setattr(triton_inputs_rebased, "LARGEST", 0.7)
     small_plan(runs=(4, 2))
     cu = torch.tensor([0, 3, 3, 100, 110], dtype=torch.int32, device=DEVICE)
     q, k, v = make(1, 110, 1, 1, 7, 6)
@@ -588,6 +590,41 @@ def test_large_queries_and_keys(dtype, q_size, k_size, packed, coefficients):
     grads, grads_ref = torch.autograd.grad(o, leaves, grad.to(dtype)), torch.autograd.grad(o_ref, exact, grad)
     for x, reference, size in zip(grads, grads_ref, (q_size, k_size, 1.0)):
         assert relative(x.double() * size, reference * size) < gradient_bar
+
+
+def test_one_large_query_and_key_leave_the_others_exact():
+    q, k, v = make(1, 40, 1, 1, 8, 8)
+    expected, _ = oracle(q, k, v, REBASED, 8**-0.5, 1e-12)
+    q[:, -1], k[:, -1] = q[:, -1] * 1e15, k[:, -1] * 1e15
+    o, _ = rebased_attention(q, k, v, backend="triton")
+    assert relative(o[:, :-1], expected[:, :-1]) < 1e-5
+    assert relative(o[:, -1:], oracle(q, k, v, REBASED, 8**-0.5, 1e-12)[0][:, -1:]) < 1e-5
+    q[:, 20] = float("nan")
+    o, _ = rebased_attention(q[:, :-1], k[:, :-1], v[:, :-1], backend="triton")
+    assert relative(o[:, :20], expected[:, :20]) < 1e-5 and relative(o[:, 21:], expected[:, 21:-1]) < 1e-5
+
+
+def test_inputs_of_usual_size_stay_as_they_are():
+    q, k, v = make(1, 40, 2, 1, 8, 8)
+    initial = torch.rand(1, 1, 36, 9, device=DEVICE)
+    for state in (None, initial):
+        both = [
+            rebased_attention(
+                q, k, v, initial_state=state, output_final_state=True, normalized=normalized, backend="triton"
+            )
+            for normalized in (True, False)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*both))
+
+
+def test_a_state_of_large_keys_is_continued():
+    q, k, v = make(1, 50, 1, 1, 8, 8)
+    k[:, :40] *= 1e17
+    expected, _ = oracle(q * 1e15, k, v, REBASED, 8**-0.5, 1e-12)
+    options = {"output_final_state": True, "backend": "triton"}
+    _, state = rebased_attention(q[:, :40], k[:, :40], v[:, :40], **options)
+    o, _ = rebased_attention(q[:, 40:] * 1e15, k[:, 40:], v[:, 40:], initial_state=state, **options)
+    assert relative(o, expected[:, 40:]) < 1e-5
 
 
 def test_dropped_keys_do_not_bring_others_out_of_range():
