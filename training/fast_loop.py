@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .recipe import Options, Recipe, build_model, fields_of, kind_of
+from .recipe import Options, Recipe, best_epoch, build_model, fields_of, kind_of
 from .run_results import run_result
 
 
@@ -80,6 +80,7 @@ class FastTrainer:
         self.backbone = self.model.base_model
         if options.compile and self.on_gpu:
             self.backbone = torch.compile(self.backbone, dynamic=False)
+        self.best: list[torch.Tensor] | None = None  # the weights of the lowest validation loss, where there is one
         self.graph: torch.cuda.CUDAGraph | None = None
         self.setup_seconds = 0.0
 
@@ -106,6 +107,7 @@ class FastTrainer:
             for state in self.optimizer.state.values():
                 for value in state.values():
                     value.zero_()
+        self.best = None
         self.optimizer.zero_grad(set_to_none=True)
         self.cursor.zero_()
         self.loss_sum.zero_()
@@ -141,9 +143,9 @@ class FastTrainer:
     def _warm_up(self) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        self.cursor.zero_()
         with torch.cuda.stream(stream):
             for _ in range(3):
+                self.cursor.zero_()  # an epoch may have fewer batches
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
@@ -163,6 +165,7 @@ class FastTrainer:
             "optimizer": [dict(self.optimizer.state[p]) for p in self.model.parameters()],
             "history": history,
             "seconds": seconds,
+            "best": self.best,
             "random": torch.cuda.get_rng_state() if self.on_gpu else torch.get_rng_state(),
         }
         temporary = path.with_suffix(".tmp")
@@ -182,6 +185,7 @@ class FastTrainer:
                     current.copy_(value)
                 else:
                     self.optimizer.state[parameter][key] = value
+        self.best = state.get("best")
         random = state["random"].cpu()
         torch.cuda.set_rng_state(random) if self.on_gpu else torch.set_rng_state(random)
         return state["history"], state["seconds"]
@@ -206,7 +210,7 @@ class FastTrainer:
             unit="epoch",
         )
         for epoch in bar:
-            if history and history[-1]["accuracy"] >= run.stop_at:
+            if history and run.is_done(history):
                 break
             self.order.copy_(run.order(epoch))
             self.cursor.zero_()
@@ -219,17 +223,18 @@ class FastTrainer:
                     self.step()
             loss = self.loss_sum.item() / run.steps_per_epoch  # the only wait of an epoch
             measured = self.measure()
-            accuracy = measured["accuracy"]
             seconds = seconds_before + time.perf_counter() - begin
             history.append({"epoch": epoch + 1, "loss": loss, **measured, "seconds": round(seconds, 2)})
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{measured['accuracy']:.3f}")
+            if best_epoch(history) == epoch + 1:
+                self.best = [parameter.detach().clone() for parameter in self.model.parameters()]
             late = self.options.late
             early = until is not None and epoch + 1 >= until
             due = late or early or time.perf_counter() - last_save > self.options.save_seconds
             if due and (path := self._state_path(run)) is not None:
                 self._save(path, run, history, seconds)
                 last_save = time.perf_counter()
-            if (late or early) and epoch + 1 < run.epochs and accuracy < run.stop_at:
+            if (late or early) and epoch + 1 < run.epochs and not run.is_done(history):
                 stopped = "deadline" if late else f"epoch {until}"
                 break
             if not math.isfinite(loss):
@@ -237,6 +242,10 @@ class FastTrainer:
                 break
         bar.close()
         seconds = seconds_before + time.perf_counter() - begin
+        if self.best is not None:
+            with torch.no_grad():
+                for parameter, weights in zip(self.model.parameters(), self.best, strict=True):
+                    parameter.copy_(weights)
         with self.options.autocast():
             finish = self.task.finish(self.model)
         tokens = self.task.train[0].shape[1]

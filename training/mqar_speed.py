@@ -13,6 +13,7 @@ from .mqar_runs import Run
 
 def time_steps(trainer: FastTrainer, run: Run, steps: int = 20) -> dict[str, Any]:
     """Return the seconds of one training step, with nothing else running, and the kernels that take longest."""
+    steps = min(steps, run.steps_per_epoch)
     trainer.prepare(run)
     trainer.reset(run)
 

@@ -32,7 +32,10 @@ class Task(Protocol):
         """Return the loss of one batch, which has rows of each tensor of `train` as int64."""
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Return what the test set shows after an epoch, "accuracy" first."""
+        """Return what the test set shows after an epoch, "accuracy" first.
+
+        With a "validation_loss", the weights of the epoch where it is lowest are the result of a run.
+        """
 
     def finish(self, model: nn.Module) -> dict[str, float]:
         """Return what is measured once, at the end of a run."""
@@ -76,6 +79,10 @@ class Recipe:
         """Return the learning rate of a step of an epoch: here a cosine from lr towards 0, with one step per epoch."""
         return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
+    def is_done(self, history: list[dict[str, float]]) -> bool:
+        """Return whether a run with these epochs, at least one, need not go on."""
+        return history[-1]["accuracy"] >= self.stop_at
+
     def order(self, epoch: int) -> torch.Tensor:
         """Return the order of the training examples in an epoch, cut to whole batches."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -106,6 +113,12 @@ class Options:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
+
+
+def best_epoch(history: list[dict[str, float]]) -> int | None:
+    """Return the number of the epoch with the lowest validation loss, or `None` if there is none."""
+    losses = [(entry["validation_loss"], entry["epoch"]) for entry in history if "validation_loss" in entry]
+    return int(min(losses)[1]) if losses else None
 
 
 def build_model(run: Recipe, kernel_backend: str = "auto") -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from .recipe import Options, Recipe, fields_of
+from .recipe import Options, Recipe, best_epoch, fields_of
 
 
 def run_result(
@@ -32,6 +32,7 @@ def run_result(
         "accuracy": history[-1]["accuracy"] if history else None,
         "best_accuracy": max((entry["accuracy"] for entry in history), default=None),
         **finish,
+        **({"best_epoch": best} if (best := best_epoch(history)) is not None else {}),
         "epochs_trained": trained,
         "parameters": parameters,
         "seconds": round(seconds, 2),

@@ -1,7 +1,9 @@
 """Training on MAD and ICLL: the fast loop against a plain one, the measures, and the two command lines."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 
 import pytest
@@ -123,7 +125,11 @@ def test_the_measures_of_icll_are_right_for_models_that_know_the_answer():
     tokens, exact, ngram = examples.input_ids(), examples.next_tokens(), icll.ngram_next_tokens(examples)
     ngram = ngram / ngram.sum(-1, keepdim=True).clamp(min=1e-9)
     best = Oracle(tokens, exact)
-    assert task.measure(best) == {"accuracy": 1.0}
+    chosen = task.measure(best)
+    assert chosen["accuracy"] == 1.0
+    said = exact.gather(2, examples.targets().long().clamp(min=0)[..., None])[15:, :, 0]
+    entropy = float(-said[examples.targets()[15:] >= 0].log().mean())
+    assert chosen["validation_loss"] == pytest.approx(entropy)  # of the half that is not the test
     found = task.finish(best)
     assert found["distance_to_automaton"] == pytest.approx(0, abs=1e-5)
     assert found["distance_to_3gram"] == pytest.approx(found["distance_of_3gram"], abs=1e-5)
@@ -131,8 +137,60 @@ def test_the_measures_of_icll_are_right_for_models_that_know_the_answer():
     assert task.measure(counting)["accuracy"] == pytest.approx(found["accuracy_of_3gram"], abs=0.03)  # it has ties
     assert task.finish(counting)["distance_to_3gram"] < 0.02  # a few of its distributions do not sum to 1
     wrong = Oracle(tokens, torch.nn.functional.one_hot(torch.full_like(tokens, 6).long(), 7).float())
-    assert task.measure(wrong) == {"accuracy": 0.0}  # a separator is never a legal symbol
+    assert task.measure(wrong)["accuracy"] == 0  # a separator is never a legal symbol
     assert task.finish(wrong)["distance_to_automaton"] == pytest.approx(2)
+
+
+def test_a_run_ends_with_the_weights_of_the_lowest_validation_loss(monkeypatch):
+    run = dataclasses.replace(ICLL, epochs=6)
+    losses = iter([5.0, 3.0, 4.0, 3.5, 2.0, 9.0])
+    measure = ICLLTask.measure
+
+    def scripted(self, model):
+        return {**measure(self, model), "validation_loss": next(losses, 0.0)}
+
+    monkeypatch.setattr(ICLLTask, "measure", scripted)
+    trainer = FastTrainer(run, CPU)
+    result = trainer.train(run)
+    monkeypatch.undo()
+    assert (result["best_epoch"], result["epochs_trained"]) == (5, 6)
+    assert result["accuracy"] == result["history"][4]["accuracy"]
+    assert result["accuracy"] != result["history"][5]["accuracy"]
+
+
+def test_a_stopped_run_keeps_its_best_weights(monkeypatch, tmp_path):
+    losses = itertools.count(1.0)  # the first epoch stays the best
+    measure = ICLLTask.measure
+    monkeypatch.setattr(ICLLTask, "measure", lambda *args: {**measure(*args), "validation_loss": next(losses)})
+    late = dataclasses.replace(CPU, work_dir=str(tmp_path), deadline=0.0)
+    stopped = FastTrainer(ICLL, late).train(ICLL)
+    assert (stopped["stopped"], stopped["epochs_trained"]) == ("deadline", 1)
+    resumed = FastTrainer(ICLL, dataclasses.replace(late, deadline=None)).train(ICLL)
+    assert (resumed["best_epoch"], resumed["epochs_trained"]) == (1, 3)
+    for measured in ("accuracy", "distance_to_automaton"):
+        assert resumed[measured] == stopped[measured]
+
+
+def test_patience_ends_a_run_that_does_not_get_better():
+    run = dataclasses.replace(ICLL, patience=2)
+    history = [
+        {"epoch": i + 1, "accuracy": 0.5, "validation_loss": loss} for i, loss in enumerate([3.0, 2.0, 2.5, 2.4])
+    ]
+    assert not run.is_done(history[:3]) and run.is_done(history)
+    assert not dataclasses.replace(run, patience=0).is_done(history)
+
+
+def test_an_epoch_may_have_fewer_batches_than_the_warm_up_has_steps(monkeypatch):
+    """Memorization has two batches. On a CPU, with stand-ins for streams."""
+    run = dataclasses.replace(MAD["recall"], train_examples=17)
+    trainer = FastTrainer(run, CPU)
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+    for name, value in {"Stream": stream, "current_stream": stream, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    trainer.order.copy_(run.order(0))
+    trainer._warm_up()
+    assert trainer.cursor == 1
 
 
 def test_the_schedules_are_the_authors():
@@ -153,7 +211,7 @@ def test_any_two_runs_have_different_names(run):
     changes = {"model": "based", "hidden": 64, "lr": 1.0, "seed": 7, "epochs": 7, "batch_size": 7, "head": 4}
     changes |= {"train_examples": 7, "test_examples": 7, "data_seed": 7, "weight_decay": 7.0, "dropout": 0.7}
     changes |= {"stop_at": 0.7, "layers": 6}
-    own = {"symbols": 7, "max_states": 7, "min_strings": 1, "max_strings": 7, "max_length": 7}
+    own = {"patience": 7, "symbols": 7, "max_states": 7, "min_strings": 1, "max_strings": 7, "max_length": 7}
     mads = {"vocab_size": 7, "length": 18}
     changes |= own if run is ICLL else mads
     names = {dataclasses.replace(run, **{field: value}).name for field, value in changes.items()}
@@ -257,6 +315,7 @@ def test_the_laptop_presets_are_small(command, tmp_path, capsys):
         (train_mad, ["--batch-size", "512"], "--batch-size 512 is larger than --train-examples 256"),
         (train_icll, ["--layers", "3"], "--layers must be even, got 3"),
         (train_icll, ["--symbols", "3"], "symbols must be 4 to 64, got 3"),
+        (train_icll, ["--test-examples", "1"], "--test-examples must be at least 2"),
         (train_icll, ["--weight-decays", "-1"], "--weight-decays: must be"),
         (train_icll, ["--models", "mamba2", "--save", "models"], "--save: only models of this package can be saved"),
     ],
