@@ -287,8 +287,12 @@ class ReBasedCausalConv(nn.Module):
         return out if shard is None else out[:, -length:]
 
     def _has_kernel(self, x: torch.Tensor) -> bool:
-        """Return whether Triton's kernel can do what `_taps` does, from the first token on."""
+        """Return whether to let Triton's kernel do what `_taps` does, from the first token on.
+
+        torch.compile makes as fast a kernel of the taps, together with what stands before and after them.
+        """
         wanted = self.backend == "triton" or (self.backend == "auto" and x.is_cuda)
+        wanted = wanted and not torch.compiler.is_compiling()
         return wanted and self._is_plain() and triton_unavailable_reason(x.device, x.dtype, 1, 1) is None
 
     def _is_plain(self) -> bool:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .triton_inputs_rebased import mask_as_bytes, with_unit_stride
 from .triton_language_rebased import tl, triton
 from .triton_launch_rebased import launch, on_gpu_of, prepare
 from .triton_layout_rebased import Layout
-from .triton_plan_rebased import count_multiprocessors
 from .triton_tiles_rebased import store_rows
 
 
@@ -148,14 +146,15 @@ def _decode_kernel(
         )  # fmt: skip
 
 
-def _tile_size(programs: int, layout: Layout, heads: int, device: torch.device) -> tuple[int, int]:
+def _tile_size(layout: Layout, heads: int) -> tuple[int, int]:
     """Return the features per step and the warps of a program: the tile [heads, features, values] is in registers.
 
-    Where there are fewer programs than the GPU has multiprocessors, each gets more warps and fewer steps.
+    A query head that has its keys for itself reads many features at once, so that few loads wait for one another.
+    Sums over features for several heads need a tile of three dimensions, which is for one warp.
     """
     numbers = layout.d * heads
-    if heads == 1 and programs <= count_multiprocessors(device):
-        return max(16, min(128, 8192 // numbers)), 8
+    if heads == 1:
+        return max(16, min(256, 16384 // numbers)), 8
     return max(1, min(16, 1024 // numbers)), 1
 
 
@@ -177,7 +176,7 @@ def decode_token(
         layout = prepared.layout
         group = heads // kv_heads
         padded_group = 1 << (group - 1).bit_length()
-        features, warps = _tile_size(batch * kv_heads, layout, padded_group, q.device)
+        features, warps = _tile_size(layout, padded_group)
         strides = dict(zip(("stride_sb", "stride_sh", "stride_sf", "stride_sd"), state.stride()))
         for name, x in (("q", q), ("k", k), ("v", v)):
             strides |= {f"stride_{name}b": x.stride(0), f"stride_{name}h": x.stride(2)}
