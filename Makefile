@@ -1,4 +1,5 @@
-# make demo   load the small trained model, let it write, score it with lm-eval (about two minutes after the install)
+# make demo   load the small trained model, let it write two stories, score it with lm-eval (about a minute after the
+#             install)
 # make test   the test suite on this machine's CPU, in two processes side by side (WORKERS=8 for eight, WORKERS=0 for
 #             none beside pytest itself); GPU tests run too where there is a GPU
 # make test-releases   the core of the suite on the oldest allowed, the pinned and the newest releases, each in an

@@ -1,9 +1,9 @@
-"""Load the small trained model, let it write English, and score it with lm-eval.
+"""Load the small trained model, let it write two short stories, and score it with lm-eval.
 
 The demo then scores a model of two layers on the paper's own task, associative recall.
 
     python -m modeling_rebased.eval.demo                 # `make demo` installs what it needs first
-    python -m modeling_rebased.eval.demo --checkpoint FOLDER --prompt "It was"
+    python -m modeling_rebased.eval.demo --checkpoint FOLDER --task TASK --prompt "It was"
 """
 
 import argparse
@@ -27,13 +27,15 @@ from .tasks import tasks_path
 
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
-# The checkpoint's own settings are greedy; at temperatures below this one it repeats itself.
-SAMPLING = {"do_sample": True, "temperature": 0.85, "top_p": 0.9}
-PROMPTS = ("The old man looked at the sea, and", "My fellow citizens, ")
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}  # the checkpoint's own settings are greedy
+PROMPTS = (
+    "Once upon a time, there was a little girl named Lily.",
+    "One rainy day, Tom the mouse found a red umbrella in the garden.",
+)
 
 
 def write(checkpoint: Path, prompts: list[str], new_tokens: int) -> None:
-    """Load the checkpoint as any user would, and print a continuation of each prompt while it is generated."""
+    """Load the checkpoint as any user would, and print how it continues each prompt, word by word as it goes."""
     torch.set_num_threads(1)  # a step of one token is too small to share out: threads would only wait for each other
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
@@ -48,7 +50,7 @@ def write(checkpoint: Path, prompts: list[str], new_tokens: int) -> None:
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         output = model.generate(**inputs, streamer=streamer, max_new_tokens=new_tokens, **SAMPLING)
         produced = output.shape[1] - inputs["input_ids"].shape[1]
-        print(f"[{produced} bytes, {produced / (time.perf_counter() - started):.0f} a second]\n")
+        print(f"[{produced} tokens, {produced / (time.perf_counter() - started):.0f} per second]\n")
 
 
 def run_with_clock(command: list[str], environment: dict[str, str], log: Path, every: float = 5.0) -> tuple[int, str]:
@@ -94,10 +96,11 @@ def score(checkpoint: Path, task: str, *options: str) -> dict[str, float]:
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / "english-6m")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / "stories-12m")
+    parser.add_argument("--task", default="heldout_stories", help="lm-eval task to score the model on (%(default)s)")
     parser.add_argument("--prompt", nargs="*", default=list(PROMPTS))
     parser.add_argument("--new-tokens", type=int, default=300)
-    parser.add_argument("--limit", type=int, default=7, help="documents to score; 8 takes in the novel: all there is")
+    parser.add_argument("--limit", type=int, default=100, help="documents to score (%(default)s)")
     args = parser.parse_args(with_dashes())
     for folder in (args.checkpoint, CHECKPOINTS / "mqar-d128"):
         if not (folder / "config.json").is_file():
@@ -109,13 +112,13 @@ def main() -> None:
         parser.error("the demo scores with lm-eval, which is not installed: pip install 'modeling-rebased[eval]'")
 
     write(args.checkpoint, args.prompt, args.new_tokens)
-    figures = score(args.checkpoint, "heldout_english", "--limit", str(args.limit))
+    figures = score(args.checkpoint, args.task, "--limit", str(args.limit))
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         print(f"{name:>16}: {figures[name]:.4f}")
     print()
     recall = score(CHECKPOINTS / "mqar-d128", "mqar_256_64", "--metadata", '{"num_examples": 16, "queries": 8}')
     print(f"{'recalled':>16}: {recall['acc']:.4f} of 128 queries, 64 pairs in 256 tokens")
-    print(f"\nThe model loaded, wrote, and was scored on the first {args.limit} of the held-out documents.")
+    print(f"\nThe model loaded, wrote, and was scored on the first {args.limit} documents of {args.task}.")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_rebased.eval.judge_stories import repeated
+from modeling_rebased.training.write_stories import plots
 from tests.processes import run_python
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = sorted(path.parent for path in (REPOSITORY / "checkpoints").glob("*/config.json"))
 ENGLISH = REPOSITORY / "checkpoints" / "english-6m"
+STORIES = REPOSITORY / "checkpoints" / "stories-12m"
+PROMPTS = {ENGLISH: ["It was", "My fellow citizens, "], STORIES: ["Once", "Long ago, a kind farmer named Tom"]}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -74,6 +78,48 @@ def test_english_6m_card_has_the_figures_of_the_three_models():
     assert f"{figures['steps']:,} steps" in card
 
 
+def test_stories_12m_is_small_and_in_bfloat16():
+    weights = load_file(STORIES / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert sum(tensor.numel() for tensor in weights.values()) < 16e6
+    assert (STORIES / "model.safetensors").stat().st_size < 32e6
+
+
+def test_stories_12m_scores_held_out_stories():
+    """0.2687 nats per token of the first 20 measured on a CPU; a constant guess scores 7.6."""
+    tokenizer = AutoTokenizer.from_pretrained(STORIES, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(STORIES, trust_remote_code=True, dtype=torch.float32).eval()
+    text = (REPOSITORY / "eval" / "tasks" / "heldout_stories.jsonl").read_text(encoding="utf-8")
+    total = count = 0
+    for line in text.split("\n")[:20]:
+        ids = tokenizer(json.loads(line)["text"], return_tensors="pt")["input_ids"]
+        assert ids[0, 0] == tokenizer.bos_token_id
+        with torch.no_grad():
+            total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert total / count == pytest.approx(0.2687, abs=0.005)
+
+
+def test_stories_12m_writes_a_story_to_its_end():
+    """Greedily: the persons of the beginning are there, nothing is said twice, and the model ends the story."""
+    tokenizer = AutoTokenizer.from_pretrained(STORIES, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(STORIES, trust_remote_code=True, dtype=torch.float32)
+    prompt = "Once upon a time, there was a little girl named Lily. Her best friend was a small fox named Otto."
+    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=300)[0]
+    assert ids[-1] == tokenizer.eos_token_id
+    story = tokenizer.decode(ids, skip_special_tokens=True)
+    assert story.startswith(prompt) and story.count("Lily") >= 5 and story.count("Otto") >= 3
+    assert 80 < len(story.split()) < 250 and repeated(story) < 0.05
+
+
+def test_stories_12m_card_has_the_figures():
+    figures = json.loads((STORIES / "training_figures.json").read_text(encoding="utf-8"))
+    card = (STORIES / "README.md").read_text(encoding="utf-8")
+    own = figures["models"]["stories-12m"]
+    assert f"{own['eval_loss']:.3f} nats per token, or {own['eval_bits_per_byte']:.3f} bits per byte" in card
+    assert f"{figures['steps']:,} steps" in card and f"{len(plots()[1])} plots" in card
+
+
 def test_english_6m_loads_where_the_package_is_unknown(tmp_path):
     code = f"""
 from transformers import pipeline
@@ -91,7 +137,7 @@ def test_a_batch_is_greedy_and_continues_each_row_as_it_would_alone(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     assert tokenizer.model_max_length == model.config.max_position_embeddings
-    prompts = ["It was", "My fellow citizens, "] if folder == ENGLISH else ["7 5000 7", "9 6000 8 5001 9"]
+    prompts = PROMPTS.get(folder, ["7 5000 7", "9 6000 8 5001 9"])
     rows = [
         model.generate(**tokenizer(each, return_tensors="pt"), max_length=len(tokenizer(each)["input_ids"]) + 5)[
             0, -5:

@@ -29,7 +29,7 @@ def test_the_python_blocks_one_after_another(checkout):
     code = "\n".join(block for language, block in BLOCKS if language == "python")
     done = run_python("-c", code, folder=checkout)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "My fellow citizens, " in done.stdout
+    assert "a little girl named Lily." in done.stdout
     assert "torch.Size([2, 1000, 8, 64])" in done.stdout
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -57,8 +58,10 @@ def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return None
+    config = deepcopy(model.config)
+    config.use_cache = True  # the Trainer turns it off
     with torch.device("meta"):
-        copy = ReBasedForCausalLM(model.config)
+        copy = ReBasedForCausalLM(config)
     copy.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, assign=True)
     copy.tie_weights()
     return copy
@@ -85,6 +88,8 @@ def save_model(
         # What generate continues is the end of each row. The library's own default is 1e30 tokens.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is written
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        for name in ("is_local", "local_files_only"):  # how it was read, which the library would write too
+            tokenizer.init_kwargs.pop(name, None)
         tokenizer.save_pretrained(folder)
     if card is not None:
         card.save(folder / "README.md")

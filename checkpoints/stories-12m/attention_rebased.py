@@ -1,0 +1,1 @@
+../../modeling_rebased/attention_rebased.py

@@ -1,0 +1,1 @@
+../../modeling_rebased/batch_rebased.py

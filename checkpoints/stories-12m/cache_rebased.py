@@ -1,0 +1,1 @@
+../../modeling_rebased/cache_rebased.py

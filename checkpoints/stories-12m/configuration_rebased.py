@@ -1,0 +1,1 @@
+../../modeling_rebased/configuration_rebased.py

@@ -1,0 +1,1 @@
+../../modeling_rebased/context_parallel_rebased.py

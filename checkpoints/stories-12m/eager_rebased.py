@@ -1,0 +1,1 @@
+../../modeling_rebased/eager_rebased.py

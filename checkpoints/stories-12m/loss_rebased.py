@@ -1,0 +1,1 @@
+../../modeling_rebased/loss_rebased.py

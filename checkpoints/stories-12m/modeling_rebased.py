@@ -1,0 +1,1 @@
+../../modeling_rebased/modeling_rebased.py

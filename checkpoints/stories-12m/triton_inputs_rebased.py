@@ -1,0 +1,1 @@
+../../modeling_rebased/triton_inputs_rebased.py

@@ -1,0 +1,1 @@
+../../modeling_rebased/triton_language_rebased.py

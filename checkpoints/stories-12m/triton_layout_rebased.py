@@ -1,0 +1,1 @@
+../../modeling_rebased/triton_layout_rebased.py

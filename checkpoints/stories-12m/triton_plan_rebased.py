@@ -1,0 +1,1 @@
+../../modeling_rebased/triton_plan_rebased.py

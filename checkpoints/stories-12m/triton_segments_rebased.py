@@ -1,0 +1,1 @@
+../../modeling_rebased/triton_segments_rebased.py

@@ -1,0 +1,1 @@
+../../modeling_rebased/triton_tiles_rebased.py
