@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests fork processes (`processes.py`). Looking for GPUs must not start CUDA, which does not survive a fork.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 # Under pytest-xdist, several processes run tests side by side. One thread per process is then the fastest.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -32,14 +32,6 @@ SMALL_ICLL = {"symbols": 5, "max_states": 5, "min_strings": 2, "max_strings": 4,
 ICLL = ICLLRun(**SMALL_ICLL, **COMMON, layers=2, train_examples=60, test_examples=40, dropout=0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def plain_losses(run, tokens: torch.Tensor, targets: torch.Tensor) -> list[float]:
     """The mean loss of each epoch of a plain loop. A target stands at the place where it is said."""
     model = build_model(run)
