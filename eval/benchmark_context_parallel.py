@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 2 -m modeling_rebased.eval.benchmark_context_parallel --output output/context_parallel
 
 Every GPU holds as many tokens whatever the number of GPUs, so a sequence is longer on more GPUs. The measured step is
-`model(...).loss.backward()` in training mode, in bfloat16, with compiled layers and activation checkpointing, followed
-by the average of the gradients over the GPUs. There is no optimizer. With one GPU there is no exchange at all.
+`model(...).loss.backward()` in training mode, in bfloat16, with compiled layers, followed by the average of the
+gradients over the GPUs. There is no optimizer. With one GPU there is no exchange. From 65,536 tokens per GPU on, the
+step uses activation checkpointing (--checkpoint-from).
 
 Writes to the output folder:
 
@@ -84,10 +85,12 @@ def split_over(model: ReBasedForCausalLM, group: dist.ProcessGroup | None) -> It
 
 def average_gradients(model: ReBasedForCausalLM, group: dist.ProcessGroup) -> None:
     """Replace each gradient by its mean over the group."""
-    works = [dist.all_reduce(parameter.grad, group=group, async_op=True) for parameter in model.parameters()]
-    for work, parameter in zip(works, model.parameters()):
-        work.wait()
-        parameter.grad /= group.size()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    flat /= group.size()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
 
 
 def error_rows(name: str, device: str, length: int, group: dist.ProcessGroup) -> list[dict[str, Any]]:
@@ -189,6 +192,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checked-length", type=int, default=5001, help="tokens of the comparison with one GPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", type=int, default=1, help="0 leaves the layers as they are")
+    parser.add_argument(
+        "--checkpoint-from", type=int, default=65536, help="tokens per GPU with activation checkpointing"
+    )
     arguments = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -211,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
         for shard in arguments.shards:
             if rank < gpus:
                 model = load(arguments.config, device, dtype).train()
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                if shard >= arguments.checkpoint_from:
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
                 if arguments.compile:
                     torch.compiler.reset()
                     for layer in model.model.layers:
@@ -223,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
                     "gpus": gpus,
                     "tokens_per_gpu": shard,
                     "tokens": gpus * shard,
+                    "checkpointing": shard >= arguments.checkpoint_from,
                     "ms": ms,
                     "tokens_per_s": gpus * shard / ms * 1e3,
                     "us_per_token": 1e3 * ms / (gpus * shard),

@@ -4,8 +4,7 @@
 Each rank of a process group holds a *shard*, consecutive tokens of the sequence. What an earlier shard leaves for a
 later one is of constant size. A ReBased layer leaves its state, a sum over tokens, so the state before a shard is the
 sum of the states of the shards before it. A convolution leaves its last `conv_kernel_size - 1` inputs. The ranks
-exchange these once per layer and direction, by an all-gather, and each rank adds up what it needs, always in the order
-of the ranks.
+exchange these once per layer and direction, by an all-gather. Each rank adds up what it needs, always in one order.
 
 Symbols: W ranks, B batch, T tokens of this rank's shard, K conv_kernel_size.
 """

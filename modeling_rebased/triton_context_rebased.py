@@ -6,7 +6,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 """What a shard of a sequence gives to the other shards: its state, and the gradient of the state before it.
 
-Both are sums over the shard's tokens. The kernels of states compute them alone, before the passes over the shard.
+Both are sums over the shard's tokens. The kernels of states compute them alone, before the passes over the shard. Only
+the total is wanted, so the segments are longer than those of attention, and fewer sums are stored.
 """
 
 from __future__ import annotations
@@ -17,10 +18,24 @@ from torch import Tensor
 from .configuration_rebased import n_features
 from .triton_backward_rebased import allocate_scaled, launch_scale
 from .triton_inputs_rebased import computes_in_float32, mask_as_bytes, pad_rows, with_unit_stride
-from .triton_launch_rebased import on_gpu_of, prepare
+from .triton_launch_rebased import PreparedCall, on_gpu_of, prepare
 from .triton_layout_rebased import to_public
+from .triton_plan_rebased import MOST_SEGMENT, count_multiprocessors
 from .triton_segments_rebased import allocate_states, cut_into_segments
 from .triton_states_rebased import sum_states
+
+
+def _prepare(name: str, tensors: tuple[Tensor | None, ...], options: tuple, rows: int) -> PreparedCall:
+    """Return `prepare(...)` with segments as long as leave several programs per multiprocessor.
+
+    `rows` is the number of tokens of all heads and batch rows.
+    """
+    prepared = prepare(name, tensors, *options)
+    prepared.plan = prepared.plan._replace(runs=(1, 1))
+    programs = 8 * count_multiprocessors(tensors[0].device)
+    while 2 * prepared.segment <= MOST_SEGMENT and rows // (2 * prepared.segment) >= programs:
+        prepared.segment *= 2
+    return prepared
 
 
 def state_pass(
@@ -37,7 +52,8 @@ def state_pass(
         k, v = k.float(), v.float()
     k, v, mask = with_unit_stride(k), with_unit_stride(v), mask_as_bytes(attention_mask)
     kv_heads, head_dim = v.shape[2:]
-    prepared = prepare("shard's state", (k, k, v, mask), (c0, c1, c2, scale))
+    rows = k.shape[0] * k.shape[1] * kv_heads
+    prepared = _prepare("shard's state", (k, k, v, mask), ((c0, c1, c2, scale),), rows)
     with on_gpu_of(k):
         v = pad_rows(v, prepared)
         cut = cut_into_segments(prepared, k, kv_heads, False, True, None)
@@ -74,7 +90,9 @@ def state_gradient_pass(
         grad, q, o = grad.float(), q.float(), o.float()
     grad, q, o = with_unit_stride(grad), with_unit_stride(q), o.contiguous()
     head_dim = grad.shape[3]
-    prepared = prepare("shard's gradient", (q, q, grad, o, inverse_z, ranges), (c0, c1, c2, scale), kv_heads)
+    rows = q.shape[0] * q.shape[1] * kv_heads
+    options = (c0, c1, c2, scale), kv_heads
+    prepared = _prepare("shard's gradient", (q, q, grad, o, inverse_z, ranges), options, rows)
     layout = prepared.layout
     with on_gpu_of(q):
         scaled_grad, delta, minus_delta = allocate_scaled(grad, inverse_z, layout.d)

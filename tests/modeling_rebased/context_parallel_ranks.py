@@ -45,6 +45,7 @@ MODELS = {
     "paper": LINEAR,
     "compiled": {"layer_types": ["conv", "linear_attention"], "num_hidden_layers": 2},
     "learned positions": {**LINEAR, "position_embedding_type": "learned", "conv_kernel_size": 5},
+    "ten positions": {**LINEAR, "position_embedding_type": "learned", "max_position_embeddings": 10},
     "based": {
         **LINEAR,
         "kernel": "based",
@@ -141,12 +142,14 @@ def triton(rank, size, group):
 def batch_of(kind: str, length: int = LENGTH) -> dict[str, torch.Tensor]:
     ids = make_ids(1 if "packed" in kind else 3, length)
     batch = {"input_ids": ids, "labels": ids.clone()}
-    if kind in ("padded", "packed and padded"):
+    if "padded" in kind:
         mask = torch.ones_like(ids)
         mask[0, :9] = 0  # the whole first shard of 3 or 4
         mask[-1, length // 2 + 1] = 0
         if len(ids) > 1:
             mask[1, 10:] = 0
+        if kind == "padded on the right":
+            mask = (torch.arange(length) < 10).long().expand_as(ids).clone()
         batch["attention_mask"] = mask
         batch["labels"] = ids.masked_fill(mask == 0, -100)
     sizes = [3, 10, 2, 8]
@@ -158,6 +161,10 @@ def batch_of(kind: str, length: int = LENGTH) -> dict[str, torch.Tensor]:
         batch["cu_seq_lens_q"] = F.pad(torch.tensor(sizes).cumsum(0), (1, 0))
     elif kind == "packed and padded":
         batch["seq_idx"] = torch.arange(4).repeat_interleave(torch.tensor(sizes))[None]
+    elif kind == "padded, positions without padding":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    elif kind == "padded, positions with padding":
+        batch["position_ids"] = torch.arange(length)[None]
     elif kind == "positions":
         batch["position_ids"] = torch.arange(5, 5 + length)[None]
     return {name: value.to(DEVICE) for name, value in batch.items()}
@@ -367,6 +374,9 @@ CASES |= {
         ("learned positions", "packed by bounds"),
         ("learned positions", "packed and padded"),
         ("learned positions", "positions"),
+        ("learned positions", "padded, positions without padding"),
+        ("learned positions", "padded, positions with padding"),
+        ("ten positions", "padded on the right"),
         ("based", "plain"),
         ("based", "padded"),
         ("based", "packed"),

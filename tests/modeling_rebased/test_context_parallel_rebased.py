@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling_rebased import triton_context_rebased, triton_launch_rebased
 from modeling_rebased.attention_rebased import rebased_attention
 from modeling_rebased.configuration_rebased import n_features
 from modeling_rebased.triton_rebased import OPS
@@ -69,13 +70,18 @@ def test_on_all_gpus(tmp_path):
         assert not failed, f"rank {rank}:\n" + "\n".join(f"{case}\n{error}" for case, error in failed.items())
 
 
-# Up to 16 features and beyond, the kernels are others. 70 tokens are more than one segment.
+# Up to 16 features and beyond, the kernels are others. 70 tokens are more than one segment, but not with the long
+# segments of large inputs.
 @pytest.mark.parametrize(
-    ("length", "feature_dim", "coefficients"), [(70, 5, (1.0, 1.0, 0.5)), (20, 17, (0.0, 0.0, 1.0))]
+    ("length", "feature_dim", "coefficients", "large"),
+    [(70, 5, (1.0, 1.0, 0.5), False), (70, 5, (0.0, 0.0, 1.0), True), (20, 17, (0.0, 0.0, 1.0), False)],
 )
-def test_sums_of_a_shard_by_the_kernels(length, feature_dim, coefficients):
+def test_sums_of_a_shard_by_the_kernels(length, feature_dim, coefficients, large, monkeypatch):
     """The state after a shard and the gradient of the state before it, against autograd through PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if large:
+        monkeypatch.setattr(triton_context_rebased, "count_multiprocessors", lambda device: 0)
+        monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
     torch.manual_seed(0)
     sizes = [(2, length, 4, feature_dim), (2, length, 2, feature_dim), (2, length, 2, 3), (2, length, 4, 3)]
     q, k, v, gradient = (torch.randn(size, device=device) for size in sizes)
