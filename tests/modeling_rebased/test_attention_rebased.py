@@ -3,10 +3,12 @@
 import itertools
 import math
 import re
+import types
 
 import pytest
 import torch
 
+from modeling_rebased import attention_rebased as operator
 from modeling_rebased import rebased_attention
 from modeling_rebased.attention_rebased import rebased_attention_decode
 from modeling_rebased.configuration_rebased import n_features
@@ -469,3 +471,65 @@ def test_triton_that_cannot_run_says_why():
     message = f"`backend='triton'` cannot run here: {reason}. Use backend='auto' or 'eager'."
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         rebased_attention(q, k, v, backend="triton")
+
+
+@pytest.mark.parametrize("coefficients", [REBASED, BASED])
+def test_one_token_by_slot(coefficients):
+    """Rows read and change their own slots of a larger pool; a row without one gets 0."""
+    q, k, v = make_qkv(3, 21)
+    scale, mask = 0.3, torch.tensor([[True], [True], [False]])
+    _, states = rebased_attention(q[:, :20], k[:, :20], v[:, :20], coefficients=coefficients, output_final_state=True)
+    pool = torch.randn(6, *states.shape[1:])
+    pool[[4, 0]] = states[[0, 2]]
+    before, last = pool.clone(), [x[:, 20:] for x in (q, k, v)]
+    options = {"coefficients": coefficients, "scale": scale, "attention_mask": mask}
+    o = rebased_attention_decode(*last, pool, state_indices=torch.tensor([4, -1, 0]), **options)
+    expected = rebased_attention_decode(*last, states, **options)
+    exact = oracle(q, k, v, coefficients=coefficients, scale=scale)
+    assert error(o[:1], exact[:1, 20:]) < 2e-5 and error(o[2:], expected[2:].double()) < 1e-6
+    assert not o[1].any()
+    assert error(pool[4], states[0].double()) < 1e-6 and torch.equal(pool[0], before[0])
+    assert torch.equal(pool[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
+    with pytest.raises(ValueError, match=r"different slots below 6, or negative, but they are \[0, 0, 1\]"):
+        rebased_attention_decode(*last, pool, state_indices=torch.tensor([0, 0, 1]), **options)
+
+
+@pytest.mark.parametrize("reason", [None, "no reason"])
+def test_how_a_backend_is_chosen(monkeypatch, reason):
+    asked = []
+    monkeypatch.setattr(operator, "triton_unavailable_reason", lambda *sizes: asked.append(sizes) or reason)
+    q, _, v = make_qkv()
+    on_gpu = types.SimpleNamespace(is_cuda=True, device="gpu", dtype=torch.float32, shape=q.shape)
+    assert operator.choose_backend("auto", q, v) is operator.choose_backend("eager", on_gpu, v) is operator.EAGER
+    assert asked == []
+    assert operator.choose_backend("auto", on_gpu, v) is (operator.TRITON if reason is None else operator.EAGER)
+    if reason is None:
+        assert operator.choose_backend("triton", q, v) is operator.TRITON
+    assert asked[0] == ("gpu", torch.float32, 16, 20)
+
+
+def test_values_are_read_only_where_nothing_waits_for_them(monkeypatch):
+    readable = operator._is_readable
+    x = torch.tensor([1])
+    assert readable(x) and not readable(x.to("meta")) and not readable(torch.nn.Parameter(x.float()))
+    for module, name in ((torch.compiler, "is_compiling"), (torch.jit, "is_tracing")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda: True)
+            assert not readable(x)
+
+
+def test_packed_sequences_with_a_mask_and_states():
+    q, k, v = make_qkv(1, 60)
+    mask = torch.rand(1, 60) > 0.3
+    bounds = torch.tensor([0, 25, 25, 60])
+    for coefficients in (REBASED, BASED):
+        options = {"coefficients": coefficients, "attention_mask": mask}
+        o, states = rebased_attention(q, k, v, cu_seqlens=bounds, output_final_state=True, **options)
+        parts = [slice(0, 25), slice(25, 60)]
+        exact = [
+            oracle(*(x[:, p] for x in (q, k, v)), coefficients=coefficients, attention_mask=mask[:, p]) for p in parts
+        ]
+        assert error(o, torch.cat(exact, 1)) < 1e-5
+        assert states.shape[0] == 3 and not states[1].any()
+        again, none = rebased_attention(q, k, v, cu_seqlens=bounds, initial_state=states * 0, **options)
+        assert none is None and torch.equal(again, o)

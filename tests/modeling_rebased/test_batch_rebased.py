@@ -20,7 +20,7 @@ from modeling_rebased import (
     ReBasedForTokenClassification,
     ReBasedModel,
 )
-from modeling_rebased.cache_rebased import CACHE_NAME
+from modeling_rebased.cache_rebased import CACHE_NAME, TokenCountLayer, make_croppable
 from modeling_rebased.modeling_rebased import ReBasedRMSNorm
 from tests.modeling_rebased.cases import MODELS, RECURRENT, make_config, make_ids, make_model, make_small_model
 
@@ -548,3 +548,42 @@ def test_a_generated_token_brings_no_mask_to_recurrent_layers(name):
     for kwargs in seen[1:]:
         mask = kwargs.get("attention_mask")
         assert mask is None or mask["linear_attention"] is None
+
+
+def test_the_layer_that_counts():
+    counter = TokenCountLayer(compileable=True)
+    assert counter.is_compileable is True and TokenCountLayer(compileable=False).is_compileable is False
+    assert counter.get_seq_length() == 0 and counter.get_max_length() == -1
+    counter.reorder_cache(torch.tensor([0]))
+    counter.reset()
+    counter.lazy_initialization(2, torch.device("cpu"))
+    counter.update(torch.tensor([[1, 1, 1], [0, 1, 0]]), 3)
+    counter.update(None, 2)
+    assert counter.counts.tolist() == [[5, 5], [3, 5]] and counter.get_mask_sizes(4) == (9, 0)
+    counter.reorder_cache(torch.tensor([1, 1]))
+    assert counter.counts.tolist() == [[3, 5], [3, 5]]
+    counter.is_croppable = True
+    counter.crop(-2)
+    assert counter.counts.tolist() == [[1, 3], [1, 3]] and counter.get_seq_length() == 3
+    counter.reset()
+    assert counter.counts.tolist() == [[0, 0], [0, 0]] and counter.get_seq_length() == 0
+
+
+def test_states_take_back_tokens_by_negative_numbers_while_they_record():
+    model, ids = make_model("paper"), make_ids()
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    make_croppable(cache, model.config)
+    layer = cache.layers[1]
+    assert type(layer).__name__.startswith("RollbackLinearAttention")
+    message = "A recurrent layer takes back tokens by a negative number, and only while it records."
+    for record, number in ((False, -1), (True, 1)):
+        layer.record_past = record
+        with refused(message, RuntimeError):
+            layer.crop(number)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_the_signature_has_the_name_of_the_cache_on_this_release(model_class):
+    names = inspect.signature(model_class.forward).parameters
+    assert CACHE_NAME in names and len({"cache", "past_key_values"} & set(names)) == 1

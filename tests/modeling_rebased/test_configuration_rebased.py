@@ -11,7 +11,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from modeling_rebased.configuration_rebased import LAYER_TYPES, RECURRENT_LAYER_TYPES, n_features
+from modeling_rebased.configuration_rebased import LAYER_TYPES, RECURRENT_LAYER_TYPES, _check_code, n_features
 
 
 CONFIGURATIONS = Path(__file__).parents[2] / "configuration"
@@ -416,3 +416,19 @@ def test_rotary_parameters_are_checked_as_the_library_does_where_softmax_layers_
     with pytest.raises((KeyError, StrictDataclassError), match="factor"):
         ReBasedConfig(layer_types=["full_attention"], **fields)
     ReBasedConfig(layer_types=["linear_attention"], **fields)
+
+
+def test_code_files_that_are_missing_are_named(tmp_path):
+    (tmp_path / "a_rebased.py").write_text("import torch\nfrom .b_rebased import x\n    from .c import y\n")
+    (tmp_path / "b_rebased.py").write_text("from torch import nn  # naïve\n", encoding="utf-8")
+    (tmp_path / "0_rebased.py").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "other.py").write_text("from .missing import x\n")
+    _check_code(tmp_path)
+    (tmp_path / "b_rebased.py").write_text("from .missing_rebased import x\n")
+    message = (
+        f"The folder {str(tmp_path)!r} lacks the code file missing_rebased.py, which b_rebased.py imports. Copy or "
+        "download the whole folder again, with all of its *.py files (`cp -rL` also copies what links point to). Or "
+        "install the package and `import modeling_rebased`, which needs no code in the folder."
+    )
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
+        _check_code(tmp_path)

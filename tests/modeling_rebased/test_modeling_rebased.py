@@ -3,11 +3,19 @@
 import copy
 import dataclasses
 import inspect
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorWithFlattening, DynamicCache, LlamaConfig, StaticCache
+from transformers import (
+    DataCollatorWithFlattening,
+    DynamicCache,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -19,6 +27,7 @@ from modeling_rebased import (
     ReBasedForTokenClassification,
     ReBasedModel,
 )
+from modeling_rebased import modeling_rebased as code
 from modeling_rebased.cache_rebased import CACHE_NAME, CACHE_NAMES
 from modeling_rebased.eager_rebased import naive_rebased_attention
 from modeling_rebased.modeling_rebased import ReBasedLinearRotaryEmbedding, ReBasedQKNorm, ReBasedRotaryEmbedding
@@ -481,3 +490,180 @@ def test_rotary_embedding_scaled_as_the_library_does():
     llama = LlamaRotaryEmbedding(LlamaConfig(head_dim=12, rope_parameters=parameters))
     for rotary in (ReBasedRotaryEmbedding, ReBasedLinearRotaryEmbedding):
         assert torch.equal(rotary(config).inv_freq, llama.inv_freq)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_softmax_layers_are_qwen2s(implementation, window):
+    """The same weights in the library's class: rotation, grouped heads, biases, windows, the MLP and the norms."""
+    kind = "full_attention" if window is None else "sliding_attention"
+    model = make_model(
+        "softmax", layer_types=[kind] * 2, mlp_type="swiglu", norm_type="rmsnorm", attention_bias=True, norm_eps=1e-5
+    )
+    fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    qwen = Qwen2ForCausalLM(
+        Qwen2Config(
+            **{field: getattr(model.config, field) for field in fields},
+            intermediate_size=64,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            layer_types=[kind] * 2,
+            use_sliding_window=window is not None,
+            sliding_window=window,
+            rope_parameters=model.config.rope_parameters,
+        )
+    ).eval()
+    qwen.load_state_dict(model.state_dict())
+    for each in (model, qwen):
+        each.set_attn_implementation(implementation)
+    assert_same_logits(model(make_ids()).logits, qwen(make_ids()).logits)
+
+
+@torch.no_grad()
+def test_linear_layers_rotate_by_position_and_have_biases():
+    """A layer of the model with rotation and biases against its definition, with rotations of complex numbers."""
+    model = make_model(
+        "pure", num_hidden_layers=1, layer_types=["linear_attention"], attention_bias=True,
+        position_embedding_type="rope", rope_linear_attention=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    ).double()  # fmt: skip
+    layer, seen = model.model.layers[0].self_attn, {}
+
+    def keep(module, args, kwargs, out):
+        seen.update(x=args[0] if args else kwargs["hidden_states"], out=out[0])
+
+    layer.register_forward_hook(keep, with_kwargs=True)
+    model(make_ids())
+    x = seen["x"]
+    turn = torch.outer(torch.arange(LENGTH).double(), 100.0 ** -(torch.arange(4).double() / 4))
+
+    def rotate(z):  # [B, T, H, 8], whose halves are real and imaginary parts
+        z = torch.complex(z[..., :4], z[..., 4:]) * torch.polar(torch.ones_like(turn), turn)[:, None]
+        return torch.cat([z.real, z.imag], -1)
+
+    def project(linear, norm=None):
+        y = F.linear(x, linear.weight, linear.bias)
+        return y if norm is None else F.layer_norm(y, y.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+    q = rotate(project(layer.q_proj, layer.q_norm).unflatten(-1, (4, 8)))
+    k = rotate(project(layer.k_proj, layer.k_norm).unflatten(-1, (2, 8)))
+    o = naive_rebased_attention(q, k, project(layer.v_proj).unflatten(-1, (2, 12)))
+    assert all(linear.bias is not None for linear in (layer.q_proj, layer.k_proj, layer.v_proj))
+    assert layer.o_proj.bias is None
+    assert_same_logits(seen["out"], o.flatten(-2) @ layer.o_proj.weight.T)  # the cosines are in float32
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_layers_promise_normalised_queries_and_keys(monkeypatch, normalize):
+    promised = []
+    operator = code.rebased_attention
+
+    def watched(*args, **options):
+        promised.append(options["normalized"])
+        return operator(*args, **options)
+
+    monkeypatch.setattr(code, "rebased_attention", watched)
+    make_model("pure", normalize=normalize)(make_ids())
+    assert promised == [normalize] * 2
+
+
+def test_what_modules_print():
+    config = make_config("every_type")
+    assert code.ReBasedRMSNorm(5, 1e-6).extra_repr() == "(5,), eps=1e-06"
+    assert ReBasedQKNorm(8, config).extra_repr() == "8, normalize=True, gamma=True, beta=True"
+    for flag, text in (("use_gamma", "gamma=False, beta=True"), ("use_beta", "gamma=True, beta=False")):
+        assert ReBasedQKNorm(8, make_config("paper", **{flag: False})).extra_repr() == f"8, normalize=True, {text}"
+
+
+def test_a_turn_of_one_token_is_checked_before_it_is_generated():
+    """As `generate` prepares it: a GPU's `forward` does not read the mask of one token."""
+    model, ids = make_model("paper"), make_ids()
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    mask = torch.ones(2, LENGTH + 1, dtype=torch.long)
+    together = torch.cat([ids, ids[:, :1]], dim=1)
+
+    def prepare(mask, first=True, ids=together):
+        return model.prepare_inputs_for_generation(
+            ids, attention_mask=mask, is_first_iteration=first, **{CACHE_NAME: cache}, use_cache=True,
+            next_sequence_length=ids.shape[1] - LENGTH,
+        )  # fmt: skip
+
+    assert prepare(mask)["input_ids"].shape == (2, 1)
+    mask[1, 20:23] = 0
+    with pytest.raises(ValueError, match="not padding among the 23 cached columns of row 1"):
+        prepare(mask)
+    prepare(mask, first=False)
+    prepare(mask[:, 1:])  # as PEFT gives it, without its virtual tokens
+    prepare(None)
+
+
+def test_damaged_weights_are_told(tmp_path):
+    about = code._about_damaged_weights
+    assert about("some/body", "inner") == (
+        "A weight file of 'some/body' is cut short or damaged. Download it again: "
+        "from_pretrained(..., force_download=True)."
+    )
+    folder = tmp_path / "inner"
+    make_model("conv").save_pretrained(folder)
+    (folder / "a.safetensors").write_bytes(b"x" * 1234)
+    (folder / "b.safetensors").write_bytes(b"")
+    (folder / "c.bin").write_bytes(b"")
+    for arguments in ((tmp_path, "inner"), (str(folder), "")):
+        assert about(*arguments) == (
+            f"The folder {str(folder)!r} holds weights that are cut short or damaged: a.safetensors (1,234 bytes), "
+            "b.safetensors (0 bytes). Copy or download them again. A file of about 130 bytes is a pointer of Git LFS: "
+            "`git lfs pull` fetches the weights."
+        )
+
+
+def test_refusals_of_the_model_in_whole_words():
+    model, ids = make_model("paper"), make_ids()
+    softmax = make_model("softmax")
+
+    def refused(message, error=ValueError):
+        return pytest.raises(error, match=f"^{re.escape(message)}$")
+
+    with refused("You must specify exactly one of input_ids or inputs_embeds"):
+        model()
+    with refused("`input_ids` or `inputs_embeds` must have at least one token per row, but it has 0."):
+        model(ids[:, :0])
+    with refused("ReBasedModel.forward() got an unexpected keyword argument 'x'.", TypeError):
+        model(ids, x=1)
+    with refused("`is_causal=False` is not possible: a recurrent layer sees only what came before."):
+        model(ids, is_causal=False)
+    softmax(ids, is_causal=True)
+    with refused("`position_ids` must be [batch, tokens] = (2, 23) or (1, 23), but its shape is (2, 22)."):
+        model(ids, position_ids=ids[:, 1:])
+    with refused("`cu_seq_lens_k` needs `cu_seq_lens_q`, which has the bounds of packed sequences."):
+        model(ids, cu_seq_lens_k=torch.tensor([0, 23]))
+    model.train().gradient_checkpointing_enable()
+    with refused(
+        f"`{CACHE_NAME}` cannot be used in training with gradient checkpointing, which runs every layer twice. Call "
+        "`model.gradient_checkpointing_disable()`, or give the tokens of the cache as well."
+    ):
+        model(ids, past_key_values=DynamicCache(config=model.config))
+    with refused(
+        "`generate_batch` and continuous batching of transformers cannot serve a ReBased model, here with layers of "
+        "the types ['conv', 'linear_attention']. Use `generate`, or serve the model with vLLM: "
+        "`pip install modeling-rebased[vllm]`, then `vllm serve FOLDER`."
+    ):
+        model.init_continuous_batching()
+    learned = make_model("mqar")
+    learned(ids[:, :1], position_ids=torch.tensor([[63]]))
+    with refused("A token has position 64, but learned positions end at `max_position_embeddings` - 1 = 63."):
+        learned(ids[:, :1], position_ids=torch.tensor([[64]]))
+
+
+def test_padding_inside_packed_sequences_needs_another_attention(monkeypatch):
+    monkeypatch.setattr("modeling_rebased.batch_rebased.is_flash_attention_requested", lambda config: True)
+    model, ids = make_model("softmax"), make_ids(1)
+    mask = torch.ones_like(ids)
+    mask[:, 4] = 0
+    message = (
+        "`attention_mask` has padding inside packed sequences, which FlashAttention cannot tell apart: leave the "
+        "padding out, or choose `attn_implementation='sdpa'`."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model(ids, attention_mask=mask, cu_seq_lens_q=torch.tensor([0, 10, 23]))
