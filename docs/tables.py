@@ -596,6 +596,33 @@ def overview() -> str:
     return table(["what was measured", "ReBased", "compared with", "details"], rows, 4)
 
 
+def context_parallel() -> str:
+    """Return the training steps whose sequence is split over GPUs, against one GPU with as many tokens per GPU."""
+    found = read_csv(RESULTS / "context_parallel/h200/context_parallel.csv")
+    rows = []
+    for row in sorted(found, key=lambda row: (row["tokens_per_gpu"], row["gpus"])):
+        alone = next(x for x in found if x["gpus"] == 1 and x["tokens_per_gpu"] == row["tokens_per_gpu"])
+        rows.append([
+            f"{row['tokens_per_gpu']:,}",
+            row["gpus"],
+            f"{row['tokens']:,}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s'] / alone['tokens_per_s']:.2f}",
+            f"{row['peak_gib']:.1f}",
+        ])  # fmt: skip
+    head = ["tokens per GPU", "GPUs", "tokens per sequence", "tokens per second", "times one GPU", "peak GiB per GPU"]
+    return table(head, rows, 0)
+
+
+def context_parallel_errors() -> str:
+    """Return how far a sequence over several GPUs is from the same on one GPU."""
+    rows = [
+        [row["dtype"], row["gpus"], f"{row['tokens']:,}", f"{row['logits']:.1e}", f"{row['gradients']:.1e}"]
+        for row in read_csv(RESULTS / "context_parallel/h200/errors.csv")
+    ]
+    return table(["dtype", "GPUs", "tokens", "logits", "gradients"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "kernels-forward": lambda: kernels("h100", "forward", floor=True),
@@ -628,6 +655,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "registers": registers,
     "answers": answers,
     "students-decoding": students_decoding,
+    "context-parallel": context_parallel,
+    "context-parallel-errors": context_parallel_errors,
 }
 
 
