@@ -125,7 +125,8 @@ def test_pieces_equal_the_whole(sizes, coefficients):
         start += size
     assert state.dtype == torch.float32
     assert state.shape == (2, 2, n_features(16, coefficients), 21)
-    assert error(torch.cat(outputs, 1), expected) < 1e-5
+    # (q.k)**2 near zero is a difference of large products in the state's form.
+    assert error(torch.cat(outputs, 1), expected) < 2e-5
 
 
 @pytest.mark.parametrize("coefficients", [REBASED, BASED])

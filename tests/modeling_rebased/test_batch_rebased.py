@@ -409,6 +409,21 @@ def test_one_row_of_cache_for_many_rows(name):
         model(make_ids(2, 1), past_key_values=cache)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_one_row_of_cache_for_two_rows_of_one_token(name, cache_class):
+    model, ids = make_model(name), make_ids(2)
+    prefix = ids[:1, :20]
+    options = {} if cache_class is DynamicCache else {"max_cache_len": 32}
+    cache = cache_class(config=model.config, **options)
+    model(prefix, past_key_values=cache)
+    steps = [model(ids[:, column : column + 1], past_key_values=cache).logits for column in (20, 21, 22)]
+    for row in range(2):
+        alone = torch.cat([prefix, ids[row : row + 1, 20:]], dim=1)
+        assert_same(torch.cat(steps, dim=1)[row], model(alone, use_cache=False).logits[0, 20:])
+
+
 def test_what_cannot_be_is_refused_clearly():
     model, ids = make_model("paper"), make_ids()
     with pytest.raises(TypeError, match=r"must be a `Cache`.*tuple"):

@@ -192,7 +192,8 @@ def test_assisted_generation(name, kind):
 
 def test_assisted_generation_needs_a_dynamic_cache():
     model, ids = make_model("paper"), make_ids(1)
-    with pytest.raises(ValueError, match=r"(?i)assisted gener"):
+    message = "recurrent layers needs a `DynamicCache`, but the cache is a StaticCache.$"
+    with pytest.raises(ValueError, match=f"(?i)assisted gener|^Assisted generation of a model with {message}"):
         generate(model, ids, prompt_lookup_num_tokens=3, cache_implementation="static")
 
 

@@ -1,5 +1,8 @@
 """The loss without logits, in Triton's interpreter where there is no GPU, against the library's loss in float64."""
 
+import re
+import types
+
 import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -90,20 +93,46 @@ def test_logits_are_left_out_in_training_on_a_gpu_only():
 def test_why_logits_cannot_be_left_out(fused, monkeypatch):
     model = make_model("paper").to(DEVICE).train()
     ids = make_ids().to(DEVICE)
-    with pytest.raises(ValueError, match="no `labels`"):
+
+    def refused(why):
+        return pytest.raises(ValueError, match=f"^{re.escape(f'`skip_logits=True` is not possible: {why}.')}$")
+
+    with refused("there are no `labels`"):
         model(ids, skip_logits=True)
-    with pytest.raises(ValueError, match="logits_to_keep"):
-        model(ids, labels=ids, logits_to_keep=3, skip_logits=True)
-    hook = model.lm_head.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="lm_head"):
+    for kept in (3, torch.tensor([0])):
+        with refused("`logits_to_keep` asks for some of the logits"):
+            model(ids, labels=ids, logits_to_keep=kept, skip_logits=True)
+    for hook in ("register_forward_hook", "register_forward_pre_hook"):
+        handle = getattr(model.lm_head, hook)(lambda *_: None)
+        with refused("`lm_head` is wrapped, adapted or hooked"):
+            model(ids, labels=ids, skip_logits=True)
+        handle.remove()
+    model.lm_head._hf_hook = None  # as accelerate leaves one
+    with refused("`lm_head` is wrapped, adapted or hooked"):
         model(ids, labels=ids, skip_logits=True)
-    hook.remove()
+    del model.lm_head._hf_hook
     model.loss_function = lambda **kwargs: 0.0
-    with pytest.raises(ValueError, match="ForCausalLMLoss"):
+    with refused("the model's loss function is not ForCausalLMLoss"):
         model(ids, labels=ids, skip_logits=True)
     monkeypatch.setattr("modeling_rebased.modeling_rebased.can_fuse_loss", lambda *_: False)
-    with pytest.raises(ValueError, match="takes a GPU"):
+    with refused("it takes a GPU, Triton and an output layer that is not sharded"):
         ReBasedForCausalLM(make_config("paper"))(make_ids(), labels=make_ids(), skip_logits=True)
+
+
+def test_what_the_fused_loss_takes(monkeypatch):
+    """A GPU's hidden states, a plain weight and Triton."""
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+
+    class Sharded(torch.Tensor):
+        pass
+
+    sharded = torch.zeros(2, 2).as_subclass(Sharded)
+    on_gpu, on_cpu = (types.SimpleNamespace(is_cuda=is_cuda) for is_cuda in (True, False))
+    can = loss_rebased.can_fuse_loss
+    assert can(on_gpu, weight) and can(on_gpu, weight.data)
+    assert not can(on_cpu, weight) and not can(on_gpu, sharded)
+    monkeypatch.setattr(loss_rebased, "triton", None)
+    assert not can(on_gpu, weight)
 
 
 @pytest.mark.gpu
