@@ -164,6 +164,23 @@ def models_generation() -> str:
     return table([*head, "peak GiB, ReBased", "softmax"], rows)
 
 
+def convolution() -> str:
+    """Return what the two forms of the short convolution give."""
+    values = [
+        [
+            row["convolution"],
+            "yes" if row["compiled"] == "True" else "no",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['peak_gib']:.1f}",
+            number(row["prefill_ms"]),
+        ]
+        for row in read_csv(RESULTS / "generation/h100/convolution.csv")
+    ]
+    return table(
+        ["convolution", "layers compiled", "tokens per second", "peak GiB", "ms of a prefill"], values, words=2
+    )
+
+
 def models_changes() -> str:
     """Return what each change of a training step gave."""
     rows = read_csv(RESULTS / "generation/h100/changes.csv")
@@ -635,6 +652,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models-training": models_training,
     "models-generation": models_generation,
     "models-changes": models_changes,
+    "convolution": convolution,
     "counters": counters,
     "versions": versions,
     "eager": eager,
