@@ -2,9 +2,9 @@
 
     python -m modeling_rebased.eval.plot_mad output/mad.jsonl --output output
 
-As MAD's authors do, the best learning rate and weight decay count in each setting, and the score of a task is the mean
-over its settings (the base sizes, and the variations where they were trained). Of the rates those with the most seeds
-are compared, by their means over seeds. Runs that were cut off count nowhere.
+As MAD's authors do, the best learning rate and weight decay count in each setting. A setting is the base sizes, or a
+variation that was trained. The score of a task is the mean over its settings. Only the rates with the most seeds are
+compared, by their means over seeds. Runs that were cut off do not count.
 
 Writes mad.png and mad.md.
 """

@@ -1,7 +1,7 @@
 """Draw random numbers as hashes of (seed, split, example, draw) and not as the next states of a generator.
 
-So example 77 of a synthetic task is the same whether it is made alone, in a batch or among 100,000, on a CPU or on a
-GPU, and with every version of every library. Two processes agree without communication.
+Example 77 of a synthetic task is therefore always the same: made alone or in a batch, on a CPU or on a GPU, and with
+every version of every library. Two processes agree without communication.
 """
 
 from __future__ import annotations
