@@ -21,6 +21,7 @@ from typing import Any
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration import config_path
+from modeling_rebased.eval import plot_mad
 from modeling_rebased.eval.plot_mqar import cells, differences, markdown, read_runs, seed_accuracies, welch
 from modeling_rebased.eval.plot_style import label_of
 from modeling_rebased.eval.plots import read_csv
@@ -414,6 +415,24 @@ def mqar_checkpoint() -> str:
     )
 
 
+# ---------------------------------------------------------------- MAD and in-context language learning
+
+
+def finished(name: str) -> list[dict[str, Any]]:
+    """Return the finished runs in a folder of results."""
+    return [run for run in read_runs(sorted((RESULTS / name).glob("*.jsonl"))) if not run.get("stopped")]
+
+
+def mad_fuzzy() -> str:
+    """Return the accuracy on fuzzy recall at its best epoch and at the last."""
+    rows = []
+    for run in (run for run in finished("mad") if run["task"] == "fuzzy_recall"):
+        best = max(run["history"], key=lambda entry: entry["accuracy"])
+        last = run["history"][-1]
+        rows.append([label_of(run["model"]), best["epoch"], f"{best['accuracy']:.3f}", f"{last['accuracy']:.3f}"])
+    return table(["model", "best epoch", "accuracy there", "at the end"], rows)
+
+
 # ---------------------------------------------------------------- language models
 
 
@@ -667,6 +686,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "mqar-speed": mqar_speed,
     "mqar-steps": mqar_steps,
     "mqar-checkpoint": mqar_checkpoint,
+    "mad-scores": lambda: plot_mad.markdown(finished("mad")),
+    "mad-fuzzy": mad_fuzzy,
     "small-models": small_models,
     "slices": slices,
     "stages": stages,

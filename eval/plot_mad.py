@@ -81,7 +81,7 @@ def markdown(runs: list[dict[str, Any]]) -> str:
 def plot(runs: list[dict[str, Any]], path: str | Path) -> None:
     """Draw a group of bars per task, one per model: the score, and a point for each setting."""
     found, models = scores(runs), models_of(runs)
-    figure, axes = new_figure(1, 1, 1.6 * len(found) + 2.5, 3.4)
+    figure, axes = new_figure(1, 1, 1.2 * len(found) + 2.2, 3.2)
     axis = axes[0, 0]
     width = 0.8 / len(models)
     for i, of_task in enumerate(found.values()):

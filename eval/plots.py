@@ -5,7 +5,8 @@
     python -m modeling_rebased.eval.plots eval/results
 
 Each benchmark calls the function of its picture here. A model has one name and one colour in all pictures. The
-pictures of associative recall are drawn by `plot_mqar`. Names and colours are in `plot_style`.
+pictures of associative recall, MAD and ICLL are drawn by `plot_mqar`, `plot_mad` and `plot_icll`. Names and colours
+are in `plot_style`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import plot_mqar
+from . import plot_icll, plot_mad, plot_mqar
 from .plot_style import OTHERS, color_of, label_lines, label_of, new_figure, plain_log_axis, save
 
 
@@ -303,6 +304,10 @@ def redraw(folder: Path) -> list[Path]:
     for runs in sorted({path.parent for path in folder.glob("**/*.jsonl") if path.parent.name == "mqar"}):
         plot_mqar.main([*map(str, sorted(runs.glob("*.jsonl"))), "--output", str(runs)])
         drawn += [runs / "figure_1.png", runs / "curves.png"]
+    for name, program in (("mad", plot_mad), ("icll", plot_icll)):
+        for runs in sorted({path.parent for path in folder.glob("**/*.jsonl") if path.parent.name == name}):
+            program.main([*map(str, sorted(runs.glob("*.jsonl"))), "--output", str(runs)])
+            drawn.append(runs / f"{name}.png")
     return drawn
 
 

@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": [64],
         "layers": 2,
         "lrs": [3e-3],
-        "epochs": 15,
+        "epochs": 10,
         "train_examples": [2000],
         "test_examples": 200,
         "dropout": 0.0,
