@@ -15,7 +15,7 @@ from modeling_rebased.attention_rebased import rebased_attention
 from modeling_rebased.configuration_rebased import n_features
 from modeling_rebased.triton_rebased import OPS
 from tests.modeling_rebased import context_parallel_ranks
-from tests.processes import ROOT
+from tests.processes import ROOT, run_python
 
 
 def run_ranks(folder: Path, device: str, processes: int) -> list[dict[str, str]]:
@@ -24,8 +24,10 @@ def run_ranks(folder: Path, device: str, processes: int) -> list[dict[str, str]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(script), str(folder), device, str(processes)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = run_python(script, folder, device, processes, environment=environment)
+    else:
+        command = [sys.executable, str(script), str(folder), device, str(processes)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
