@@ -452,6 +452,32 @@ def small_models() -> str:
     return table(["model", "parameters", "bits per byte", "byte perplexity", "word perplexity"], rows)
 
 
+def stories() -> str:
+    """Return the figures of the models of short stories, and of the judge's own stories."""
+    figures = json.loads((ROOT / "checkpoints/stories-12m/training_figures.json").read_text(encoding="utf-8"))
+    labels = {"stories-12m": "ReBased", "stories-12m-based": "Based", "stories-12m-softmax": "softmax"}
+    labels["judge"] = "SmolLM2-135M-Instruct"
+    found = {row["model"]: row for row in read_csv(RESULTS / "stories/stories.csv")}
+    rows = []
+    for name, label in labels.items():
+        if name not in found:
+            continue
+        own, row = figures["models"].get(name, {}), found[name]
+        bits = f"{own['eval_bits_per_byte']:.4f}" if own else ""
+        shares = [f"{row[key]:.1%}" for key in ("ended", "persons", "repeated")]
+        rows.append([
+            label,
+            f"{own['parameters']:,}" if own else "135 million",
+            bits,
+            *shares,
+            f"{row['perplexity']:.1f}",
+            f"{row['words']:.0f}",
+            f"{row['copied']:.0%}",
+        ])  # fmt: skip
+    head = ["model", "parameters", "bits per byte, held out", "ended", "persons", "repeated", "perplexity", "words"]
+    return table([*head, "copied"], rows)
+
+
 def slices() -> str:
     """Return the losses by slice."""
     found = json.loads((RESULTS / "recall_slices/slices.json").read_text(encoding="utf-8"))
@@ -689,6 +715,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mad-scores": lambda: plot_mad.markdown(finished("mad")),
     "mad-fuzzy": mad_fuzzy,
     "small-models": small_models,
+    "stories": stories,
     "slices": slices,
     "stages": stages,
     "registers": registers,
