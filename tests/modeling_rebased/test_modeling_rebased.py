@@ -667,3 +667,15 @@ def test_padding_inside_packed_sequences_needs_another_attention(monkeypatch):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         model(ids, attention_mask=mask, cu_seq_lens_q=torch.tensor([0, 10, 23]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("field", ["residual_dropout", "embedding_dropout"])
+def test_dropout_is_for_training_and_of_the_size_that_is_given(field):
+    ids = make_ids()
+    expected = make_model("paper")(ids).logits
+    for value in (0.0, 0.5):
+        model = make_model("paper", **{field: value})
+        assert torch.equal(model(ids).logits, expected)
+        torch.manual_seed(0)
+        assert torch.equal(model.train()(ids).logits, expected) == (value == 0)
