@@ -11,13 +11,11 @@ Writes icll.png and icll.md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
 
-from .plot_mad import best_runs, models_of
-from .plot_mqar import read_runs
+from .plot_mad import best_runs, models_of, write_report
 from .plot_style import color_of, label_of, new_figure, save
 
 
@@ -80,21 +78,13 @@ def plot(runs: list[dict[str, Any]], path: str | Path) -> None:
     save(figure, path)
 
 
+def _usable(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in runs if "distance_to_automaton" in run]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the runs, and write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", metavar="JSONL", help="what rebased-icll wrote")
-    parser.add_argument("--output", default=".", metavar="DIR", help="for the picture and the table")
-    args = parser.parse_args(argv)
-    runs = [run for run in read_runs(args.results) if "distance_to_automaton" in run and not run.get("stopped")]
-    if not runs:
-        parser.error(f"no finished run in {', '.join(args.results)}")
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    table = markdown(runs)
-    print(table)
-    (folder / "icll.md").write_text(table + "\n", encoding="utf-8")
-    plot(runs, folder / "icll.png")
+    write_report("icll", __doc__, _usable, markdown, plot, argv)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +103,46 @@ def plot(runs: list[dict[str, Any]], path: str | Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Read the runs, and write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", metavar="JSONL", help="what rebased-mad wrote")
+def write_report(
+    task: str,
+    description: str | None,
+    usable: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    markdown: Callable[[list[dict[str, Any]]], str],
+    plot: Callable[[list[dict[str, Any]], Path], None],
+    argv: list[str] | None,
+) -> None:
+    """Read the command line and the runs, and write the table and the picture of a task.
+
+    Args:
+        task: "mad" or "icll", the name of both files.
+        description: the help of the command.
+        usable: returns the runs that count, of all that are in the files.
+        markdown, plot: make the table and the picture.
+        argv: the command line.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", metavar="JSONL", help=f"what rebased-{task} wrote")
     parser.add_argument("--output", default=".", metavar="DIR", help="for the picture and the table")
     args = parser.parse_args(argv)
-    runs = [run for run in read_runs(args.results) if run.get("task") in TASKS and not run.get("stopped")]
-    if not scores(runs):
+    runs = usable([run for run in read_runs(args.results) if not run.get("stopped")])
+    if not runs:
         parser.error(f"no finished run in {', '.join(args.results)}")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown(runs)
     print(table)
-    (folder / "mad.md").write_text(table + "\n", encoding="utf-8")
-    plot(runs, folder / "mad.png")
+    (folder / f"{task}.md").write_text(table + "\n", encoding="utf-8")
+    plot(runs, folder / f"{task}.png")
+
+
+def _usable(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    runs = [run for run in runs if run.get("task") in TASKS]
+    return runs if scores(runs) else []
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the runs, and write the table and the picture."""
+    write_report("mad", __doc__, _usable, markdown, plot, argv)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,12 @@ def add_run_options(
     add("--stop-at", type=float, default=run.stop_at, help="test accuracy that ends a run; 2 never does")
 
 
+def fields_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a run for which `add_run_options` reads one value, which all runs share."""
+    names = ("head", "epochs", "batch_size", "test_examples", "data_seed", "dropout", "stop_at")
+    return {name: getattr(args, name) for name in names}
+
+
 def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error if a model is unknown, cannot be built or cannot be saved."""
     if unknown := [name for name in args.models if name not in (*MODELS, *PEERS)]:

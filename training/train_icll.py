@@ -36,7 +36,7 @@ from .random_numbers import IGNORED
 from .recipe import Options, best_epoch
 from .sweep import sweep
 from .sweep_arguments import count, list_of, options_of, parse_with_preset, sweep_parser
-from .token_task import TokenRun, TokenTask, add_run_options, check_models, new_model, save_model
+from .token_task import TokenRun, TokenTask, add_run_options, check_models, fields_of, new_model, save_model
 
 
 # A task that two cores of a laptop learn to some degree within two minutes.
@@ -209,22 +209,16 @@ def parse(argv: list[str] | None = None) -> tuple[list[ICLLRun], Options, argpar
     runs = [
         ICLLRun(
             **{size: getattr(args, size) for size in ("symbols", "max_states", "min_strings", "max_strings")},
+            **fields_of(args),
             max_length=args.max_length,
             patience=args.patience,
             model=model,
             hidden=hidden,
             layers=args.layers,
-            head=args.head,
             lr=lr,
             seed=seed,
             weight_decay=decay,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
             train_examples=examples,
-            test_examples=args.test_examples,
-            data_seed=args.data_seed,
-            dropout=args.dropout,
-            stop_at=args.stop_at,
         )
         for examples, hidden, model, decay, seed, lr in itertools.product(
             args.train_examples, args.hidden, args.models, args.weight_decays, args.seeds, args.lrs

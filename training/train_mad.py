@@ -34,7 +34,7 @@ from .mad import MADSpec
 from .recipe import Options
 from .sweep import sweep
 from .sweep_arguments import count, fraction, list_of, options_of, parse_with_preset, sweep_parser
-from .token_task import TokenRun, TokenTask, add_run_options, check_models, new_model, save_model
+from .token_task import TokenRun, TokenTask, add_run_options, check_models, fields_of, new_model, save_model
 
 
 # A task that two cores of a laptop learn within two minutes.
@@ -198,19 +198,13 @@ def parse(argv: list[str] | None = None) -> tuple[list[MADRun], Options, argpars
                 ):
                     run = MADRun(
                         **dataclasses.asdict(spec),
+                        **fields_of(args),
                         model=model,
                         hidden=hidden,
-                        head=args.head,
                         lr=lr,
                         seed=seed,
                         weight_decay=decay,
-                        epochs=args.epochs,
-                        batch_size=args.batch_size,
                         train_examples=args.train_examples or examples,
-                        test_examples=args.test_examples,
-                        data_seed=args.data_seed,
-                        dropout=args.dropout,
-                        stop_at=args.stop_at,
                     )
                     runs.append(run)
     except ValueError as error:
