@@ -47,7 +47,8 @@ from modeling_rebased.training.arguments import parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command
 from modeling_rebased.training.folders import gathered_model, save_model, written
 from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint, train_from, weights_identity
-from modeling_rebased.training.text import TokenBlocks, tokenizer_identity
+from modeling_rebased.training.shards import tokenizer_identity
+from modeling_rebased.training.text import TokenBlocks
 
 from .distill_arguments import RECIPES, DistillArguments, DistillTrainingArguments
 from .distill_trainer import DistillTrainer, freeze_all_but_transferred, without_mlps

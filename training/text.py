@@ -18,6 +18,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .shards import JoinedArrays, map_shards, read_index, tokenizer_identity
+
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -95,11 +97,13 @@ class TokenBlocks(torch.utils.data.Dataset):
     Item: {"input_ids": [length], "labels": [length]}, int64. The model itself shifts the labels by one.
 
     Args:
-        files: files that `read_documents` reads, or `.npy` files of token ids. A file named twice counts twice.
+        files: files that `read_documents` reads, `.npy` files of token ids, or folders of shards (shards.py). One that
+            is named twice counts twice.
         tokenizer: encodes the documents.
         length: tokens of a block.
         cache_dir: folder for the encoded tokens. They are encoded once, stored there under a name that depends on text
-            and tokenizer, and mapped into memory. Without a folder they are kept in memory.
+            and tokenizer, and mapped into memory. Without a folder they are kept in memory. Shards are always mapped
+            from where they are, and texts beside them are kept in memory.
 
     Attributes:
         tokens: all tokens, [tokens], uint16, or uint32 if the tokenizer has more than 65,536 tokens.
@@ -118,23 +122,37 @@ class TokenBlocks(torch.utils.data.Dataset):
         cache_dir: str | os.PathLike | None = None,
     ) -> None:
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        parts = [
-            read_token_ids(name, tokenizer) if Path(name).suffix == ".npy" else read_documents([name])
-            for name in files
-        ]
         self.num_bytes, identity = 0, hashlib.sha256(tokenizer_identity(tokenizer).encode())
-        for part in parts:
-            if isinstance(part, np.ndarray):
-                identity.update(b"<|ids|>" + np.ascontiguousarray(part, dtype=np.int64).tobytes())
-                self.num_bytes += len(tokenizer.decode(part.tolist(), skip_special_tokens=True).encode())
-                continue
-            for document in part:
-                identity.update(END_OF_TEXT.encode() + document.encode())
-                self.num_bytes += len(document.encode())
+        parts: list[np.ndarray | list[str]] = []
+        has_shards = any(Path(name).is_dir() for name in files)
+        for name in files:
+            if Path(name).is_dir():
+                index = read_index(name, tokenizer)
+                parts += map_shards(name, index)
+                for shard in index["shards"]:
+                    identity.update(b"<|shard|>" + shard["sha256"].encode())
+                    self.num_bytes += shard["bytes"]
+            elif Path(name).suffix == ".npy":
+                ids = read_token_ids(name, tokenizer)
+                parts.append(ids)
+                identity.update(b"<|ids|>" + np.ascontiguousarray(ids, dtype=np.int64).tobytes())
+                self.num_bytes += len(tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode())
+            else:
+                documents = read_documents([name])
+                parts.append(documents)
+                for document in documents:
+                    identity.update(END_OF_TEXT.encode() + document.encode())
+                    self.num_bytes += len(document.encode())
         self.identity = identity.hexdigest()[:16]
-        self.tokens = (
-            self._in_memory(parts, tokenizer) if cache_dir is None else self._stored(parts, tokenizer, cache_dir)
-        )
+        self.tokens: np.ndarray | JoinedArrays
+        if has_shards:
+            self.tokens = JoinedArrays(
+                [part if isinstance(part, np.ndarray) else self._in_memory([part], tokenizer) for part in parts]
+            )
+        elif cache_dir is None:
+            self.tokens = self._in_memory(parts, tokenizer)
+        else:
+            self.tokens = self._stored(parts, tokenizer, cache_dir)
         self.length = length
         if len(self.tokens) < length:
             names = ", ".join(map(str, files))
@@ -183,10 +201,3 @@ class TokenBlocks(torch.utils.data.Dataset):
         last = min(last, len(self))
         ids = self.tokens[first * self.length : last * self.length].astype(np.int64)
         return torch.from_numpy(ids).view(last - first, self.length)
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of a tokenizer's rules and vocabulary, or of its vocabulary alone if it has no fast backend."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(content.encode()).hexdigest()[:16]

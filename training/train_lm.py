@@ -46,7 +46,8 @@ from .card import file_size, hardware, model_card, training_section, typed_comma
 from .context_parallel import ContextParallelTrainer
 from .folders import gathered_model, save_model, written
 from .resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from, weights_identity
-from .text import TokenBlocks, tokenizer_identity
+from .shards import tokenizer_identity
+from .text import TokenBlocks
 
 
 logger = logging.get_logger(__name__)

@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
-from modeling_rebased.training.text import (
-    TokenBlocks,
-    encode,
-    encode_all,
-    read_documents,
-    read_token_ids,
-    tokenizer_identity,
-)
+from modeling_rebased.training.shards import tokenizer_identity
+from modeling_rebased.training.text import TokenBlocks, encode, encode_all, read_documents, read_token_ids
 
 
 DOCUMENTS = ["one\n", "two", "three: naïve"]
