@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modeling_rebased.training.peers import PEERS
+
 from .plot_style import color_of, label_of, new_figure, save
 
 
@@ -51,7 +53,7 @@ PUBLISHED: dict[str, dict[tuple[int, int], float]] = {
     "softmax": {(length, hidden): 1.0 for length in LENGTHS for hidden in HIDDEN},
 }
 # Models in the order in which pictures and tables show them. Figure 1 leaves out the steps of the ablation.
-FIGURE_MODELS = ("rebased", "based", "softmax", "rebased_3_heads", "based_3_heads", "rebased_6_heads")
+FIGURE_MODELS = ("rebased", "based", "softmax", *PEERS, "rebased_3_heads", "based_3_heads", "rebased_6_heads")
 ORDER = (*FIGURE_MODELS, "x2", "normalized", "gamma", "gamma_beta")
 SEED_LINES = ("-", "--", ":", "-.", (0, (9, 3)))  # of the curves, by seed
 SEED_MARKERS = ("o", "s", "^", "D", "v")  # of the points of Figure 1, by seed

@@ -27,6 +27,7 @@ STYLES: dict[str, tuple[str, str]] = {
     # Models of flash-linear-attention, trained on synthetic tasks.
     "gated_deltanet": ("Gated DeltaNet", "#0b8457"),
     "mamba2": ("Mamba-2", "#8a6d3b"),
+    "rwkv7": ("RWKV-7", "#5b3a8c"),
     # Kernels of other libraries.
     "fla parallel_rebased": ("FLA parallel_rebased", "#c49c94"),
     "fla chunk_simple_gla": ("FLA chunk_simple_gla", "#6b8e23"),

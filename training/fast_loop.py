@@ -43,7 +43,14 @@ class Optimizer(torch.optim.AdamW):
         # In a CUDA graph the learning rate must be a tensor, and the step count stay on the GPU.
         options: dict[str, Any] = {"fused": True, "capturable": True} if on_gpu else {}
         lr = torch.tensor(run.lr, device="cuda") if on_gpu else run.lr
-        super().__init__(model.parameters(), lr=lr, weight_decay=run.weight_decay, **options)
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []  # rates of decay of the peers, which say that they must not be pulled to zero
+        for parameter in model.parameters():
+            (kept if getattr(parameter, "_no_weight_decay", False) else decayed).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": decayed}]
+        if kept:
+            groups.append({"params": kept, "weight_decay": 0.0})
+        super().__init__(groups, lr=lr, weight_decay=run.weight_decay, **options)
         self.lr = run.lr
 
     def set_lr(self, lr: float) -> None:

@@ -13,6 +13,7 @@ from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 
 from . import mqar, mqar_checkpoint
 from .fused_loss import linear_cross_entropy
+from .peers import PEERS, insert
 from .recipe import Recipe
 
 
@@ -30,6 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "rebased_3_heads": {"kernel": "rebased", "num_attention_heads": 3},
     "based_3_heads": {"kernel": "based", "num_attention_heads": 3},
 }
+# Of a peer of flash-linear-attention, the numbers of its state per unit of width: ReBased has 140 to 163.
+PEER_STATE = 128
 
 
 # Parts of a name that only other values than the defaults have.
@@ -86,7 +89,8 @@ class Run(Recipe):
         return mqar.MQARSpec(self.length, self.pairs, self.vocab_size)
 
     def new_model(self, kernel_backend: str) -> ReBasedForCausalLM:
-        return ReBasedForCausalLM(self.config(kernel_backend))
+        model = ReBasedForCausalLM(self.config(kernel_backend))
+        return insert(model, self.model, self.hidden, PEER_STATE) if self.model in PEERS else model
 
     def make_task(self, device: torch.device) -> MQARTask:
         return MQARTask(self, device)
@@ -96,7 +100,7 @@ class Run(Recipe):
 
     def config(self, kernel_backend: str = "auto") -> ReBasedConfig:
         """Return the model's configuration: two layers, no MLP, learned positions, as in the authors' MQAR runs."""
-        heads = MODELS[self.model].get("num_attention_heads", 12)
+        heads = MODELS.get(self.model, {}).get("num_attention_heads", 12)
         options: dict[str, Any] = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden,
@@ -119,7 +123,7 @@ class Run(Recipe):
             # one head for every 64 channels: 12 heads of 5 channels are no fair softmax baseline
             heads = max(1, self.hidden // 64)
             options.update(num_attention_heads=heads, head_dim=self.hidden // heads)
-        options |= MODELS[self.model]
+        options |= MODELS.get(self.model, {})
         config = ReBasedConfig(**options)
         if config.layer_types != options["layer_types"]:  # a library that renames layers would train another model
             raise RuntimeError(f"layer_types became {config.layer_types}, they must stay {options['layer_types']}")

@@ -18,6 +18,7 @@ from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 
 from . import folders, mqar
 from .card import model_card
+from .peers import PEERS, check_peers, insert, state_of_head
 from .random_numbers import IGNORED
 from .recipe import Recipe
 from .sweep_arguments import count, fraction, integer, list_of, not_negative, positive
@@ -31,8 +32,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax": {"mixer": "full_attention"},
     "hybrid": {"mixer": "hybrid_sliding", "kernel": "rebased", "sliding_window": WINDOW},
 }
-# Models of flash-linear-attention, which have a convolution in every layer.
-PEERS = ("gated_deltanet", "mamba2")
 
 
 def new_model(
@@ -52,18 +51,17 @@ def new_model(
         name: one of `MODELS` or `PEERS`.
         vocab_size: number of tokens.
         hidden: width of the model.
-        layers: number of layers, even. Each has a SwiGLU. Mamba-2 has none, but twice as many layers.
-        length: longest sequence. Models of this package add learned positions to the embedding.
-        head: size of a head; its queries, keys and values are all as wide.
-        dropout: of the embedding, for models of this package.
+        layers: number of layers, even. Each has a SwiGLU.
+        length: longest sequence, for the learned positions that are added to the embedding.
+        head: size of a head; its queries, keys and values are all as wide. A peer has heads of its own, and a state
+            that is about as large as ReBased's with this size.
+        dropout: of the embedding.
         kernel_backend: of the linear attention of this package.
 
     Raises:
         ImportError: a peer without flash-linear-attention.
     """
-    if name in PEERS:
-        return _new_peer(name, vocab_size, hidden, layers, head)
-    options = dict(MODELS[name])
+    options = dict(MODELS["rebased" if name in PEERS else name])
     mixer = options.pop("mixer")
     config = ReBasedConfig(
         vocab_size=vocab_size,
@@ -83,26 +81,8 @@ def new_model(
         pad_token_id=None,  # every token has an embedding that is trained
         **options,
     )
-    return ReBasedForCausalLM(config)
-
-
-def _new_peer(name: str, vocab_size: int, hidden: int, layers: int, head: int) -> PreTrainedModel:
-    try:
-        from fla.models import (
-            GatedDeltaNetConfig,
-            GatedDeltaNetForCausalLM,
-            Mamba2Config,
-            Mamba2ForCausalLM,
-        )
-    except ImportError as error:
-        raise ImportError(
-            f"the model {name!r} needs flash-linear-attention: pip install 'flash-linear-attention>=0.4' ({error})"
-        ) from error
-    sizes = {"vocab_size": vocab_size, "hidden_size": hidden, "use_cache": False, "pad_token_id": None}
-    if name == "gated_deltanet":
-        sizes |= {"num_hidden_layers": layers, "num_heads": hidden // head, "head_dim": head, "expand_v": 1}
-        return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**sizes))
-    return Mamba2ForCausalLM(Mamba2Config(**sizes, num_hidden_layers=2 * layers, head_dim=head, state_size=head))
+    model = ReBasedForCausalLM(config)
+    return insert(model, name, hidden, state_of_head(head)) if name in PEERS else model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,14 +156,7 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for hidden in args.hidden:
         if hidden % args.head:
             parser.error(f"--head {args.head} does not divide --hidden {hidden}")
-    peers = [name for name in args.models if name in PEERS]
-    if peers and args.save:
-        parser.error(f"--save: only models of this package can be saved, not {', '.join(peers)}")
-    for name in peers:
-        try:
-            new_model(name, vocab_size=16, hidden=64, layers=2, length=16, head=16, dropout=0.0, kernel_backend="auto")
-        except ImportError as error:
-            parser.error(f"--models: {error}")
+    check_peers(parser, args.models, args.hidden, state_of_head(args.head), args.save)
 
 
 class TokenTask:

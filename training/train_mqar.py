@@ -27,8 +27,9 @@ from typing import Any
 
 from . import mqar
 from .fast_loop import FastTrainer, use_deterministic_algorithms
-from .mqar_runs import MODELS, Run
+from .mqar_runs import MODELS, PEER_STATE, Run
 from .mqar_speed import time_steps
+from .peers import PEERS, check_peers
 from .recipe import Options, kind_of
 from .run_results import append_result
 from .sweep import sweep
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     """Read the command line: the runs, what they share, and the rest."""
     parser = sweep_parser("rebased-mqar", __doc__, PRESETS)
     add = parser.add_argument
-    add("--models", default="rebased", help=f"comma-separated, of {', '.join(MODELS)}")
+    add("--models", default="rebased", help=f"comma-separated, of {', '.join((*MODELS, *PEERS))}")
     add("--hidden", type=list_of(count), default=[64], help="hidden sizes")
     add("--lengths", type=list_of(count), default=[128], help="of 128, 256, 512, 1024, 2048, or any with --pairs")
     add("--pairs", type=count, help="key-value pairs per sequence; default: those of Figure 1")
@@ -79,8 +80,9 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--time-steps", action="store_true", help="train nothing: time a step of each kind of model, on a GPU")
     args = parse_with_preset(parser, PRESETS, argv)
     models = args.models.split(",")
-    if unknown := [name for name in models if name not in MODELS]:
-        parser.error(f"--models: {', '.join(unknown)} is not one of {', '.join(MODELS)}")
+    if unknown := [name for name in models if name not in (*MODELS, *PEERS)]:
+        parser.error(f"--models: {', '.join(unknown)} is not one of {', '.join((*MODELS, *PEERS))}")
+    check_peers(parser, models, args.hidden, PEER_STATE, args.save)
     try:
         runs = [
             Run(

@@ -7,7 +7,8 @@ import pytest
 from modeling_rebased.eval import plot_mqar
 from modeling_rebased.eval.plot_mqar import PUBLISHED, cells, markdown, read_runs
 from modeling_rebased.eval.plot_style import STYLES, color_of
-from modeling_rebased.training.train_mqar import MODELS
+from modeling_rebased.training.mqar_runs import MODELS
+from modeling_rebased.training.peers import PEERS
 
 
 def run(model="rebased", length=1024, hidden=64, lr=1e-3, seed=0, accuracy=0.5, **extra):
@@ -134,9 +135,9 @@ def test_figure_1_has_a_panel_for_each_trained_length_and_a_point_for_each_seed(
 
 
 def test_every_model_has_its_name_its_colour_and_its_place():
-    assert set(plot_mqar.ORDER) == set(MODELS)
-    for values in zip(*(STYLES[model] for model in MODELS)):
-        assert len(set(values)) == len(MODELS)
+    assert set(plot_mqar.ORDER) == {*MODELS, *PEERS}
+    for values in zip(*(STYLES[model] for model in plot_mqar.ORDER)):
+        assert len(set(values)) == len(plot_mqar.ORDER)
 
 
 def test_files_are_written_from_damaged_results_too(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import json
 
@@ -309,7 +308,6 @@ def test_the_laptop_presets_are_small(command, tmp_path, capsys):
         (train_icll, ["--symbols", "3"], "symbols must be 4 to 64, got 3"),
         (train_icll, ["--test-examples", "1"], "--test-examples must be at least 2"),
         (train_icll, ["--weight-decays", "-1"], "--weight-decays: must be"),
-        (train_icll, ["--models", "mamba2", "--save", "models"], "--save: only models of this package can be saved"),
     ],
 )
 def test_wrong_arguments_are_named(command, argv, words, tmp_path, capsys, monkeypatch):
@@ -317,14 +315,6 @@ def test_wrong_arguments_are_named(command, argv, words, tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         command.parse([*argv, "--device", "cpu"])
     assert words in capsys.readouterr().err
-
-
-@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="flash-linear-attention is installed")
-@pytest.mark.parametrize("model", ["gated_deltanet", "mamba2"])
-def test_peers_need_their_package(model, capsys):
-    with pytest.raises(SystemExit):
-        train_icll.parse(["--models", model, "--device", "cpu"])
-    assert f"the model '{model}' needs flash-linear-attention: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
