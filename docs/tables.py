@@ -21,7 +21,7 @@ from typing import Any
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration import config_path
-from modeling_rebased.eval import plot_mad
+from modeling_rebased.eval import plot_icll, plot_mad
 from modeling_rebased.eval.plot_mqar import cells, differences, markdown, read_runs, seed_accuracies, welch
 from modeling_rebased.eval.plot_style import label_of
 from modeling_rebased.eval.plots import read_csv
@@ -714,6 +714,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mqar-checkpoint": mqar_checkpoint,
     "mad-scores": lambda: plot_mad.markdown(finished("mad")),
     "mad-fuzzy": mad_fuzzy,
+    "icll": lambda: plot_icll.markdown(finished("icll")),
     "small-models": small_models,
     "stories": stories,
     "slices": slices,

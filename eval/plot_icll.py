@@ -58,10 +58,11 @@ def plot(runs: list[dict[str, Any]], path: str | Path) -> None:
     figure, axes = new_figure(len(rows), len(MEASURES), 3.2, 3.0)
     for panels, examples in zip(axes, rows):
         for axis, (measure, (name, reference)) in zip(panels, MEASURES.items()):
-            for model in models:
+            for i, model in enumerate(models):
                 points = [(h, best[examples, h, model]) for h in widths if (examples, h, model) in best]
                 color = color_of(model, models)
-                places = [widths.index(hidden) for hidden, _ in points]
+                shift = 0.1 * (i - (len(models) - 1) / 2)  # or equal models would hide one another
+                places = [widths.index(hidden) + shift for hidden, _ in points]
                 axis.plot(places, [mean(group, measure) for _, group in points], "o-", color=color, ms=6)
                 for place, (_, group) in zip(places, points):
                     if len(group) > 1:
