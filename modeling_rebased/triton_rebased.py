@@ -109,8 +109,9 @@ def _setup_conv_context(ctx, inputs, output) -> None:
 
 def _make_conv_autograd(backward_op):
     def autograd(ctx, grad):
-        _, _, bias, gate, _ = ctx.saved_tensors
-        dx, dweight, dbias, dgate = backward_op(grad, *ctx.saved_tensors)
+        saved = ctx.saved_tensors  # activation checkpointing lets them be read once
+        _, _, bias, gate, _ = saved
+        dx, dweight, dbias, dgate = backward_op(grad, *saved)
         return dx, dweight, dbias if bias is not None else None, dgate if gate is not None else None, None
 
     return autograd

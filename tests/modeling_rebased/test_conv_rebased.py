@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, triton_rebased
 from modeling_rebased.triton_rebased import triton_short_conv
@@ -66,6 +67,16 @@ def make(batch, length, channels, taps, dtype=torch.float32, bias=True, gated=Tr
 @pytest.mark.parametrize("size", [(2, 140, 70, 3), (1, 1, 8, 4), (3, 2, 16, 5), (1, 33, 5, 1)])
 def test_sizes(size, gated, bias):
     compare(*make(*size, bias=bias, gated=gated), None, BARS[torch.float32])
+
+
+def test_activation_checkpointing():
+    """Activation checkpointing lets a backward pass read its saved tensors once."""
+    inputs = [x.requires_grad_() for x in make(1, 3, 5, 3)]
+    gradients = [
+        torch.autograd.grad(y.sum(), inputs)
+        for y in (triton_short_conv(*inputs), checkpoint(triton_short_conv, *inputs, use_reentrant=False))
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
