@@ -36,6 +36,13 @@ def use_deterministic_algorithms() -> None:
         inductor.deterministic = True  # takes no kernel because it was the fastest when tried: others round otherwise
 
 
+def _write(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)  # a kill leaves the old file or the new one, never half of one
+
+
 class Optimizer(torch.optim.AdamW):
     """Run AdamW with a learning rate that can change inside a CUDA graph."""
 
@@ -165,7 +172,6 @@ class FastTrainer:
         return Path(self.options.work_dir) / f"{run.name}.pt" if self.options.work_dir else None
 
     def _save(self, path: Path, run: Recipe, history: list[dict[str, float]], seconds: float) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "run": fields_of(run),
             "model": self.model.state_dict(),
@@ -175,9 +181,15 @@ class FastTrainer:
             "best": self.best,
             "random": torch.cuda.get_rng_state() if self.on_gpu else torch.get_rng_state(),
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)  # a kill leaves the old file or the new one, never half of one
+        _write(path, state)
+
+    def _save_weights(self, run: Recipe, history: list[dict[str, float]]) -> None:
+        """Write the weights of an epoch with the fields of the run and what was measured."""
+        if self.options.save_weights is None:
+            return
+        folder = Path(self.options.save_weights) / run.name
+        state = {"run": fields_of(run), "model": self.model.state_dict(), "measured": history[-1]}
+        _write(folder / f"epoch-{len(history):03}.pt", state)
 
     def _load(self, run: Recipe) -> tuple[list[dict[str, float]], float]:
         path = self._state_path(run)
@@ -232,6 +244,7 @@ class FastTrainer:
             measured = self.measure()
             seconds = seconds_before + time.perf_counter() - begin
             history.append({"epoch": epoch + 1, "loss": loss, **measured, "seconds": round(seconds, 2)})
+            self._save_weights(run, history)
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{measured['accuracy']:.3f}")
             if best_epoch(history) == epoch + 1:
                 self.best = [parameter.detach().clone() for parameter in self.model.parameters()]

@@ -105,6 +105,7 @@ class Options:
     deadline: float | None = None  # a time.time() after which runs stop at the end of their epoch
     take_turns: bool = False
     deterministic: bool = False
+    save_weights: str | None = None  # a folder, for the weights after each epoch
 
     @property
     def late(self) -> bool:

@@ -64,7 +64,8 @@ def list_of(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
 def _check_writable(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error before anything is trained if the results could not be written afterwards."""
-    for name, folder in (("--output", Path(args.output).parent), ("--save", args.save), ("--work-dir", args.work_dir)):
+    folders = {"--output": Path(args.output).parent, "--save": args.save, "--save-weights": args.save_weights}
+    for name, folder in (*folders.items(), ("--work-dir", args.work_dir)):
         if folder is None:
             continue
         try:
@@ -88,6 +89,7 @@ def sweep_parser(program: str, description: str, presets: dict[str, dict[str, An
         help="file of results, one line of JSON per run",
     )
     add("--save", metavar="DIR", help="write every trained model to DIR/NAME")
+    add("--save-weights", metavar="DIR", help="write the weights after each epoch to DIR/NAME/epoch-N.pt")
     add("--work-dir", metavar="DIR", help="where unfinished runs are kept; default: beside OUTPUT")
     add("--jobs", type=count, default=1, help="kinds of model trained at once on the GPU")
     add("--take-turns", action="store_true", help="with --jobs: compile at once, but train one kind at a time")
@@ -149,4 +151,5 @@ def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, exampl
         deadline=time.time() + args.max_seconds if args.max_seconds is not None else None,
         take_turns=args.take_turns,
         deterministic=args.deterministic,
+        save_weights=args.save_weights,
     )

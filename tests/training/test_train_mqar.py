@@ -340,7 +340,7 @@ def test_wrong_arguments_are_named(capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argument", ["--output", "--save", "--work-dir"])
+@pytest.mark.parametrize("argument", ["--output", "--save", "--save-weights", "--work-dir"])
 def test_what_cannot_be_written_is_told_before_training(tmp_path, capsys, argument):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
