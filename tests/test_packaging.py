@@ -162,7 +162,7 @@ def test_console_commands_are_functions_of_the_package():
     commands = dict(
         line.split(" = ") for line in parser["options.entry_points"]["console_scripts"].split("\n") if line
     )
-    names = ["convert", "distill", "icll", "mad", "mqar", "tasks", "train"]
+    names = ["convert", "distill", "icll", "mad", "mqar", "sample", "tasks", "train"]
     assert sorted(commands) == [f"rebased-{name}" for name in names]
     for target in commands.values():
         module, function = target.split(":")

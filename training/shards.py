@@ -67,7 +67,7 @@ def write_index(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, m
     Shards that an older index lists with the same size are not read again.
     """
     folder = Path(folder)
-    known = {each["file"]: each for each in _load(folder).get("shards", [])} if (folder / INDEX).exists() else {}
+    known = {each["file"]: each for each in load_index(folder).get("shards", [])} if (folder / INDEX).exists() else {}
     dtype = shard_dtype(len(tokenizer))
     shards = []
     for path in sorted(folder.glob("shard-?????.bin")):
@@ -97,6 +97,29 @@ def write_index(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, m
     return total
 
 
+def load_index(folder: str | os.PathLike) -> dict[str, Any]:
+    """Return the index of a folder, whatever became of the shards.
+
+    Raises:
+        ValueError: there is no index, or it cannot be read.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise ValueError(f"{folder} is no folder of shards: it has no {INDEX}.")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        fields = ("vocab_size", "tokenizer", "dtype", "tokens", "shards")
+        missing = [name for name in fields if name not in index]
+        if missing or index["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"without {', '.join(missing)}" if missing else f"its dtype is {index['dtype']!r}")
+        fields = ("file", "tokens", "bytes", "sha256")
+        if not all(name in each for each in index["shards"] for name in fields):
+            raise ValueError(f"a shard lacks one of {', '.join(fields)}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no index of shards: {error}") from error
+    return index
+
+
 def read_index(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
     """Return the index of a folder of shards.
 
@@ -105,7 +128,7 @@ def read_index(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | N
             or `tokenizer` is given and did not make the shards. The message names the folder.
     """
     folder = Path(folder)
-    index = _load(folder)
+    index = load_index(folder)
     if tokenizer is not None and index["tokenizer"] != tokenizer_identity(tokenizer):
         raise ValueError(
             f"{folder} holds ids of another tokenizer: its hash is {index['tokenizer']}, and that of the one given "
@@ -153,21 +176,3 @@ class JoinedArrays:
                 break
             found.append(self.parts[i][max(0, start - first) : stop - first])
         return np.concatenate(found) if found else np.empty(0, np.int64)
-
-
-def _load(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise ValueError(f"{folder} is no folder of shards: it has no {INDEX}.")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        fields = ("vocab_size", "tokenizer", "dtype", "tokens", "shards")
-        missing = [name for name in fields if name not in index]
-        if missing or index["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"without {', '.join(missing)}" if missing else f"its dtype is {index['dtype']!r}")
-        fields = ("file", "tokens", "bytes", "sha256")
-        if not all(name in each for each in index["shards"] for name in fields):
-            raise ValueError(f"a shard lacks one of {', '.join(fields)}")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no index of shards: {error}") from error
-    return index

@@ -6,11 +6,9 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.conversion import linearize
-from modeling_rebased.conversion.answers import REQUESTS, requests, sample_answers, topics
 from modeling_rebased.conversion.compare_students import (
     PROMPTS,
     decode_speed,
@@ -163,30 +161,6 @@ def test_stages(folder):
     assert list(stages_of(folder / "pure")) == ["start", "transfer", "logits"]
     assert stages_of(folder / "teacher") == {"student": folder / "teacher"}
     assert stages_of(folder) == {}
-
-
-def test_answers_are_dialogues_in_the_teachers_format(folder):
-    teacher, tokenizer = LlamaForCausalLM.from_pretrained(folder / "teacher").eval(), chat_tokenizer()
-    torch.manual_seed(0)
-    prompts = ["Hi", "A longer question"]
-    ids = sample_answers(teacher, tokenizer, prompts, new_tokens=5, batch_size=2)
-    end = tokenizer.eos_token_id
-    dialogues = bytes(ids).split(bytes([end])) if end < 256 else None
-    text = tokenizer.decode(ids)
-    assert ids[0] == end and ids.count(end) == 2  # before each dialogue, as before each document
-    for prompt in prompts:
-        assert f"<user>{prompt}<a>" in text
-    assert dialogues is None or len(dialogues) == 3
-    assert len(ids) <= sum(len(f"<user>{prompt}<a>") + 5 + 1 for prompt in prompts)
-
-
-def test_requests():
-    words = topics("the garden and the garden, the mountains and Mountains; a garden", 2)
-    assert words == ["garden", "mountains"]
-    asked = requests(["garden", "mountains", "rivers"], 45)
-    assert len(asked) == 45 and asked == requests(["garden", "mountains", "rivers"], 45) and asked != asked[::-1]
-    assert all("{" not in each for each in asked)
-    assert not set(PROMPTS) & {each.format("x", "y", "z") for each in REQUESTS}
 
 
 def test_the_student_is_one_of_ours(folder):

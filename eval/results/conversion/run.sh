@@ -13,7 +13,7 @@ parts=${PARTS:-train compare} variants=${VARIANTS:-pure window hybrid}
 # The queries and keys keep the teacher's size: of the sizes 16, 32 and 64 it gives by far the best start.
 features=${FEATURES:-64} backend=${BACKEND:-auto} compile=${COMPILE:-True}
 transfer_seconds=${TRANSFER_SECONDS:-75} compare_seconds=${COMPARE_SECONDS:-150}
-length=${LENGTH:-1024} batch=${BATCH:-12} answers=${ANSWERS:-1024} more=${MORE:-}
+length=${LENGTH:-1024} batch=${BATCH:-12} sampled=${SAMPLED:-1000000} more=${MORE:-}
 rate=${RATE:-6e-4} text_weight=${TEXT_WEIGHT:-0.4}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 [[ $parts == *compare* ]] || compare_seconds=0
@@ -60,8 +60,7 @@ train() {
         student=$work/$1/transfer/final
     fi
     files=("$train")
-    # Three times: about a fifth of what is read.
-    [ ! -f "$work/answers.npy" ] || files+=("$work/answers.npy" "$work/answers.npy" "$work/answers.npy")
+    [ ! -f "$work/sampled/shard-00000.bin" ] || files+=("$work/sampled")
     # 45 s go into starting, into measuring before and after, and into saving.
     stage "$1" logits "$student" $(($(left) - compare_seconds - 45)) --train_file "${files[@]}" --context_length "$length" \
         --per_device_train_batch_size "$batch" --learning_rate "$rate" --temperature 1 --text_weight "$text_weight"
@@ -73,9 +72,9 @@ if [[ $parts == *train* ]]; then
         { tail "$work/logs/teacher.log"; exit 1; }
     said "read the teacher"
     (
-        timeout 190 python3 -m modeling_rebased.conversion.answers --teacher "$work/teacher" --topics "$train" --count "$answers" \
-            --output "$work/answers.npy" > "$work/logs/answers.log" 2>&1
-        said "$(grep dialogues "$work/logs/answers.log")"
+        timeout 190 python3 -m modeling_rebased.conversion.sample_teacher "$work/teacher" "$work/sampled" --tokens "$sampled" \
+            --length "$length" --batch-size 512 > "$work/logs/sampled.log" 2>&1
+        said "$(tail -n 1 "$work/logs/sampled.log")"
     ) &
     for variant in $variants; do train "$variant" & done
     wait
