@@ -54,7 +54,8 @@ PUBLISHED: dict[str, dict[tuple[int, int], float]] = {
 }
 # Models in the order in which pictures and tables show them. Figure 1 leaves out the steps of the ablation.
 FIGURE_MODELS = ("rebased", "based", "softmax", *PEERS, "rebased_3_heads", "based_3_heads", "rebased_6_heads")
-ORDER = (*FIGURE_MODELS, "x2", "normalized", "gamma", "gamma_beta")
+VARIANTS = ("rebased_head_norm", "rebased_floor")
+ORDER = (*FIGURE_MODELS, *VARIANTS, "x2", "normalized", "gamma", "gamma_beta")
 SEED_LINES = ("-", "--", ":", "-.", (0, (9, 3)))  # of the curves, by seed
 SEED_MARKERS = ("o", "s", "^", "D", "v")  # of the points of Figure 1, by seed
 PAPER_EPOCHS = 64

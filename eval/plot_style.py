@@ -20,6 +20,8 @@ STYLES: dict[str, tuple[str, str]] = {
     "rebased_3_heads": ("ReBased, 3 heads", "#ff7f0e"),
     "rebased_6_heads": ("ReBased, 6 heads", "#bcbd22"),
     "based_3_heads": ("Based, 3 heads", "#17becf"),
+    "rebased_head_norm": ("ReBased, norm per head", "#f4a582"),
+    "rebased_floor": ("ReBased with a floor", "#c2185b"),
     "x2": ("x²", "#8c564b"),
     "normalized": ("normalised x", "#2ca02c"),
     "gamma": ("γ x", "#e377c2"),

@@ -12,6 +12,7 @@ from torch import nn
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 
 from . import mqar, mqar_checkpoint
+from .floor import add_floor
 from .fused_loss import linear_cross_entropy
 from .peers import PEERS, insert
 from .recipe import Recipe
@@ -30,6 +31,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "rebased_6_heads": {"kernel": "rebased", "num_attention_heads": 6},
     "rebased_3_heads": {"kernel": "rebased", "num_attention_heads": 3},
     "based_3_heads": {"kernel": "based", "num_attention_heads": 3},
+    # Not the paper's either, with its heads: queries and keys normalised per head, and weights that can be negative.
+    "rebased_head_norm": {"kernel": "rebased", "qk_norm_scope": "head"},
+    "rebased_floor": {"kernel": "rebased"},
 }
 # Of a peer of flash-linear-attention, the numbers of its state per unit of width: ReBased has 140 to 163.
 PEER_STATE = 128
@@ -90,6 +94,8 @@ class Run(Recipe):
 
     def new_model(self, kernel_backend: str) -> ReBasedForCausalLM:
         model = ReBasedForCausalLM(self.config(kernel_backend))
+        if self.model == "rebased_floor":
+            return add_floor(model)
         return insert(model, self.model, self.hidden, PEER_STATE) if self.model in PEERS else model
 
     def make_task(self, device: torch.device) -> MQARTask:

@@ -115,12 +115,12 @@ def state_of_head(head: int) -> int:
 def check_peers(
     parser: argparse.ArgumentParser, models: Sequence[str], hidden: Sequence[int], state: int, save: str | None
 ) -> None:
-    """End with an error if one of the models is a peer that cannot be built or saved."""
+    """End with an error if one of the models cannot be saved, or is a peer that cannot be built."""
     peers = [name for name in models if name in PEERS]
+    if save and (others := [name for name in models if name in (*PEERS, "rebased_floor")]):
+        parser.error(f"--save: only models of this package can be saved, not {', '.join(others)}")
     if not peers:
         return
-    if save:
-        parser.error(f"--save: only models of this package can be saved, not {', '.join(peers)}")
     head = min(HEAD, state)
     if wrong := [size for size in hidden if size % head]:
         parser.error(f"--hidden: {', '.join(peers)} have heads of {head}, which do not divide {wrong[0]}")

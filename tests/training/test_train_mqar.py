@@ -1,6 +1,7 @@
 """MQAR training: the fast loop against the Trainer, resuming, sweeping, and what is written."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -216,6 +217,8 @@ def test_each_model_is_another_one(model):
         "gamma": (0.0, 0.0, 1.0, True, False, False),
         "gamma_beta": (0.0, 0.0, 1.0, True, True, False),
     }
+    assert config.qk_norm_scope == ("head" if model == "rebased_head_norm" else "all_heads")
+    flags |= dict.fromkeys(("rebased_head_norm", "rebased_floor"), flags["rebased"])
     if model == "softmax":
         assert config.layer_types == ["conv", "full_attention"]
     else:
@@ -227,6 +230,25 @@ def test_each_model_is_another_one(model):
         assert config.num_attention_heads * config.head_dim == run.hidden // 12 * 12
     names = {name.split(".")[-1] for name, _ in build_model(run).model.layers[1].self_attn.named_parameters()}
     assert "weight" in names
+
+
+def test_the_floor_subtracts_a_share_of_the_mean_value():
+    """Against the sum over keys, in float64. At its start, 0, it is ReBased."""
+    run = dataclasses.replace(TINY, model="rebased_floor")
+    model, plain = build_model(run).double().eval(), build_model(TINY).double().eval()
+    ids = mqar.make_examples(run.spec, 2).input_ids()
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    attention = model.model.layers[1].self_attn
+    attention.floor.data.uniform_(0.5, 2)
+    x = torch.randn(1, 9, 24, dtype=torch.double)
+    q = attention.q_norm(attention.q_proj(x)).view(9, 12, 16)
+    k = attention.k_norm(attention.k_proj(x)).view(9, 12, 16)
+    v, expected = attention.v_proj(x).view(9, 12, 2), torch.zeros(9, 12, 2, dtype=torch.double)
+    for i, h in itertools.product(range(9), range(12)):
+        weights = torch.stack([(q[i, h] @ k[j, h]) ** 2 for j in range(i + 1)])
+        weights = weights / weights.sum() - attention.floor[h] / (i + 1)
+        expected[i, h] = weights @ v[: i + 1, h]
+    torch.testing.assert_close(attention(x)[0], attention.o_proj(expected.view(1, 9, 24)))
 
 
 def test_a_saved_model_is_a_checkpoint(tmp_path):
@@ -321,6 +343,10 @@ def test_options_are_written_with_dashes_or_underscores(tmp_path, capsys):
 def test_wrong_arguments_are_named(capsys):
     for argv, words in (
         (["--models", "rebased,mamba"], "mamba"),
+        (
+            ["--models", "rebased_floor", "--save", "x"],
+            "--save: only models of this package can be saved, not rebased_",
+        ),
         (["--lengths", "300"], "300"),
         (["--lengths", "33", "--pairs", "2"], "length must be even and positive and num_pairs positive, got 33"),
         (["--lengths", "32", "--pairs", "9"], "at most 8 pairs"),
