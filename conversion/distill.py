@@ -6,12 +6,14 @@
         --train_file text.txt --eval_file held_out.txt --output_dir output/logits --max_steps 1200
     rebased-distill ... --max_seconds 600 --compile True   # stop after ten minutes
     accelerate launch -m modeling_rebased.conversion.distill ...                 # any number of GPUs
+    rebased-distill RECIPE.yaml --stage transfer           # and so on: all stages from one file
 
 `rebased-distill` is `python -m modeling_rebased.conversion.distill`. Beside the arguments below, every one of
 transformers' TrainingArguments can be given. Stage "transfer" teaches each linear layer by itself to match the
 output of the teacher's attention on the same input. It trains only queries, keys, their normalisation and the gate.
-Stage "logits" teaches the whole student the teacher's distribution of the next token. The defaults of each stage are
-the published recipe (docs/conversion.md).
+Stage "logits" teaches the whole student the teacher's distribution of the next token. Stage "long" does the same with
+long examples. The defaults of the stages are the published recipe (docs/conversion.md). `conversion/smollm2.yaml` is a
+recipe in YAML, and `read_recipe` says what it may hold.
 
 The same command continues from the newest complete checkpoint in OUTPUT_DIR. A finished run is left as it is, and a
 folder that holds another run is refused. A run writes:
@@ -50,7 +52,7 @@ from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoi
 from modeling_rebased.training.shards import tokenizer_identity
 from modeling_rebased.training.text import TokenBlocks
 
-from .distill_arguments import RECIPES, DistillArguments, DistillTrainingArguments
+from .distill_arguments import RECIPES, DistillArguments, DistillTrainingArguments, read_recipe
 from .distill_trainer import DistillTrainer, freeze_all_but_transferred, without_mlps
 from .reading import load_config, load_model
 from .report import ConversionError, progress
@@ -58,9 +60,12 @@ from .report import ConversionError, progress
 
 def parse_arguments(argv: Sequence[str]) -> tuple[DistillArguments, DistillTrainingArguments]:
     """Read the command line on top of the recipe of its stage."""
-    stage = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    stage.add_argument("--stage")
-    recipe = RECIPES.get(stage.parse_known_args(argv)[0].stage, {})
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--stage")
+    stage = parser.parse_known_args(argv)[0].stage
+    recipe = RECIPES.get(stage, {})
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = [*read_recipe(Path(argv[0]), stage), *argv[1:]]
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     given = [
         "--bf16",
@@ -247,9 +252,9 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         if distill.lora_rank:
             student = whole
         else:
-            if distill.stage == "logits":  # the model that was trained may be sharded
+            if distill.stage != "transfer":  # the model that was trained may be sharded
                 student = ReBasedForCausalLM(whole.config).to(arguments.device)
-            student.load_state_dict(whole.state_dict(), strict=distill.stage == "logits")
+            student.load_state_dict(whole.state_dict(), strict=distill.stage != "transfer")
         student.requires_grad_(True)
         student.config.kernel_backend = load_config(Path(distill.student)).kernel_backend
         steps = trainer.state.global_step
@@ -313,7 +318,7 @@ def _card(
         ("precision", "bfloat16, mixed" if arguments.bf16 else "float32"),
         ("seed", arguments.seed),
     ]
-    if distill.stage == "logits":
+    if distill.stage != "transfer":
         adapters = f"of rank {distill.lora_rank}, merged" if distill.lora_rank else "none, all weights are trained"
         settings += [
             ("temperature", f"{distill.temperature:g}"),
@@ -345,8 +350,8 @@ def _card(
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    distill, arguments = parse_arguments(argv)
     try:
+        distill, arguments = parse_arguments(argv)
         found = run(distill, arguments, typed_command("conversion.distill", argv))
     except (ConversionError, OSError) as error:
         print(f"distill: error: {error}", file=sys.stderr)

@@ -82,18 +82,21 @@ class DistillTrainer(Trainer):
             self.clock = Clock(int(self.args.warmup_steps))
             self.add_callback(StopByClock(self.clock, distill.max_seconds))
         student = self.model.get_base_model() if distill.lora_rank else self.model
-        if distill.stage == "transfer":
+        self.expected: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        if distill.stage != "transfer":
+            self._take_the_loss_in_the_head(student.lm_head)
+        else:
             layers = linear_layers(student)
             self.teacher_tap = AttentionTap({i: self.teacher.model.layers[i].self_attn for i in layers})
             self.student_tap = AttentionTap({i: student.model.layers[i].self_attn for i in layers})
         if distill.compile:
             # Layer by layer: layers of a kind share their code, which is then compiled once.
             for layer in student.model.layers:
-                if distill.stage == "logits":
-                    layer.compile(dynamic=False)
-                else:
+                if distill.stage == "transfer":
                     layer.self_attn.forward = torch.compile(layer.self_attn.forward, dynamic=False)
-            if distill.stage == "logits":
+                else:
+                    layer.compile(dynamic=False)
+            if distill.stage != "transfer":
                 for layer in self.teacher.model.layers:
                     layer.compile(dynamic=False)
 
@@ -113,12 +116,32 @@ class DistillTrainer(Trainer):
         if self.distill.stage == "transfer":
             loss = self._transfer_loss(model, ids)
             return (loss, {"loss": loss}) if return_outputs else loss
+        if self.distill.text_weight == 1:
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            return (loss, {"loss": loss}) if return_outputs else loss
         with torch.no_grad():
-            expected = self.teacher(input_ids=ids, use_cache=False).logits
-        logits = model(input_ids=ids, use_cache=False).logits
-        settings = self.distill.temperature, self.distill.text_weight, self.distill.compile
-        loss = logits_loss(logits, expected, labels, *settings)
+            states = self.teacher.model(input_ids=ids, use_cache=False).last_hidden_state
+        self.expected = states, self.teacher.lm_head.weight, labels
+        try:
+            # The "logits" are the loss: the output layer is where the hidden states and the whole weight meet, inside
+            # of what wraps the model for several GPUs and for mixed precision.
+            loss = model(input_ids=ids, use_cache=False).logits
+        finally:
+            self.expected = None
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _take_the_loss_in_the_head(self, head: nn.Linear) -> None:
+        """Let the output layer return the stage's loss, a scalar, while `expected` is set."""
+        plain = head.forward
+        settings = self.distill.temperature, self.distill.text_weight, self.distill.compile
+
+        def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+            if self.expected is None:
+                return plain(hidden_states)
+            states, weight, labels = self.expected
+            return logits_loss(hidden_states, head.weight, states, weight, labels, *settings)
+
+        head.forward = forward  # type: ignore[method-assign]
 
     def _transfer_loss(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

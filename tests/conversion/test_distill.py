@@ -1,5 +1,6 @@
 """The two stages of training a linearized model, on a tiny one."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from modeling_rebased.conversion import ConversionError, linearize
+from modeling_rebased.conversion import ConversionError, distill_arguments, linearize
 from modeling_rebased.conversion.distill import check_pair, main, parse_arguments, perplexity
 from modeling_rebased.conversion.distill_arguments import DistillArguments
 from modeling_rebased.conversion.distill_trainer import DistillTrainer, freeze_all_but_transferred, without_mlps
-from modeling_rebased.conversion.losses import _LogitsLoss, _loss_part, logits_loss, relative_error
+from modeling_rebased.conversion.losses import LogitsLoss, _loss_part, logits_loss, relative_error
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.text import TokenBlocks, read_token_ids
 from tests.conversion.teacher import make_teacher
@@ -218,31 +219,53 @@ def test_compiled_layers_learn_the_same(folder, tmp_path, stage, monkeypatch):
         torch.testing.assert_close(plain[name], compiled[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_the_loss_of_logits():
+def two_heads(**options):
+    """Hidden states [2, 5, 4] and output layers [7, 4] of a student and a teacher, and the logits of both."""
     torch.manual_seed(0)
-    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
-    assert logits_loss(logits, logits, labels, 2.0, 0.0).abs() < 1e-6
+    parts = [torch.randn(*shape, requires_grad=True, **options) for shape in ((2, 5, 4), (7, 4)) * 2]
+    return parts, parts[0] @ parts[1].T, (parts[2] @ parts[3].T).detach()
+
+
+def test_the_loss_of_logits():
+    (states, weight, _, _), logits, _ = two_heads()
+    labels = torch.randint(0, 7, (2, 5))
+    assert logits_loss(states, weight, states, weight, labels, 2.0, 0.0).abs() < 1e-6
     text = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1))
-    torch.testing.assert_close(logits_loss(logits, torch.randn(2, 5, 7), labels, 2.0, 1.0), text)
+    other = torch.randn(2, 5, 4), torch.randn(7, 4)
+    torch.testing.assert_close(logits_loss(states, weight, *other, labels, 2.0, 1.0), text)
     p, q = (torch.softmax(x / 2, -1) for x in (torch.zeros_like(logits), logits))
     divergence = 4 * (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(logits_loss(logits, torch.zeros_like(logits), labels, 2.0, 0.0), divergence)
+    found = logits_loss(states, weight, torch.zeros_like(states), weight, labels, 2.0, 0.0)
+    torch.testing.assert_close(found, divergence)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_gradient_of_the_loss_in_parts(temperature, monkeypatch):
-    monkeypatch.setattr(_LogitsLoss, "TOKENS", 3)
-    torch.manual_seed(0)
-    logits, expected = (torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+def test_the_gradients_of_the_loss_in_parts(temperature, monkeypatch):
+    monkeypatch.setattr(LogitsLoss, "TOKENS", 3)
+    parts, logits, expected = two_heads(dtype=torch.float64)
     labels = torch.randint(0, 7, (2, 5))
-    student, teacher = ((x / temperature).log_softmax(-1) for x in (logits, expected.detach()))
+    student, teacher = ((x / temperature).log_softmax(-1) for x in (logits, expected))
     plain = 0.7 * temperature**2 * (teacher.exp() * (teacher - student)).sum() / 10
     plain = plain + 0.3 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    (wanted,) = torch.autograd.grad(plain, logits)
-    loss = logits_loss(logits, expected, labels, temperature, 0.3)
+    wanted = torch.autograd.grad(plain, parts[:2])
+    loss = logits_loss(*parts, labels, temperature, 0.3)
     torch.testing.assert_close(loss, plain.float())
-    (found,) = torch.autograd.grad(3 * loss, logits)
-    torch.testing.assert_close(found, 3 * wanted, atol=1e-6, rtol=1e-5)
+    found = torch.autograd.grad(3 * loss, parts[:2])
+    for each, other in zip(found, wanted):
+        torch.testing.assert_close(each, 3 * other, atol=1e-6, rtol=1e-5)
+    frozen = parts[1].detach()
+    (alone,) = torch.autograd.grad(logits_loss(parts[0], frozen, *parts[2:], labels, temperature, 0.3), parts[:1])
+    torch.testing.assert_close(alone, wanted[0], atol=1e-6, rtol=1e-5)
+
+
+def test_no_step_has_the_logits_of_all_tokens(folder, tmp_path, monkeypatch):
+    sizes, part = [], _loss_part
+    monkeypatch.setattr(LogitsLoss, "TOKENS", 50)
+    monkeypatch.setattr(
+        "modeling_rebased.conversion.losses._loss_part", lambda *given: sizes.append(given[0].shape) or part(*given)
+    )
+    assert main(command(folder, "logits", tmp_path / "out", steps=1)) == 0
+    assert sizes == [(50, 258)] * 5 + [(6, 258)]  # 8 examples of 32 tokens
 
 
 def test_a_batch_in_parts_has_the_same_error():
@@ -368,3 +391,34 @@ def test_the_card_of_a_student(folder, tmp_path):
     ):
         assert words in card, words
     assert "license" not in card and "kernel_backend" in (tmp_path / "out" / "final" / "config.json").read_text()
+
+
+def test_stages_of_a_recipe_follow_one_another(folder, tmp_path, capsys):
+    common = {"teacher": str(folder / "teacher"), "student": str(folder / "start"), "report_to": "none"}
+    common |= {"output_dir": str(tmp_path / "out"), "train_file": [str(folder / "text.txt")] * 2, "use_cpu": True}
+    common |= {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "context_length": 16}
+    stages = {"transfer": None, "logits": {"text_weight": 0.0}, "long": {"context_length": 64, "text_weight": 1.0}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(common | {"stages": stages}))
+    assert main([str(recipe), "--stage", "logits"]) == 1
+    assert "transfer/final" in capsys.readouterr().err
+    for stage, length in (("transfer", 16), ("logits", 16), ("long", 64)):
+        assert main([str(recipe), "--stage", stage, "--disable_tqdm", "True"]) == 0
+        said = json.loads((tmp_path / "out" / stage / "perplexity.json").read_text())
+        assert said["stage"] == stage and said["tokens"] == 2 * 4 * length
+    weights = [load_file(tmp_path / "out" / stage / "final" / "model.safetensors") for stage in stages]
+    for before, after in itertools.pairwise(weights):
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert 0 < (before[name] - after[name]).abs().max() < 0.1
+    assert parse_arguments([str(recipe), "--stage", "long", "--max_steps", "7"])[1].max_steps == 7
+    for wrong, message in (("stages: 3", "must have a section"), ("a: [", "no YAML"), ("stages: {x: }", "stages: x")):
+        recipe.write_text(wrong)
+        assert main([str(recipe), "--stage", "logits"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_the_recipe_of_smollm2_can_be_read():
+    path = Path(distill_arguments.__file__).with_name("smollm2.yaml")
+    for stage in ("transfer", "logits", "long"):
+        distill, arguments = parse_arguments([str(path), "--stage", stage])
+        assert distill.stage == stage and arguments.output_dir == f"output/smollm2/{stage}"
