@@ -1,60 +1,68 @@
 #!/bin/bash
-# MQAR on every GPU of the machine, the most telling first: the cells where the paper's ReBased and Based differ.
+# Train MQAR on every GPU of the machine, from a list whose first lines tell most.
 #     bash eval/results/mqar/run.sh OUTPUT_DIR SECONDS [RUNS]
-# RUNS is a file of lines like those below, taken instead of them. Every run takes the paper's recipe (64 epochs). What
-# does not fit into SECONDS stays unfinished in OUTPUT_DIR/work, and the same command goes on from there. Runs that
+# RUNS is a file like runs.txt, which stands beside this script and is the default. Every run takes the paper's recipe.
+# A worker takes the next line of the list that fits into the time that is left, by the estimate of its first column. A
+# run that is cut off stays in OUTPUT_DIR/work, and the same command goes on from there. Runs that
 # OUTPUT_DIR/results.jsonl holds are not trained again, so that with
-#     cat eval/results/mqar/triton-*.jsonl > OUTPUT_DIR/results.jsonl
-# before it, it trains what is missing here.
+#     cat eval/results/mqar/{figure-1,triton-*}.jsonl > OUTPUT_DIR/results.jsonl
+# before it, this script trains what is missing here.
+#
+# WORKERS=3 gives each GPU three workers. It pays for short runs, which spend most of their time with compiling.
+# LONGEST=90 leaves out lines whose estimate is more than 90 seconds.
+# PYTHON=... is the interpreter, and MORE="..." options for every run.
 out=$1
 end=$(($(date +%s) + $2))
+list=${3:-$(dirname "$0")/runs.txt}
 rm -rf "$out/taken"
 mkdir -p "$out/taken"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
-# models, hidden size, length, rates, seeds: one process, so runs of a line share a GPU and what is compiled
-runs=$(cat "${3:-/dev/stdin}" <<'LINES'
-rebased 128 2048 1e-2 0
-based 128 2048 1e-2 0
-rebased 128 2048 3e-3 0
-based 128 2048 3e-3 0
-rebased 128 2048 1e-2 1
-based 128 2048 1e-2 1
-rebased 128 2048 3e-3 1
-based 128 2048 3e-3 1
-rebased 64 1024 1e-2,3e-3 0,1
-based 64 1024 1e-2,3e-3 0,1
-rebased 64 512 3e-3,1e-2 0,1
-based 64 512 3e-3,1e-2 0,1
-gamma_beta 64 512 3e-3,1e-2 0,1
-gamma 64 512 3e-3,1e-2 0,1
-normalized 64 512 3e-3,1e-2 0,1
-x2 64 512 3e-3,1e-2 0,1
-rebased 128 2048 1e-3 0,1
-based 128 2048 1e-3 0,1
-rebased_3_heads 64 2048 3e-3 0
-based_3_heads 64 2048 3e-3 0
-rebased_3_heads 64 1024 3e-3 0,1
-based_3_heads 64 1024 3e-3 0,1
-LINES
-)
+# The lines that results.jsonl does not have whole yet. Lines with an output of their own are left to the command itself.
+cat > "$out/left.py" <<'END'
+import itertools, json, re, sys
+from pathlib import Path
 
-# worker GPU: takes the first line that no other worker has, until none is left or the time is over
+results, done = Path(sys.argv[2]), set()
+for line in results.read_text().splitlines() if results.exists() else ():
+    try:
+        run = json.loads(line)
+    except ValueError:  # cut off by a kill
+        continue
+    if run.get("stopped") != "deadline":
+        done.add(re.sub(r"-p\d+-", "-", run["name"].split("-e")[0]))
+for line in Path(sys.argv[1]).read_text().splitlines():
+    words = line.split()
+    if not words or words[0] == "#":
+        continue
+    runs = itertools.product(*(word.split(",") for word in words[1:6]))
+    names = {f"{model}-h{hidden}-l{length}-lr{float(rate):g}-s{seed}" for model, hidden, length, rate, seed in runs}
+    if "--output" in words or not names <= done:
+        print(line)
+END
+left_runs=$(${PYTHON:-python3} "$out/left.py" "$list" "$out/results.jsonl")
+
+# worker GPU: takes one line after another that no other worker has, until none is left that fits
 worker() {
     number=0
-    while read -r models hidden length rates seeds; do
+    while read -r seconds models hidden length rates seeds more; do
         number=$((number + 1))
         left=$((end - $(date +%s)))
-        [ $left -gt 60 ] || return
+        [ $left -gt 30 ] || return
+        [ "$seconds" -le "${LONGEST:-100000}" ] && [ "$seconds" -le $left ] || continue
         mkdir "$out/taken/$number" 2>/dev/null || continue
-        CUDA_VISIBLE_DEVICES=$1 python3 -m modeling_rebased.training.train_mqar --no-progress --models "$models" --hidden "$hidden" \
-            --lengths "$length" --lrs "$rates" --seeds "$seeds" --kernel-backend triton --max-seconds $((left - 20)) \
-            --work-dir "$out/work" --output "$out/results.jsonl" </dev/null
-    done <<<"$runs"
+        # shellcheck disable=SC2086  # options are words
+        CUDA_VISIBLE_DEVICES=$1 ${PYTHON:-python3} -m modeling_rebased.training.train_mqar --no-progress \
+            --models "$models" --hidden "$hidden" --lengths "$length" --lrs "$rates" --seeds "$seeds" \
+            --kernel-backend triton --max-seconds $((left - 15)) --work-dir "$out/work" \
+            --output "$out/results.jsonl" $MORE ${more//OUT/$out} </dev/null
+    done <<<"$left_runs"
 }
 
-for gpu in $(nvidia-smi --query-gpu=index --format=csv,noheader); do
-    worker "$gpu" &
+for gpu in ${GPUS:-$(nvidia-smi --query-gpu=index --format=csv,noheader)}; do
+    for _ in $(seq "${WORKERS:-1}"); do
+        worker "$gpu" &
+        sleep 0.1 # the first line goes to the first worker
+    done
 done
 wait
-python3 -m modeling_rebased.eval.plot_mqar "$out/results.jsonl" --output "$out"
