@@ -6,6 +6,9 @@ later one is of constant size. A ReBased layer leaves its state, a sum over toke
 sum of the states of the shards before it. A convolution leaves its last `conv_kernel_size - 1` inputs. The ranks
 exchange these once per layer and direction, by an all-gather. Each rank adds up what it needs, always in one order.
 
+An exchange is in two parts, `start_exchange` and `finish_exchange`. What stands between them in the program runs while
+the tensors are on the way. In the backward pass it is the same, with the parts in the other order.
+
 Symbols: W ranks, B batch, T tokens of this rank's shard, K conv_kernel_size.
 """
 
@@ -21,6 +24,7 @@ from transformers.utils import is_tracing
 from .attention_rebased import EAGER, TRITON, _check_mask, _check_tensors, choose_backend
 from .batch_rebased import PURELY_RECURRENT, Packing, find_packing
 from .eager_rebased import computation_dtype, feature_map, segment_ids_of
+from .triton_context_rebased import factors_of_rows
 from .triton_inputs_rebased import bring_into_range, needs_range
 from .triton_rebased import OPS
 
@@ -66,38 +70,80 @@ class ContextShard(NamedTuple):
 # ---------------------------------------------------------------- the exchange
 
 
+def _send(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    """Start to gather the tensors [B, ...] of all W = `size` ranks, [W, B, ...]. torch.compile can trace this."""
+    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous()[None], size, group)
+
+
+def _received(pending: torch.Tensor) -> torch.Tensor:
+    """Wait until what `_send` returned is complete."""
+    return torch.ops._c10d_functional.wait_tensor(pending)
+
+
 def _all_gather(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
-    """Return the tensors [B, ...] of all W = `size` ranks, [W, B, ...]. torch.compile can trace this."""
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
-    return torch.ops._c10d_functional.wait_tensor(gathered).view(size, *x.shape)
+    """Return the tensors [B, ...] of all W = `size` ranks, [W, B, ...]."""
+    return _received(_send(x, group, size))
 
 
-def _combine(x: torch.Tensor, weights: torch.Tensor, group: str) -> torch.Tensor:
-    """Return sums of all ranks' rows x [B, m, ...] by `weights` [B or 1, m, W * m], in the shape of x."""
-    size = weights.shape[2] // weights.shape[1]
-    gathered = _all_gather(x, group, size).transpose(0, 1).flatten(1, 2).flatten(2)  # [B, W * m, numbers]
+def _combine(gathered: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return sums [B, m, ...] of all ranks' rows [W, B, m, ...] by `weights` [B or 1, m, W * m]."""
+    rows = gathered.transpose(0, 1).flatten(1, 2).flatten(2)  # [B, W * m, numbers]
     # Not a matrix product, which may run in TF32.
-    return (weights.to(x.dtype)[..., None] * gathered[:, None]).sum(2).to(x.dtype).view_as(x)
+    sums = (weights.to(rows.dtype)[..., None] * rows[:, None]).sum(2).to(rows.dtype)
+    return sums.view(gathered.shape[1:])
 
 
-class _Exchanged(torch.autograd.Function):
-    """Take rows of all ranks' tensors in the forward pass, and their gradients in the backward pass."""
+class _Start(torch.autograd.Function):
+    """Send rows, and in the backward pass receive their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, takes: torch.Tensor, gives: torch.Tensor, group: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, gives: torch.Tensor, group: str, size: int) -> torch.Tensor:
         ctx.save_for_backward(gives)
-        ctx.group = group
-        return _combine(x, takes, group)
+        return _send(x, group, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pending: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gives,) = ctx.saved_tensors
+        return _combine(_received(pending), gives), None, None, None
+
+
+class _Finish(torch.autograd.Function):
+    """Receive rows, and in the backward pass send the gradients of their sums."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: torch.Tensor, takes: torch.Tensor, group: str) -> torch.Tensor:
+        ctx.group, ctx.size = group, pending.shape[0]
+        return _combine(_received(pending), takes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gives,) = ctx.saved_tensors
-        return _combine(gradient, gives, ctx.group), None, None, None
+        return _send(gradient, ctx.group, ctx.size), None, None
 
 
-def add_inputs_before(
+def start_exchange(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """Send this rank's rows x [B, m, ...] to all ranks, and return what only `finish_exchange` may read."""
+    return _Start.apply(x, exchange.gives, exchange.group, exchange.takes.shape[2] // exchange.takes.shape[1])
+
+
+def finish_exchange(pending: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """Wait for the rows of all ranks, and return those that this rank takes, [B, m, ...]."""
+    return _Finish.apply(pending, exchange.takes, exchange.group)
+
+
+def send_inputs(shard: ContextShard, x: torch.Tensor) -> torch.Tensor | None:
+    """Start the exchange of a convolution's last inputs, of x [B, T, size]; `None` if there is none."""
+    if shard.inputs is None:
+        return None
+    missing = (shard.tail < 0)[..., None]
+    tail = x.gather(1, shard.tail.clamp_min(0)[..., None].expand(-1, -1, x.shape[2])).masked_fill(missing, 0.0)
+    return start_exchange(tail, shard.inputs)
+
+
+def put_inputs_before(
     shard: ContextShard,
+    pending: torch.Tensor,
     x: torch.Tensor,
     attention_mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
@@ -109,6 +155,7 @@ def add_inputs_before(
 
     Args:
         shard (`ContextShard`): the place of the shard.
+        pending (`torch.Tensor`): from `send_inputs`.
         x, gate (`torch.Tensor`): [B, T, size].
         attention_mask, segment_ids (`torch.Tensor`): [B, T].
 
@@ -116,12 +163,7 @@ def add_inputs_before(
         `tuple`: the same four for K - 1 + T tokens.
     """
     room = shard.tail.shape[1]
-    if shard.inputs is None:
-        return x, attention_mask, segment_ids, gate
-    missing = (shard.tail < 0)[..., None]
-    tail = x.gather(1, shard.tail.clamp_min(0)[..., None].expand(-1, -1, x.shape[2])).masked_fill(missing, 0.0)
-    before = _Exchanged.apply(tail, shard.inputs.takes, shard.inputs.gives, shard.inputs.group)
-    x = torch.cat([before, x], dim=1)
+    x = torch.cat([finish_exchange(pending, shard.inputs), x], dim=1)
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (room, 0), value=1)
     if segment_ids is not None:
@@ -137,12 +179,12 @@ def add_inputs_before(
 class _TritonShard(torch.autograd.Function):
     """Compute attention over a shard by the Triton kernels.
 
-    The forward pass sums the shard's own state, exchanges it, and then runs over the shard with the state that comes
-    before it. The backward pass does the same from the other side: the gradient of the state before the shard is
-    exchanged for that of the state after it.
+    The forward pass runs over the shard with the state that comes before it. The backward pass sums the gradient of
+    that state over the shard's queries, and exchanges it for the gradient of the state after the shard. The gradient
+    of the queries, which does not need that, is computed meanwhile.
 
-    q, k, `ranges` and `state_factor` come from `bring_into_range`, or the latter two are `None`. Each rank has units
-    of its own then, and states are exchanged without units.
+    q, k, `ranges` and `row_factors` come from `bring_into_range`, or the latter two are `None`. Each rank has units of
+    its own then, and states are exchanged without units. `pending` is what `_send` returned for the shard's state.
     """
 
     @staticmethod
@@ -151,12 +193,12 @@ class _TritonShard(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        pending: torch.Tensor,
         mask: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         first: torch.Tensor | None,
-        last: torch.Tensor | None,
         ranges: torch.Tensor | None,
-        state_factor: torch.Tensor | None,
+        row_factors: torch.Tensor | None,
         takes: torch.Tensor,
         gives: torch.Tensor,
         group: str,
@@ -166,56 +208,39 @@ class _TritonShard(torch.autograd.Function):
         scale: float,
         eps: float,
     ) -> torch.Tensor:
-        kept = mask if last is None else last if mask is None else mask & last
-        state = OPS.state(k, v, kept, c0, c1, c2, scale)
-        if state_factor is not None:
-            state = state / state_factor
-        initial = _combine(state[:, None], takes, group)[:, 0]
-        if state_factor is not None:
-            initial = initial * state_factor
+        initial = _combine(_received(pending), takes)[:, 0]
+        if row_factors is not None:
+            initial = initial * row_factors
         if cu_seqlens is not None:  # what came before is of the first of N sequences
             initial = F.pad(initial, (0, 0, 0, 0, 0, 0, 0, cu_seqlens.shape[0] - 2))
         o, _, inverse_z, states, norms = OPS.forward(
             q, k, v, mask, cu_seqlens, initial, c0, c1, c2, scale, eps, False, ranges
         )
         ctx.save_for_backward(
-            q, k, v, mask, cu_seqlens, first, ranges, state_factor, gives, o, inverse_z, states, norms
+            q, k, v, mask, cu_seqlens, first, ranges, row_factors, gives, o, inverse_z, states, norms
         )
-        ctx.group, ctx.coefficients = group, (c0, c1, c2, scale)
+        ctx.group, ctx.size, ctx.coefficients = group, pending.shape[0], (c0, c1, c2, scale)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, mask, cu_seqlens, first, ranges, state_factor, gives, o, inverse_z, states, norms = ctx.saved_tensors
+        q, k, v, mask, cu_seqlens, first, ranges, row_factors, gives, o, inverse_z, states, norms = ctx.saved_tensors
         # A query of another sequence than the first token's has no part in the state before the shard.
         reaching = inverse_z if first is None else inverse_z * first[:, None]
         of_initial = OPS.state_gradient(gradient, q, o, reaching, k.shape[2], *ctx.coefficients, ranges)
-        if state_factor is not None:
-            of_initial = of_initial * state_factor
-        of_final = _combine(of_initial[:, None], gives, ctx.group)[:, 0]
-        if state_factor is not None:
-            of_final = of_final / state_factor
+        if row_factors is not None:
+            of_initial = of_initial * row_factors
+        pending = _send(of_initial[:, None], ctx.group, ctx.size)
+        dq, *scaled = OPS.shard_dq(
+            gradient, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, *ctx.coefficients, ranges
+        )
+        of_final = _combine(_received(pending), gives)[:, 0]
+        if row_factors is not None:
+            of_final = of_final / row_factors
         if cu_seqlens is not None:  # what comes after is of the last of N sequences
             of_final = F.pad(of_final, (0, 0, 0, 0, 0, 0, cu_seqlens.shape[0] - 2, 0))
-        dq, dk, dv, _ = OPS.backward(
-            gradient,
-            of_final,
-            q,
-            k,
-            v,
-            o,
-            inverse_z,
-            states,
-            norms,
-            mask,
-            cu_seqlens,
-            True,  # there is an initial state,
-            False,  # the forward pass kept no final state,
-            False,  # and the gradient of the initial state is known
-            *ctx.coefficients,
-            ranges,
-        )
+        dk, dv = OPS.shard_dkdv(of_final, q, k, v, *scaled, mask, cu_seqlens, *ctx.coefficients, ranges)
         return dq, dk, dv, *[None] * 14
 
 
@@ -231,14 +256,63 @@ def _sum_state(
         return feature_map(k.to(dtype), coefficients).permute(0, 2, 3, 1) @ values
 
 
-def attend_shard(
-    q: torch.Tensor,
+class SentState(NamedTuple):
+    """The state of a shard on its way to the other ranks, `None` if it can only be sent with the queries."""
+
+    pending: torch.Tensor | None
+
+
+def _kept(shard: ContextShard, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return which keys are part of the state that the shard gives to the next, [B, T], `None` for all."""
+    return mask if shard.last is None else shard.last if mask is None else mask & shard.last
+
+
+def _send_by_triton(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shard: ContextShard,
+    mask: torch.Tensor | None,
+    coefficients: tuple[float, float, float],
+    scale: float,
+    row_factors: torch.Tensor | None = None,
+) -> torch.Tensor:
+    with torch.no_grad():  # `_TritonShard` has its gradient
+        state = OPS.state(k, v, _kept(shard, mask), *coefficients, scale)
+        if row_factors is not None:
+            state = state / row_factors
+        return _send(state[:, None], shard.states.group, shard.states.takes.shape[2])
+
+
+def send_state(
     k: torch.Tensor,
     v: torch.Tensor,
     shard: ContextShard,
     *,
     coefficients: tuple[float, float, float],
-    scale: float | None = None,
+    scale: float,
+    attention_mask: torch.Tensor | None = None,
+    normalized: bool = False,
+    backend: str = "auto",
+) -> SentState:
+    """Start the exchange of the shard's state, which needs no queries. The arguments are those of `attend_shard`."""
+    coefficients = tuple(float(c) for c in coefficients)  # type: ignore[assignment]
+    mask = _check_mask(attention_mask, k.shape[0], k.shape[1])
+    if choose_backend(backend, k, v) is TRITON:
+        if needs_range(k, coefficients, normalized):
+            return SentState(None)
+        return SentState(_send_by_triton(k, v, shard, mask, coefficients, scale))
+    return SentState(start_exchange(_sum_state(k, v, _kept(shard, mask), coefficients)[:, None], shard.states))
+
+
+def attend_shard(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shard: ContextShard,
+    sent: SentState,
+    *,
+    coefficients: tuple[float, float, float],
+    scale: float,
     eps: float,
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -246,25 +320,23 @@ def attend_shard(
     normalized: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Compute `rebased_attention_shard` for a shard whose place is known.
+    """Compute `rebased_attention_shard` for a shard whose place is known and whose state is on its way.
 
     `cu_seqlens` and `segment_ids` tell of the packed sequences within the shard, both or neither.
     """
     coefficients = tuple(float(c) for c in coefficients)  # type: ignore[assignment]
     _check_tensors(q, k, v, coefficients)
     mask = _check_mask(attention_mask, q.shape[0], q.shape[1])
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    exchange = shard.states
+    exchange, pending = shard.states, sent.pending
     if choose_backend(backend, q, v) is TRITON:
-        ranges = state_factor = None
-        if needs_range(q, coefficients, normalized):
-            q, k, _, ranges, state_factor = bring_into_range(q, k, coefficients, mask, None)
+        ranges = row_factors = None
+        if pending is None:
+            q, k, _, ranges, factors = bring_into_range(q, k, coefficients, mask, None)
+            row_factors = factors_of_rows(factors, q.shape[3], v.shape[3], *coefficients, scale)
+            pending = _send_by_triton(k, v, shard, mask, coefficients, scale, row_factors)
         options = (*exchange[1:], exchange.group, *coefficients, scale, float(eps))
-        return _TritonShard.apply(q, k, v, mask, cu_seqlens, shard.first, shard.last, ranges, state_factor, *options)
-    kept = mask if shard.last is None else shard.last if mask is None else mask & shard.last
-    state = _sum_state(k, v, kept, coefficients)
+        return _TritonShard.apply(q, k, v, pending, mask, cu_seqlens, shard.first, ranges, row_factors, *options)
     # What comes in belongs to the first token's sequence, which is what this backend takes an initial state to be.
-    initial = _Exchanged.apply(state[:, None], exchange.takes, exchange.gives, exchange.group)[:, 0]
     output, _ = EAGER.attention(
         q,
         k,
@@ -274,7 +346,7 @@ def attend_shard(
         eps=eps,
         attention_mask=mask,
         segment_ids=segment_ids,
-        initial_state=initial,
+        initial_state=finish_exchange(pending, exchange)[:, 0],
     )
     return output
 
@@ -341,19 +413,23 @@ def rebased_attention_shard(
         seq_idx = segment_ids_of(cu_seqlens, sum(lengths))[:, start : start + length].expand(batch, -1)
         packing = find_packing(q, None, None, None, seq_idx)
     shard = locate_shard(name, q, 1, mask, packing, None, seq_idx)
+    options: dict[str, Any] = {
+        "coefficients": coefficients,
+        "scale": q.shape[3] ** -0.5 if scale is None else float(scale),
+        "attention_mask": mask,
+        "normalized": normalized,
+        "backend": backend,
+    }
     return attend_shard(
         q,
         k,
         v,
         shard,
-        coefficients=coefficients,
-        scale=scale,
+        send_state(k, v, shard, **options),
         eps=eps,
-        attention_mask=mask,
         cu_seqlens=packing.cu_seqlens if packing is not None else None,
         segment_ids=packing.segment_ids if packing is not None else None,
-        normalized=normalized,
-        backend=backend,
+        **options,
     )
 
 

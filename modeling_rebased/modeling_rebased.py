@@ -65,11 +65,13 @@ from .cache_rebased import (
 from .configuration_rebased import ReBasedConfig
 from .context_parallel_rebased import (
     ContextShard,
-    add_inputs_before,
     attend_shard,
     check_layers,
     group_name,
     locate_shard,
+    put_inputs_before,
+    send_inputs,
+    send_state,
 )
 from .loss_rebased import can_fuse_loss, fused_causal_lm_loss
 from .triton_rebased import triton_short_conv, triton_unavailable_reason
@@ -244,10 +246,13 @@ class ReBasedCausalConv(nn.Module):
         Returns:
             `torch.Tensor`: [B, T, size].
         """
+        pending = None if shard is None else send_inputs(shard, hidden_states)
+        if pending is not None and attention_mask is None:
+            return self._convolve_shard(hidden_states, pending, shard, segment_ids, gate)
         length = hidden_states.shape[1]
-        if shard is not None:
-            hidden_states, attention_mask, segment_ids, gate = add_inputs_before(
-                shard, hidden_states, attention_mask, segment_ids, gate
+        if pending is not None:
+            hidden_states, attention_mask, segment_ids, gate = put_inputs_before(
+                shard, pending, hidden_states, attention_mask, segment_ids, gate
             )
         x = hidden_states
         state = conv_state(cache, self.layer_idx)
@@ -284,7 +289,29 @@ class ReBasedCausalConv(nn.Module):
             position = (kept.long().cumsum(1) - 1).clamp_min(kept.shape[1] - length)
             out = out.gather(1, position[..., None].expand_as(out))
         out = out if gate is None else out * gate + hidden_states
-        return out if shard is None else out[:, -length:]
+        return out if pending is None else out[:, -length:]
+
+    def _convolve_shard(
+        self,
+        hidden_states: torch.Tensor,
+        pending: torch.Tensor,
+        shard: ContextShard,
+        segment_ids: torch.Tensor | None,
+        gate: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Convolve a shard without padding, and its first tokens again when the inputs before them have come."""
+        out = self.convolve(hidden_states, None, None, segment_ids, gate)
+        first = slice(0, self.kernel_size - 1)
+        start, _, ids, its_gate = put_inputs_before(
+            shard,
+            pending,
+            hidden_states[:, first],
+            None,
+            None if segment_ids is None else segment_ids[:, first],
+            None if gate is None else gate[:, first],
+        )
+        start = self.convolve(start, None, None, ids, its_gate)[:, self.kernel_size - 1 :]
+        return torch.cat([start, out[:, self.kernel_size - 1 :]], dim=1)
 
     def _has_kernel(self, x: torch.Tensor) -> bool:
         """Return whether to let Triton's kernel do what `_taps` does, from the first token on.
@@ -461,23 +488,31 @@ class ReBasedLinearAttention(nn.Module):
         shard: ContextShard | None = None,
     ) -> torch.Tensor:
         """Map [B, T, hidden_size] and values [B, T, H_kv, D] to [B, T, H, D]."""
+        options: dict[str, Any] = {"coefficients": self.coefficients, "backend": self.backend}
         q_norm, k_norm = self.q_norm, self.k_norm if self.k_norm is not None else self.q_norm
         split = (-1, self.feature_dim)
-        if self.norm_by_head:
-            q = q_norm(self.q_proj(hidden_states).unflatten(-1, split))
-            k = k_norm(self.k_proj(hidden_states).unflatten(-1, split))
-        else:
-            q = q_norm(self.q_proj(hidden_states)).unflatten(-1, split)
-            k = k_norm(self.k_proj(hidden_states)).unflatten(-1, split)
-        if position_embeddings is not None:
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-        # Under autocast the norms are in float32 and the projections not.
-        q, k = q.to(values.dtype), k.to(values.dtype)
-
-        options: dict[str, Any] = {"coefficients": self.coefficients, "eps": self.eps, "backend": self.backend}
+        rotate = position_embeddings is not None
+        if rotate:
+            cos, sin = (part.unsqueeze(2) for part in position_embeddings)
+        k = self.k_proj(hidden_states)
+        k = k_norm(k.unflatten(-1, split)) if self.norm_by_head else k_norm(k).unflatten(-1, split)
+        k = k * cos + rotate_half(k) * sin if rotate else k
+        k = k.to(values.dtype)  # under autocast the norms are in float32 and the projections not
+        if shard is not None:  # the states of the other ranks come in while the queries are computed
+            options |= {
+                "scale": self.feature_dim**-0.5,
+                "attention_mask": attention_mask,
+                "normalized": self.normalized,
+            }
+            sent = send_state(k, values, shard, **options)
+        q = self.q_proj(hidden_states)
+        q = q_norm(q.unflatten(-1, split)) if self.norm_by_head else q_norm(q).unflatten(-1, split)
+        q = q * cos + rotate_half(q) * sin if rotate else q
+        q = q.to(values.dtype)
+        options["eps"] = self.eps
         if shard is not None:
-            options |= {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids, "normalized": self.normalized}
-            return attend_shard(q, k, values, shard, attention_mask=attention_mask, **options)
+            options |= {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}
+            return attend_shard(q, k, values, shard, sent, **options)
         state = recurrent_state(cache, self.layer_idx)
         if cache is not None:
             record_recurrence(cache, self.layer_idx, k, values, attention_mask, options)

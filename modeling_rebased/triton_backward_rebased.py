@@ -580,6 +580,95 @@ def _gradient_through_state(
     return from_state
 
 
+def query_gradient(
+    prepared: PreparedCall, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inverse_z: Tensor,
+    states: Tensor, norms: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool, has_last: bool,
+    ranges: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dq, and scaled_grad, delta and minus_delta, which the gradients of keys and values need.
+
+    v comes from `pad_rows` and mask from `mask_as_bytes`; the others are as in `backward_pass`, with unit strides.
+    """
+    layout, plan = prepared.layout, prepared.plan
+    _, length, heads, _ = q.shape
+    kv_heads, head_dim = v.shape[2], grad.shape[3]
+    group = heads // kv_heads
+    # Beyond 16 dims the state's part of a gradient has a kernel of its own.
+    separate = layout.quad and layout.blocks > 2
+    cut = cut_into_segments(prepared, q, kv_heads, has_initial, has_last, cu_seqlens)
+    dq = q.new_empty(q.shape)
+    scaled_grad, delta, minus_delta = allocate_scaled(grad, inverse_z, layout.d)
+    has_state = cut.packed or has_initial or length > cut.length
+    from_state = None
+    if separate and has_state:
+        launch_scale(prepared, grad, o, inverse_z, scaled_grad, delta, minus_delta)
+        from_state = _gradient_through_state(q, scaled_grad, states, None, cut, prepared, group, False, has_initial)
+
+    def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return grid_of_blocks(q, heads, plan.dq[0], cut), {
+            **strides_of("q", q), **strides_of("k", k), **strides_of("v", v), **strides_of("do", grad),
+            **_sizes(q, mask, cut, prepared, head_dim, plan.dq), "RUN": cut.run, "alpha": layout.alpha,
+            "half_alpha": layout.alpha / 2 if layout.quad else 0.0, "DV": v.shape[-1], "H": heads, "G": group,
+            "QUAD": layout.quad, "LIN": layout.lin, "HAS_STATE": has_state, "HAS_INIT": int(has_initial),
+            "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
+            "HAS_RANGES": ranges is not None, **plan.options("dq"),
+        }  # fmt: skip
+
+    tensors = {
+        "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
+        "ranges": ranges, **cut.tables, "o": o, "do": grad, "inverse_z": inverse_z, "delta": delta, "dq": dq,
+        "from_state": from_state, "states": states, "norms": norms,
+    }  # fmt: skip
+    launch(prepared, "dq", _dq_kernel, tensors, complete)
+    return dq, scaled_grad, delta, minus_delta
+
+
+def key_gradients(
+    prepared: PreparedCall, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, dv: Tensor,
+    scaled_grad: Tensor, delta: Tensor, minus_delta: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+    grad_initial: bool, ranges: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return dk and the gradient of the initial state, which is empty if it is not asked for, and fill dv."""
+    layout, plan = prepared.layout, prepared.plan
+    _, length, heads, feature_dim = q.shape
+    kv_heads, head_dim = dv.shape[2:]
+    final = grad_final is not None
+    separate = layout.quad and layout.blocks > 2
+    # The state is that of later queries. Its first slot is the gradient of the final state.
+    cut = cut_into_segments(prepared, q, kv_heads, final, grad_initial, cu_seqlens, reverse=True)
+    has_state = cut.packed or final or length > cut.length
+    dk = k.new_empty(k.shape)
+    later, later_norms = allocate_states(q, cut.total, kv_heads, layout, grad_initial)
+    totals = None
+    if cut.total > 0 or grad_initial:
+        totals = sum_states(
+            q, scaled_grad, later, later_norms, cut, prepared, None, kv_heads, head_dim, grad_final, grad_initial,
+            delta, minus_delta, ranges,
+        )  # fmt: skip
+    from_state = None
+    if separate and has_state:
+        from_state = _gradient_through_state(k, v, later, mask, cut, prepared, 1, True, final)
+
+    def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return grid_of_blocks(q, kv_heads, plan.dkdv[0], cut), {
+            **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
+            **_sizes(q, mask, cut, prepared, head_dim, plan.dkdv), "RUN": cut.run, "alpha": layout.alpha,
+            "half_alpha": layout.alpha / 2 if layout.quad else 0.0, "beta": layout.beta, "DV": v.shape[-1],
+            "HKV": kv_heads, "G": heads // kv_heads, "FLAT": plan.flat, "BN": plan.narrow or plan.dkdv[0],
+            "QUAD": layout.quad, "LIN": layout.lin, "CONST": layout.const, "HAS_STATE": has_state,
+            "HAS_INIT": int(final), "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
+            "HAS_RANGES": ranges is not None, **plan.options("dkdv"),
+        }  # fmt: skip
+
+    tensors = {
+        "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
+        "ranges": ranges, **cut.tables, "dk": dk, "dv": dv, "from_state": from_state, "states": later,
+        "norms": later_norms,
+    }  # fmt: skip
+    launch(prepared, "dkdv", _dkdv_kernel, tensors, complete)
+    return dk, to_public(*totals, feature_dim, head_dim, layout) if grad_initial else delta.new_empty(0)
+
+
 def backward_pass(
     grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inverse_z: Tensor,
     states: Tensor, norms: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool,
@@ -602,85 +691,20 @@ def backward_pass(
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_initial
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     grad, o = with_unit_stride(grad), o.contiguous()
-    _, length, heads, feature_dim = q.shape
-    kv_heads, head_dim = v.shape[2:]
-    group = heads // kv_heads
     mask = mask_as_bytes(attention_mask)
-    final = grad_final is not None
     prepared = prepare(
         "backward", (q, k, v, mask, cu_seqlens, grad, grad_final, o, inverse_z, states, norms, ranges),
         (c0, c1, c2, scale), has_initial, has_last, grad_initial, packed=cu_seqlens is not None,
     )  # fmt: skip
-    layout, plan = prepared.layout, prepared.plan
-    half_alpha = layout.alpha / 2 if layout.quad else 0.0
-    # Beyond 16 dims the state's part of a gradient has a kernel of its own.
-    separate = layout.quad and layout.blocks > 2
     with on_gpu_of(q):
-        cut = cut_into_segments(prepared, q, kv_heads, has_initial, has_last, cu_seqlens)
-        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        dv = v.new_empty(v.shape)
         v = pad_rows(v, prepared)
-        scaled_grad, delta, minus_delta = allocate_scaled(grad, inverse_z, layout.d)
-        inputs = {
-            "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
-            "ranges": ranges,
-        }  # fmt: skip
-
-        has_state = cut.packed or has_initial or length > cut.length
-        from_state = None
-        if separate and has_state:
-            launch_scale(prepared, grad, o, inverse_z, scaled_grad, delta, minus_delta)
-            from_state = _gradient_through_state(
-                q, scaled_grad, states, None, cut, prepared, group, False, has_initial
-            )
-
-        def complete_dq() -> tuple[tuple[int, ...], dict[str, Any]]:
-            return grid_of_blocks(q, heads, plan.dq[0], cut), {
-                **strides_of("q", q), **strides_of("k", k), **strides_of("v", v), **strides_of("do", grad),
-                **_sizes(q, mask, cut, prepared, head_dim, plan.dq), "RUN": cut.run, "alpha": layout.alpha,
-                "half_alpha": half_alpha, "DV": v.shape[-1], "H": heads, "G": group, "QUAD": layout.quad,
-                "LIN": layout.lin, "HAS_STATE": has_state, "HAS_INIT": int(has_initial),
-                "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
-                "HAS_RANGES": ranges is not None, **plan.options("dq"),
-            }  # fmt: skip
-
-        tensors = {
-            **inputs, **cut.tables, "o": o, "do": grad, "inverse_z": inverse_z, "delta": delta, "dq": dq,
-            "from_state": from_state, "states": states, "norms": norms,
-        }  # fmt: skip
-        launch(prepared, "dq", _dq_kernel, tensors, complete_dq)
-        del from_state
-
-        # From here on the state is that of later queries. Its first slot is the gradient of the final state.
-        cut = cut_into_segments(prepared, q, kv_heads, final, grad_initial, cu_seqlens, reverse=True)
-        has_state = cut.packed or final or length > cut.length
-        later, later_norms = allocate_states(q, cut.total, kv_heads, layout, grad_initial)
-        totals = None
-        if cut.total > 0 or grad_initial:
-            totals = sum_states(
-                q, scaled_grad, later, later_norms, cut, prepared, None, kv_heads, head_dim, grad_final, grad_initial,
-                delta, minus_delta, ranges,
-            )  # fmt: skip
-        from_state = None
-        if separate and has_state:
-            from_state = _gradient_through_state(k, v, later, mask, cut, prepared, 1, True, final)
-
-        def complete_dkdv() -> tuple[tuple[int, ...], dict[str, Any]]:
-            return grid_of_blocks(q, kv_heads, plan.dkdv[0], cut), {
-                **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
-                **_sizes(q, mask, cut, prepared, head_dim, plan.dkdv), "RUN": cut.run, "alpha": layout.alpha,
-                "half_alpha": half_alpha, "beta": layout.beta, "DV": v.shape[-1], "HKV": kv_heads, "G": group,
-                "FLAT": plan.flat, "BN": plan.narrow or plan.dkdv[0], "QUAD": layout.quad, "LIN": layout.lin,
-                "CONST": layout.const, "HAS_STATE": has_state, "HAS_INIT": int(final),
-                "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
-                "HAS_RANGES": ranges is not None, **plan.options("dkdv"),
-            }  # fmt: skip
-
-        tensors = {
-            **inputs, **cut.tables, "dk": dk, "dv": dv, "from_state": from_state, "states": later,
-            "norms": later_norms,
-        }  # fmt: skip
-        launch(prepared, "dkdv", _dkdv_kernel, tensors, complete_dkdv)
-        d_initial = to_public(*totals, feature_dim, head_dim, layout) if grad_initial else inverse_z.new_empty(0)
+        dq, *scaled = query_gradient(
+            prepared, grad, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, has_initial, has_last, ranges
+        )
+        dk, d_initial = key_gradients(
+            prepared, grad_final, q, k, v, dv, *scaled, mask, cu_seqlens, grad_initial, ranges
+        )
     return dq, dk, dv, d_initial
 
 

@@ -46,7 +46,16 @@ from torch.autograd.function import once_differentiable
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM
 from .triton_backward_rebased import backward_fake, backward_pass
-from .triton_context_rebased import state_fake, state_gradient_fake, state_gradient_pass, state_pass
+from .triton_context_rebased import (
+    shard_dkdv_fake,
+    shard_dkdv_pass,
+    shard_dq_fake,
+    shard_dq_pass,
+    state_fake,
+    state_gradient_fake,
+    state_gradient_pass,
+    state_pass,
+)
 from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, conv_forward
 from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
@@ -154,6 +163,12 @@ _SCHEMAS = {
     "state": f"(Tensor k, Tensor v, Tensor? attention_mask, {_COEFFICIENTS}) -> Tensor",
     "state_gradient": "(Tensor grad, Tensor q, Tensor o, Tensor inverse_z, int kv_heads, "
     f"{_COEFFICIENTS}, Tensor? ranges=None) -> Tensor",
+    "shard_dq": "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor inverse_z, Tensor states, Tensor norms, "
+    f"Tensor? attention_mask, Tensor? cu_seqlens, {_COEFFICIENTS}, Tensor? ranges=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "shard_dkdv": "(Tensor grad_final, Tensor q, Tensor k, Tensor v, Tensor scaled_grad, Tensor delta, "
+    f"Tensor minus_delta, Tensor? attention_mask, Tensor? cu_seqlens, {_COEFFICIENTS}, Tensor? ranges=None) "
+    "-> (Tensor, Tensor)",
 }
 
 
@@ -180,6 +195,8 @@ def _register():
             "conv_backward": (conv_backward, conv_backward_fake),
             "state": (state_pass, state_fake),
             "state_gradient": (state_gradient_pass, state_gradient_fake),
+            "shard_dq": (shard_dq_pass, shard_dq_fake),
+            "shard_dkdv": (shard_dkdv_pass, shard_dkdv_fake),
         }.items():
             library.define(op + _SCHEMAS[op], tags=torch.Tag.pt2_compliant_tag)
             library.impl(op, real, "CUDA")

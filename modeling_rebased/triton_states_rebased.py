@@ -389,10 +389,16 @@ def _store_initial(
     initial: Tensor, states: Tensor, norms: Tensor, cut: Segments, prepared: PreparedCall, batch: int,
     feature_dim: int, head_dim: int,
 ) -> None:  # fmt: skip
-    """Write the initial states [N, H_kv, n_features, D + 1] to slot 0 of each sequence."""
+    """Write the initial states [N, H_kv, n_features, D + 1] to slot 0 of each sequence.
+
+    States of `layout.rows` rows have the order of internal ones (triton_context_rebased.py).
+    """
     layout = prepared.layout
     kv_heads = initial.shape[1]
-    values, norm = to_internal(initial, feature_dim, head_dim, layout)
+    if initial.shape[2] == layout.rows:
+        values, norm = initial[..., :head_dim], initial[..., head_dim]
+    else:
+        values, norm = to_internal(initial, feature_dim, head_dim, layout)
     rows = cut.total * kv_heads * layout.rows
     shape = (1 if cut.packed else batch, cut.slots, kv_heads, layout.rows)
     states, norms = states[: rows * layout.d].view(*shape, layout.d), norms[:rows].view(shape)
@@ -455,7 +461,7 @@ def sum_states(
         cut: the segments, cut in the same direction.
         mask: [B, T] in bytes, drops keys; None for queries.
         head_dim: D; y may have more columns.
-        initial: public states before the first token, or None.
+        initial: states before the first token, public or as `_store_initial` takes them, or None.
         last: whether the states after the last token are wanted.
         delta, minus_delta: [B, H, T] and [B, T, H, 16] come with queries and weigh their norms.
         ranges: [B, H, T], comes with queries from `bring_into_range`, or None.

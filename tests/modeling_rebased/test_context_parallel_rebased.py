@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from modeling_rebased import triton_context_rebased, triton_launch_rebased
 from modeling_rebased.attention_rebased import rebased_attention
 from modeling_rebased.configuration_rebased import n_features
+from modeling_rebased.triton_layout_rebased import make_layout, to_internal, to_public
 from modeling_rebased.triton_rebased import OPS
 from tests.modeling_rebased import context_parallel_ranks
 from tests.processes import ROOT, run_python
@@ -79,26 +80,55 @@ def test_on_all_gpus(tmp_path):
     [(70, 5, (1.0, 1.0, 0.5), False), (70, 5, (0.0, 0.0, 1.0), True), (20, 17, (0.0, 0.0, 1.0), False)],
 )
 def test_sums_of_a_shard_by_the_kernels(length, feature_dim, coefficients, large, monkeypatch):
-    """The state after a shard and the gradient of the state before it, against autograd through PyTorch."""
+    """What a shard gives to others, and its gradients with states before and after it, against PyTorch's autograd."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if large:
         monkeypatch.setattr(triton_context_rebased, "count_multiprocessors", lambda device: 0)
         monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
     torch.manual_seed(0)
-    sizes = [(2, length, 4, feature_dim), (2, length, 2, feature_dim), (2, length, 2, 3), (2, length, 4, 3)]
+    sizes = [(1, length, 2, feature_dim), (1, length, 1, feature_dim), (1, length, 1, 3), (1, length, 2, 3)]
     q, k, v, gradient = (torch.randn(size, device=device) for size in sizes)
-    mask = torch.rand(2, length, device=device) > 0.3
-    initial = torch.randn(2, 2, n_features(feature_dim, coefficients), 4, device=device)
+    mask = torch.rand(1, length, device=device) > 0.3
+    initial = torch.randn(1, 1, n_features(feature_dim, coefficients), 4, device=device)
     initial[..., -1] = initial[..., -1].abs() + 20  # a normaliser far from 0
     scale = feature_dim**-0.5
     exact = [x.double() for x in (q, k, v)]
     leaf = initial.double().requires_grad_()
     options = {"coefficients": coefficients, "attention_mask": mask, "backend": "eager"}
     _, state = rebased_attention(*exact, output_final_state=True, **options)
-    (expected,) = torch.autograd.grad(
-        rebased_attention(*exact, initial_state=leaf, **options)[0], leaf, gradient.double()
+    layout = make_layout(feature_dim, 3, *coefficients, scale)
+    sums = OPS.state(k, v, mask, *coefficients, scale)
+    public = to_public(sums[..., :3], sums[..., 3], feature_dim, 3, layout)
+    torch.testing.assert_close(public, state.float(), rtol=1e-4, atol=1e-3)
+
+    of_final = torch.randn_like(initial)
+    leaves = [x.requires_grad_() for x in (*exact, leaf)]
+    output, final = rebased_attention(*leaves[:3], initial_state=leaf, output_final_state=True, **options)
+    loss = (output * gradient).sum() + (final * of_final).sum()
+    expected = [x.float() for x in torch.autograd.grad(loss, leaves)]
+    expected[3] -= of_final  # the rest of the gradient came through the outputs
+
+    def joined(state):
+        values, norm = to_internal(state, feature_dim, 3, layout)
+        return torch.cat([values, norm[..., None]], dim=-1)
+
+    o, _, inverse_z, states, norms = OPS.forward(
+        q, k, v, mask, None, joined(initial), *coefficients, scale, 1e-12, False
     )
-    torch.testing.assert_close(OPS.state(k, v, mask, *coefficients, scale), state.float(), rtol=1e-4, atol=1e-3)
-    o, _, inverse_z, _, _ = OPS.forward(q, k, v, mask, None, initial, *coefficients, scale, 1e-12, False)
-    got = OPS.state_gradient(gradient, q, o, inverse_z, 2, *coefficients, scale)
-    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    sums = OPS.state_gradient(gradient, q, o, inverse_z, 1, *coefficients, scale)
+    of_initial = to_public(sums[..., :3], sums[..., 3], feature_dim, 3, layout)
+    for_dq = (gradient, q, k, v, o, inverse_z, states, norms, mask, None, *coefficients, scale)
+    dq, *scaled = OPS.shard_dq(*for_dq)
+    for_dkdv = (joined(of_final), q, k, v, *scaled, mask, None, *coefficients, scale)
+    dk, dv = OPS.shard_dkdv(*for_dkdv)
+    if feature_dim == 17:  # the sizes that torch.compile believes
+        for operator, arguments in (
+            (OPS.state, (k, v, mask, *coefficients, scale)),
+            (OPS.state_gradient, (gradient, q, o, inverse_z, 1, *coefficients, scale)),
+            (OPS.shard_dq, for_dq),
+            (OPS.shard_dkdv, for_dkdv),
+        ):
+            torch.library.opcheck(operator.default, arguments, test_utils="test_faketensor")
+    torch.testing.assert_close(o, output.float(), rtol=1e-4, atol=1e-4)
+    for got, wanted in zip((dq, dk, dv, of_initial), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
