@@ -1,21 +1,23 @@
-"""Compare linearized models with the softmax model that they came from: perplexity, answers, decoding at length.
+"""Compare linearized models with the softmax model that they came from: perplexity, answers, recall, decoding.
 
     python -m modeling_rebased.conversion.compare_students output/ --teacher teacher/ --student pure=output/pure \\
         --student hybrid=output/hybrid --text heldout.txt --text other.txt
 
-A student's folder may hold start/, which `linearize` made, and the output folders transfer/ and logits/ of
+A student's folder may hold start/, which `linearize` made, and the output folders transfer/, logits/ and long/ of
 `conversion.distill`. The last of them is the student. Perplexities of the same text that distill measured are taken
 from there, and others are measured here. The results are written as they come:
 
     OUTPUT/results.json    all numbers and answers
-    OUTPUT/report.md       perplexities of every stage, decoding speed and memory, and how fluent the answers are
-    OUTPUT/answers.md      the answers of all models to twenty prompts, side by side
+    OUTPUT/report.md       perplexities of every stage, decoding speed and memory, what answers are worth, and recall
+    OUTPUT/answers.md      the greedy answers of all models to twenty prompts, side by side
+    OUTPUT/answers.jsonl   all answers, greedy and sampled, to these and 200 more prompts
 
 `python -m modeling_rebased.eval.plots OUTPUT` draws the losses of training, which are in results.json.
 
-On a GPU perplexities are in float32 with TF32 products, and the rest is in bfloat16. Answers are greedy with a
-repetition penalty of 1.1 for all models. Decoding goes step by step with the cache of transformers, after a context of
-which every model has seen every token.
+On a GPU perplexities are in float32 with TF32 products, and the rest is in bfloat16. Greedy answers have a repetition
+penalty of 1.1 for all models. `prompts.py` has the prompts and the rule for answers on the topic, and `recall.py` the
+text in which a number or name is to be found. Decoding goes step by step with the cache of transformers, after a
+context of which every model has seen every token.
 """
 
 from __future__ import annotations
@@ -31,48 +33,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.training.arguments import with_dashes
-from modeling_rebased.training.sampling import chat
 
 from .distill import perplexity, read_blocks
+from .generation import MODES, answer, judge_answers
+from .prompts import TWENTY, more_prompts
+from .recall import DISTANCES, recall
 
 
-STAGES = {"start": "start", "transfer": "transfer/final", "logits": "logits/final"}
-PARTS = ("perplexity", "answers", "speed")
-
-PROMPTS = (
-    "What is the capital of France?",
-    "Explain in simple words why the sky is blue.",
-    "Write a short story about a lost dog that finds its way home.",
-    "Give me three tips for sleeping better.",
-    "What is the difference between a lake and a river?",
-    "Write a polite email asking a colleague to move a meeting to Friday.",
-    "Who was Abraham Lincoln?",
-    "How do plants make their food?",
-    "Describe a thunderstorm to someone who has never seen one.",
-    "What should I pack for a week at the seaside?",
-    "Translate 'good morning' into French and Spanish.",
-    "What is 12 plus 30?",
-    "Name four animals that live in the ocean.",
-    "Why is it important to wash your hands?",
-    "Write a four-line poem about autumn.",
-    "Explain what a computer program is.",
-    "How is bread made?",
-    "Suggest a name for a small bakery and say why it fits.",
-    "What are the seasons of the year, and what happens in each?",
-    "My friend is sad. What can I say to her?",
-)
+STAGES = {"start": "start", "transfer": "transfer/final", "logits": "logits/final", "long": "long/final"}
+PARTS = ("perplexity", "answers", "recall", "speed")
 
 
 def stages_of(folder: Path) -> dict[str, Path]:
@@ -89,53 +68,6 @@ def load(folder: Path, dtype: torch.dtype, backend: str, device: str) -> PreTrai
     if config.model_type == ReBasedConfig.model_type:
         config.kernel_backend = backend
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
-
-
-# ---------------------------------------------------------------- answers
-
-
-@torch.no_grad()
-def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], new_tokens: int
-) -> list[str]:
-    """Return greedy answers in the chat format, with all prompts in one batch."""
-    inputs = chat(tokenizer, prompts).to(model.device)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        repetition_penalty=1.1,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-@torch.no_grad()
-def judged_by(
-    judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], answers: list[str]
-) -> float:
-    """Return the judge's perplexity of the answers given their prompts, which is low for fluent, apt answers."""
-    total, count = 0.0, 0
-    for prompt, text in zip(prompts, answers):
-        before = chat(tokenizer, (prompt,))["input_ids"]
-        after = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
-        if after.shape[1] == 0:
-            continue
-        ids = torch.cat([before, after], dim=1).to(judge.device)
-        logits = judge(input_ids=ids, use_cache=False).logits[0, before.shape[1] - 1 : -1].float()
-        total += F.cross_entropy(logits, ids[0, before.shape[1] :], reduction="sum").item()
-        count += after.shape[1]
-    return math.exp(total / count) if count else math.nan
-
-
-def repeated(answers: list[str]) -> float:
-    """Return the share of four-word runs that repeat one of the same answer, which is high in a loop."""
-    runs = new = 0
-    for text in answers:
-        words = text.split()
-        fours = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-        runs, new = runs + len(fours), new + len(set(fours))
-    return 1 - new / runs if runs else 0.0
 
 
 # ---------------------------------------------------------------- decoding
@@ -267,10 +199,25 @@ def report(results: dict[str, Any]) -> str:
             for row in results["speed"]
         ]
         text.append(table(lines))
-    if results.get("answers"):
-        text.append("## Answers to twenty prompts\n\nThey stand side by side in answers.md.\n")
-        lines = [["model", "the teacher's perplexity of them", "runs of four words said before"]]
-        lines += [[name, row["judged"], row["repeated"]] for name, row in results["answers"].items()]
+    if results.get("generation"):
+        text.append("## Answers\n\nThose to twenty prompts stand side by side in answers.md.\n")
+        keys = ("judged", "repeated", "ended", "on_topic", "good")
+        lines = [
+            ["model", "prompts", "decoding", "the teacher's perplexity of them", "runs of four words said before"]
+        ]
+        lines[0] += ["ended", "on the topic", "both"]
+        lines += [
+            [row["model"], row["prompts"], row["mode"], *(row[key] for key in keys)] for row in results["generation"]
+        ]
+        text.append(table(lines))
+    if results.get("recall"):
+        text.append("## Recall from the prompt\n\nShare of values that are recalled; in brackets: loss per token.\n")
+        kinds = list(dict.fromkeys((row["kind"], row["distance"]) for row in results["recall"]))
+        lines = [["model", *(f"{kind}, {distance} tokens before" for kind, distance in kinds)]]
+        for name in dict.fromkeys(row["model"] for row in results["recall"]):
+            values = {(row["kind"], row["distance"]): row for row in results["recall"] if row["model"] == name}
+            each = (values.get(kind) for kind in kinds)
+            lines.append([name, *("-" if row is None else f"{row['right']:.2f} ({row['loss']:.2f})" for row in each)])
         text.append(table(lines))
     text += [f"{each}\n" for each in results.get("notes", [])]
     return "\n".join(text)
@@ -299,7 +246,7 @@ def read_training(model: str, folder: Path) -> tuple[list[dict[str, Any]], list[
     curves: list[dict[str, Any]] = []
     perplexities: list[dict[str, Any]] = []
     before = "start"
-    for stage in ("transfer", "logits"):
+    for stage in ("transfer", "logits", "long"):
         if (folder / stage / "perplexity.json").is_file():
             said = json.loads((folder / stage / "perplexity.json").read_text(encoding="utf-8"))
             rows.append({"model": model, **said})
@@ -343,7 +290,7 @@ class Comparison:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.half = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
-        self.results: dict[str, Any] = {"machine": machine(), "prompts": list(PROMPTS), "notes": []}
+        self.results: dict[str, Any] = {"machine": machine(), "prompts": list(TWENTY), "notes": []}
         self.models: dict[str, dict[str, Path]] = {"teacher": {"": arguments.teacher}}
         for name, folder in (each.split("=", 1) for each in arguments.student):
             stages = stages_of(Path(folder))
@@ -368,7 +315,7 @@ class Comparison:
         last = [(name, list(stages)[-1]) for name, stages in self.models.items()]
         before = [(name, stage) for name, stages in self.models.items() for stage in list(stages)[:-1]]
         jobs = [("perplexity", *each) for each in last] if self.texts else []
-        jobs += [(part, *each) for part in ("answers", "speed") for each in last]
+        jobs += [(part, *each) for part in PARTS[1:] for each in last]
         jobs += [("perplexity", *each) for each in before] if self.texts else []
         for part, name, stage in jobs:
             if part not in self.arguments.parts:
@@ -380,7 +327,7 @@ class Comparison:
             if part == "perplexity":
                 self._try(what, self.measure_perplexity, name, stage)
                 continue
-            measure = self.measure_answers if part == "answers" else self.measure_speed
+            measure = getattr(self, f"measure_{part}")
             backend = self.arguments.kernel_backend
             if not self._try(what, measure, name, stage, backend) and backend != "eager":
                 self._try(f"{what}, eager", measure, name, stage, "eager")
@@ -419,11 +366,35 @@ class Comparison:
         if self.judge is None:
             self.judge = load(self.arguments.teacher, torch.float32, "eager", self.device)
         model = load(self.models[name][stage], self.half, backend, self.device)
-        said = answer(model, self.tokenizer, PROMPTS, self.arguments.new_tokens)
-        judged = judged_by(self.judge, self.tokenizer, PROMPTS, said)
-        row = {"judged": judged, "repeated": repeated(said), "texts": said}
-        self.results.setdefault("answers", {})[name] = row
-        print(f"answers of {name}: perplexity {judged:.2f} to the teacher, {row['repeated']:.3f} repeated", flush=True)
+        sets = {"twenty": TWENTY, "more": more_prompts()} if self.arguments.more else {"twenty": TWENTY}
+        topics = {prompt: words for each in sets.values() for prompt, words in each.items()}
+        rows = [row for row in self.results.get("generation", []) if row["model"] != name]
+        with open(self.arguments.output / "answers.jsonl", "a", encoding="utf-8") as file:
+            for mode in MODES:
+                said = dict(zip(topics, answer(model, self.tokenizer, list(topics), self.arguments.new_tokens, mode)))
+                for which, asked in sets.items():
+                    worth = judge_answers(self.judge, self.tokenizer, asked, [said[prompt] for prompt in asked])
+                    rows.append({"model": name, "prompts": which, "mode": mode, **worth})
+                    print(
+                        *(f"{each:.3g}" if isinstance(each, float) else each for each in rows[-1].values()), flush=True
+                    )
+                for prompt, (text, ended) in said.items():
+                    line = {"model": name, "mode": mode, "prompt": prompt, "answer": text, "ended": ended}
+                    file.write(json.dumps(line) + "\n")
+                if mode == "greedy":
+                    shown = {key: rows[-len(sets)][key] for key in ("judged", "repeated")}
+                    shown["texts"] = [said[prompt][0] for prompt in TWENTY]
+                    self.results.setdefault("answers", {})[name] = shown
+        self.results["generation"] = rows
+
+    def measure_recall(self, name: str, stage: str, backend: str) -> None:
+        """Measure what a model recalls from its prompt."""
+        model = load(self.models[name][stage], self.half, backend, self.device)
+        rows = recall(model, self.tokenizer, self.arguments.distances, self.arguments.items)
+        kept = [row for row in self.results.get("recall", []) if row["model"] != name]
+        self.results["recall"] = kept + [{"model": name, **row} for row in rows]
+        for row in rows:
+            print(name, *row.values(), flush=True)
 
     def measure_speed(self, name: str, stage: str, backend: str) -> None:
         """Measure how fast a model decodes after a long context of random tokens."""
@@ -454,9 +425,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--text", action="append", default=[], help="held-out text, or .npy file of token ids")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="tokens of an example")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 8192], help="tokens of an example")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--new-tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of an answer")
+    parser.add_argument("--more", action=argparse.BooleanOptionalAction, default=True, help="ask 200 more prompts")
+    parser.add_argument("--distances", type=int, nargs="+", default=list(DISTANCES), help="tokens to recall over")
+    parser.add_argument("--items", type=int, default=50, help="values to recall per kind and distance")
     parser.add_argument("--context", type=int, default=32768, help="tokens before the decoding is timed")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences decoded at once")
     parser.add_argument("--steps", type=int, default=32, help="tokens that are timed")

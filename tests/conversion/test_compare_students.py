@@ -9,17 +9,12 @@ import torch
 
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.conversion import linearize
-from modeling_rebased.conversion.compare_students import (
-    PROMPTS,
-    decode_speed,
-    judged_by,
-    load,
-    main,
-    repeated,
-    stages_of,
-)
+from modeling_rebased.conversion.compare_students import decode_speed, load, main, stages_of
 from modeling_rebased.conversion.distill import main as distill
 from modeling_rebased.conversion.distill import perplexity
+from modeling_rebased.conversion.generation import answer, judge_answers, judged_by, repeated
+from modeling_rebased.conversion.prompts import TWENTY, more_prompts, on_topic
+from modeling_rebased.conversion.recall import DISTANCES, FILLER, KINDS, make_item, recall
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.sampling import chat
 from modeling_rebased.training.text import TokenBlocks
@@ -65,6 +60,7 @@ def compare(folder, output, *more):
     options = ["--teacher", str(folder / "teacher"), "--text", str(folder / "text.txt"), "--lengths", "32", "64"]
     options += ["--student", f"pure={folder / 'pure'}", "--student", f"window={folder / 'window'}"]
     options += ["--new-tokens", "4", "--context", "24", "--batches", "1", "2", "--steps", "2"]
+    options += ["--no-more", "--distances", "100", "--items", "1"]
     main([str(output), *options, *more])
     return json.loads((output / "results.json").read_text())
 
@@ -81,7 +77,7 @@ def test_everything_is_measured_and_written(folder, tmp_path):
         model = load(path, torch.float32, "eager", "cpu")
         blocks = TokenBlocks([str(folder / "text.txt")], byte_tokenizer(), length)
         assert value == pytest.approx(perplexity(model, blocks), rel=1e-4)
-    assert list(results["answers"]) == ["teacher", "pure", "window"] and results["prompts"] == list(PROMPTS)
+    assert list(results["answers"]) == ["teacher", "pure", "window"] and results["prompts"] == list(TWENTY)
     assert all(len(row["texts"]) == 20 and row["judged"] > 1 for row in results["answers"].values())
     assert [(row["model"], row["batch"]) for row in results["speed"]] == [
         (name, batch) for name in ("teacher", "pure", "window") for batch in (1, 2)
@@ -91,6 +87,13 @@ def test_everything_is_measured_and_written(folder, tmp_path):
     assert f"{own:.2f} ({own / teachers:.3f})" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "answers.md").read_text().count("| teacher | pure | window |") == 20
     assert results["notes"] == []
+    worth = [(row["model"], row["prompts"], row["mode"]) for row in results["generation"]]
+    assert worth == [(name, "twenty", mode) for name in results["answers"] for mode in ("greedy", "sampled")]
+    assert results["generation"][0]["judged"] == results["answers"]["teacher"]["judged"]
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 2 * 20
+    assert [line["answer"] for line in lines[:20]] == results["answers"]["teacher"]["texts"]
+    assert len(results["recall"]) == 3 * len(KINDS)
 
 
 def test_a_broken_student_does_not_lose_the_others(folder, tmp_path):
@@ -149,6 +152,67 @@ def test_the_judge(folder):
         logits = judge(input_ids=torch.cat([before, after], dim=1)).logits[0, before.shape[1] - 1 : -1]
     expected = math.exp(torch.nn.functional.cross_entropy(logits, after[0]).item())
     assert judged_by(judge, tokenizer, ("Hello?", "What?"), ["Hi there", ""]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_answers_that_end_are_told_from_those_that_do_not(folder):
+    model, tokenizer = load(folder / "teacher", torch.float32, "eager", "cpu"), chat_tokenizer()
+    said = answer(model, tokenizer, ["Hi", "A longer question"], 60, "sampled")
+    assert said == answer(model, tokenizer, ["Hi", "A longer question"], 60, "sampled")
+    (text, ended), _ = said
+    assert ended == (len(text.encode()) < 60) or "\ufffd" in text
+    alone = chat(tokenizer, ["Hi"])["input_ids"]
+    greedy = model.generate(alone, max_new_tokens=3, do_sample=False, repetition_penalty=1.1)[0, alone.shape[1] :]
+    assert answer(model, tokenizer, ["Hi", "A longer question"], 3, "greedy")[0][0] == tokenizer.decode(greedy)
+
+
+def test_what_answers_are_worth(folder):
+    judge, tokenizer = load(folder / "teacher", torch.float32, "eager", "cpu"), chat_tokenizer()
+    topics = {"About dogs?": ("dog", "pupp"), "And 40 plus 2?": ("42",), "Say what.": ("light",)}
+    answers = [("Puppies bark at a dog.", True), ("It is 420 or so.", False), ("I am delighted.", True)]
+    worth = judge_answers(judge, tokenizer, topics, answers)
+    assert worth["ended"] == pytest.approx(2 / 3) and worth["on_topic"] == pytest.approx(2 / 3)
+    assert worth["good"] == pytest.approx(1 / 3)
+    assert worth["judged"] == judged_by(judge, tokenizer, list(topics), [text for text, _ in answers])
+
+
+def test_prompts():
+    more = more_prompts()
+    assert len(TWENTY) == 20 and len(more) == 200 and not set(TWENTY) & set(more)
+    assert all(
+        "{" not in prompt and all(on_topic(prompt, (word,)) for word in words) for prompt, words in more.items()
+    )
+    assert on_topic("Sleeping well", ("sleep",)) and not on_topic("asleep", ("sleep",))
+
+
+def test_recall_asks_for_what_stands_before(folder):
+    tokenizer = chat_tokenizer()
+    for kind in KINDS:
+        before, value = make_item(tokenizer, kind, 3 * len(FILLER) + 5, seed=1)
+        text, said = tokenizer.decode(before), tokenizer.decode(value)
+        assert text.count(FILLER) == 3 and text.count(said.strip()) == 1 and text.startswith("<user>Some special")
+        assert text.index(said.strip()) < text.index(FILLER) and text.endswith("<a>" + text.split("<a>")[1])
+        assert tokenizer(text + said, add_special_tokens=False)["input_ids"] == [*before.tolist(), *value.tolist()]
+        assert make_item(tokenizer, kind, 300, seed=1)[1].tolist() == value.tolist()
+        assert any(make_item(tokenizer, kind, 300, seed=i)[1].tolist() != value.tolist() for i in range(2, 5))
+    assert max(DISTANCES) == 4000
+
+    class Perfect(torch.nn.Module):
+        """Knows the value of one item, and is sure of something else in others."""
+
+        device = torch.device("cpu")
+        known = make_item(tokenizer, "name", 200, 0)
+
+        def forward(self, input_ids, logits_to_keep, **kwargs):
+            before, value = self.known
+            logits = torch.zeros(1, logits_to_keep, 258)
+            if input_ids[0, : len(before)].tolist() == before.tolist():
+                logits[0, torch.arange(len(value)), value] = 50.0
+            return type("Output", (), {"logits": logits})
+
+    rows = {(row["kind"], row["distance"]): row for row in recall(Perfect(), tokenizer, [200, 400], 1)}
+    assert rows["name", 200]["right"] == 1 and rows["name", 200]["loss"] < 1e-6
+    assert rows["name", 400]["right"] == rows["number", 200]["right"] == 0
+    assert rows["name", 400]["loss"] == pytest.approx(math.log(258), rel=1e-5)
 
 
 def test_repetition():
