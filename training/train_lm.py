@@ -218,6 +218,19 @@ def load_model(model_args: ModelArguments, config: ReBasedConfig) -> ReBasedForC
 # ---------------------------------------------------------------- training
 
 
+def compile_layers(model: ReBasedForCausalLM) -> None:
+    """Compile each layer with torch.compile, when it is first called.
+
+    All layers run the same Python function, of which Dynamo keeps eight compiled versions. It needs three for each
+    kind of layer: for training, for evaluation, and for a last batch of another size. What comes after the eighth runs
+    without compilation, so each kind of layer gets as many versions as Dynamo gives to one function.
+    """
+    kinds = len(set(model.config.layer_types))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
+    for layer in model.model.layers:
+        layer.compile()
+
+
 class LMTrainer(ContextParallelTrainer):
     """A Trainer that also reports bits per byte, which compares models whatever their tokenizers.
 
@@ -284,8 +297,7 @@ def _main(argv: list[str]) -> None:
         raise SystemExit(f"rebased-train: error: {error}") from error
 
     if args.compile_layers and not args.torch_compile:
-        for layer in model.model.layers:
-            layer.compile()
+        compile_layers(model)
     try:
         trainer = LMTrainer(
             model=model,

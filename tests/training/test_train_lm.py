@@ -1,5 +1,6 @@
 """Language-model training: the finished folder, and exact resume after kill -9."""
 
+import functools
 import json
 import math
 import os
@@ -348,6 +349,23 @@ def test_help_shows_the_scripts_own_options_first(capsys):
         assert "english-6m" in said and "(default: 0.001)" in said
         assert ("\n  --ddp_timeout" not in said) is hidden
         assert len(said.splitlines()) < 120 or not hidden
+
+
+def test_every_kind_of_layer_has_compiled_versions_of_its_own(monkeypatch):
+    """Dynamo counts the versions of all layers together, and would run what comes after the last uncompiled."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    config = ReBasedConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=2, layer_types=["conv", "linear_attention"], mlp_type="none",
+        num_attention_heads=1, head_dim=4, feature_dim=2,
+    )  # fmt: skip
+    model = ReBasedForCausalLM(config).eval()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        train_lm.compile_layers(model)
+        assert torch._dynamo.config.recompile_limit == 16
+        with torch.no_grad():
+            model(torch.zeros(1, 5, dtype=torch.int64), use_cache=False)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
