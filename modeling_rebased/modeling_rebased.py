@@ -786,11 +786,15 @@ class ReBasedDecoderLayer(GradientCheckpointingLayer):
             hidden_states = self.conv(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
         else:
             hidden_states, _ = self.self_attn(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
-        hidden_states = residual + F.dropout(hidden_states, self.residual_dropout, self.training)
+        if self.training:  # in generation, calls that do nothing add up to 0.4 ms per token of 20 layers
+            hidden_states = F.dropout(hidden_states, self.residual_dropout)
+        hidden_states = residual + hidden_states
 
         residual = hidden_states
         hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
-        return residual + F.dropout(hidden_states, self.residual_dropout, self.training)
+        if self.training:
+            hidden_states = F.dropout(hidden_states, self.residual_dropout)
+        return residual + hidden_states
 
 
 AUTO_MAP = {
