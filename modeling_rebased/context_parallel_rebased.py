@@ -25,8 +25,8 @@ from .attention_rebased import EAGER, TRITON, _check_mask, _check_tensors, choos
 from .batch_rebased import PURELY_RECURRENT, Packing, find_packing
 from .eager_rebased import computation_dtype, feature_map, segment_ids_of
 from .triton_context_rebased import factors_of_rows
-from .triton_inputs_rebased import bring_into_range, needs_range
-from .triton_rebased import OPS
+from .triton_inputs_rebased import needs_range
+from .triton_rebased import OPS, bring_into_range
 
 
 class Exchange(NamedTuple):

@@ -42,7 +42,16 @@ from .triton_features_rebased import (
 )
 from .triton_inputs_rebased import computes_in_float32, mask_as_bytes, pad_rows, with_unit_stride
 from .triton_language_rebased import INTERPRETED, tl, triton
-from .triton_launch_rebased import PreparedCall, grid_of_rows, launch, on_gpu_of, prepare, strides_of
+from .triton_launch_rebased import (
+    PreparedCall,
+    compiling_only,
+    grid_of_rows,
+    is_first,
+    launch,
+    on_gpu_of,
+    prepare,
+    strides_of,
+)
 from .triton_layout_rebased import to_public
 from .triton_plan_rebased import compute_type, product_precision
 from .triton_segments_rebased import Segments, allocate_states, cut_into_segments, grid_of_blocks
@@ -696,6 +705,12 @@ def backward_pass(
         "backward", (q, k, v, mask, cu_seqlens, grad, grad_final, o, inverse_z, states, norms, ranges),
         (c0, c1, c2, scale), has_initial, has_last, grad_initial, packed=cu_seqlens is not None,
     )  # fmt: skip
+    if is_first(prepared, q.device):
+        with on_gpu_of(q), compiling_only():
+            backward_pass(
+                grad, grad_final, q, k, v, o, inverse_z, states, norms, attention_mask, cu_seqlens, has_initial,
+                has_last, grad_initial, c0, c1, c2, scale, ranges,
+            )  # fmt: skip
     with on_gpu_of(q):
         dv = v.new_empty(v.shape)
         v = pad_rows(v, prepared)

@@ -17,11 +17,13 @@ of weights are sums over tokens: each program writes its own part, and PyTorch a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .triton_language_rebased import tl, triton
-from .triton_launch_rebased import on_gpu_of
+from .triton_launch_rebased import launch, on_gpu_of, prepare_launches
 
 
 _TOKENS, _CHANNELS, _WARPS = 128, 64, 8  # of a program
@@ -121,19 +123,19 @@ def _conv_backward_kernel(
         tl.store(dgate + at, (dy * convolved).to(dgate.dtype.element_ty), mask=inside)
 
 
-def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, segment_ids: Tensor | None):
-    """Return the grid of either kernel, and the arguments that both have, by name."""
+def _sizes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, segment_ids: Tensor | None
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the grid of either kernel, and the numbers and options that both take, by name."""
     batch, length, channels = x.shape
-    grid = (triton.cdiv(length, _TOKENS), triton.cdiv(channels, _CHANNELS), batch)
     gate_strides = (0, 0) if gate is None else gate.stride()[:2]
-    options = {
+    return (triton.cdiv(length, _TOKENS), triton.cdiv(channels, _CHANNELS), batch), {
         "T": length, "C": channels, "stride_xb": x.stride(0), "stride_xt": x.stride(1),
         "stride_gb": gate_strides[0], "stride_gt": gate_strides[1],
         "stride_segment": 0 if segment_ids is None else segment_ids.stride(0), "K": weight.shape[1], "BT": _TOKENS,
         "BC": _CHANNELS, "HAS_BIAS": bias is not None, "GATED": gate is not None, "VARLEN": segment_ids is not None,
         "num_warps": _WARPS,
     }  # fmt: skip
-    return grid, {"x": x, "weight": weight, "bias": bias, "gate": gate, "segment_ids": segment_ids, **options}
 
 
 def _readable(
@@ -155,9 +157,11 @@ def conv_forward(
     """Return y [B, T, C]; see `triton_short_conv`."""
     x, weight, gate, segment_ids = _readable(x, weight, gate, segment_ids)
     y = conv_fake(x, weight, bias, gate, segment_ids)
-    grid, arguments = _sizes(x, weight, bias, gate, segment_ids)
+    inputs = (x, weight, bias, gate, segment_ids)
+    prepared = prepare_launches("conv", inputs)
     with on_gpu_of(x):
-        _conv_kernel[grid](y=y, **arguments)
+        tensors = dict(zip(("x", "weight", "bias", "gate", "segment_ids", "y"), (*inputs, y)))
+        launch(prepared, "conv", _conv_kernel, tensors, lambda: _sizes(*inputs))
     return y
 
 
@@ -175,12 +179,19 @@ def conv_backward(
     x, weight, gate, segment_ids = _readable(x, weight, gate, segment_ids)
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
     dx, dweight, dbias, dgate = conv_backward_fake(grad, x, weight, bias, gate, segment_ids)
-    grid, arguments = _sizes(x, weight, bias, gate, segment_ids)
-    parts = torch.empty(grid[0] * grid[2], weight.shape[1] + 1, x.shape[2], dtype=torch.float32, device=x.device)
+    programs = x.shape[0] * triton.cdiv(x.shape[1], _TOKENS)
+    parts = torch.empty(programs, weight.shape[1] + 1, x.shape[2], dtype=torch.float32, device=x.device)
+    inputs = (x, weight, bias, gate, segment_ids)
+    prepared = prepare_launches("conv backward", (grad, *inputs))
+
+    def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
+        grid, sizes = _sizes(*inputs)
+        return grid, {**sizes, "stride_yb": grad.stride(0), "stride_yt": grad.stride(1)}
+
     with on_gpu_of(x):
-        _conv_backward_kernel[grid](
-            grad=grad, dx=dx, dgate=dgate, parts=parts, stride_yb=grad.stride(0), stride_yt=grad.stride(1), **arguments
-        )
+        tensors = dict(zip(("x", "weight", "bias", "gate", "segment_ids"), inputs))
+        tensors |= {"grad": grad, "dx": dx, "dgate": dgate, "parts": parts}
+        launch(prepared, "conv backward", _conv_backward_kernel, tensors, complete)
     sums = parts.sum(0)
     dweight.copy_(sums[:-1].flip(0).T)
     if bias is not None:

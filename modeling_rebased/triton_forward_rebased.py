@@ -27,7 +27,7 @@ from .triton_features_rebased import (
 )
 from .triton_inputs_rebased import computes_in_float32, mask_as_bytes, pad_rows, with_unit_stride
 from .triton_language_rebased import tl, triton
-from .triton_launch_rebased import launch, on_gpu_of, prepare, strides_of
+from .triton_launch_rebased import compiling_only, is_first, launch, on_gpu_of, prepare, strides_of
 from .triton_layout_rebased import to_public
 from .triton_plan_rebased import choose_sizes, compute_type, product_precision
 from .triton_segments_rebased import allocate_states, count_slots, cut_into_segments, grid_of_blocks
@@ -195,6 +195,11 @@ def forward_pass(
         "forward", (q, k, v, mask, cu_seqlens, initial_state, ranges), (c0, c1, c2, scale), eps, output_final_state,
         packed=cu_seqlens is not None,
     )  # fmt: skip
+    if is_first(prepared, q.device):
+        with on_gpu_of(q), compiling_only():
+            forward_pass(
+                q, k, v, attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state, ranges
+            )
     layout, plan = prepared.layout, prepared.plan
     with on_gpu_of(q):
         v = pad_rows(v, prepared)

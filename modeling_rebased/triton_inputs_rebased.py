@@ -4,19 +4,22 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# ruff: noqa: SIM102
+# Kernels are written in Triton's language, which only looks like Python. A test of a compile-time constant must not
+# share a condition with a value that only the GPU knows.
 """Bring the caller's tensors into the form that the kernels read, with a copy only where one is needed."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .eager_rebased import degree_factors, units_of
 from .triton_language_rebased import INTERPRETED, tl, triton
-from .triton_launch_rebased import PreparedCall, launch, strides_of
+from .triton_launch_rebased import PreparedCall, grid_of_rows, launch, on_gpu_of, prepare, strides_of
 from .triton_plan_rebased import MOST_SEGMENT
+from .triton_tiles_rebased import batch_row, load_rows, store_rows, token_pointer
 
 
 def computes_in_float32(dtype: torch.dtype) -> bool:
@@ -38,46 +41,170 @@ def needs_range(q: Tensor, coefficients: tuple[float, float, float], normalized:
     return not normalized and any(coefficients[1:]) and q.dtype != torch.float16
 
 
-def bring_into_range(
-    q: Tensor,
-    k: Tensor,
-    coefficients: tuple[float, float, float],
-    attention_mask: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Multiply the queries and the keys of each head by a power of two that keeps (q . k)**2 within float32.
+@triton.jit(do_not_specialize=["T", "N"])
+def _largest_kernel(
+    q, k, bits, mask,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_mb, T, N,
+    F: tl.constexpr, FP: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, BM: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Raise bits [N, H + HKV] to the largest finite magnitude of each head of q, and of the kept rows of each of k.
 
-    The power is 1 unless numbers are very large. Multiplying all weights and eps by the same number leaves o as it is.
-
-    Returns:
-        q, k and the initial state, multiplied; the product of both powers for every query, `ranges`, fp32 [B, H, T];
-        and the factors by which the states are multiplied, fp32 [B, H_kv, n_features, 1].
+    Positive floats are ordered as their bits are, as integers. A program reads BM rows of one head. Grid: (H + HKV) *
+    blocks of rows.
     """
-    with torch.no_grad():
-        query_size = torch.linalg.vector_norm(q, math.inf, (1, 3), dtype=torch.float32)  # [B, H]
-        query_factor = _units_of_heads(query_size, LARGEST / q.shape[3])
-        # A dropped key may hold anything.
-        kept = k if attention_mask is None else k.masked_fill(~attention_mask[:, :, None, None], 0.0)
-        key_size = torch.linalg.vector_norm(kept, math.inf, (1, 3), dtype=torch.float32)  # [B, H_kv]
-        if (
-            initial_state is not None
-        ):  # it holds squares of keys; a row of it belongs to a packed sequence or to the batch
-            squares = initial_state.abs().amax((2, 3) if initial_state.shape[0] == k.shape[0] else (0, 2, 3))
-            key_size = torch.maximum(key_size, squares.float().sqrt())
-        key_factor = _units_of_heads(key_size, LARGEST)
-        by_head = query_factor * key_factor.repeat_interleave(q.shape[2] // k.shape[2], dim=1)  # [B, H]
-        ranges = by_head[:, :, None].expand(-1, -1, q.shape[1]).contiguous()
-        state_factor = degree_factors(key_factor[:, :, None, None], coefficients, q.shape[3])
-    q = q * query_factor[:, None, :, None].to(q.dtype)
-    k = k * key_factor[:, None, :, None].to(k.dtype)
-    if initial_state is not None:
-        initial_state = initial_state.float() * state_factor
-    return q, k, initial_state, ranges, state_factor
+    head = tl.program_id(0) % (H + HKV)
+    if batch_row() >= N:
+        return
+    b64 = batch_row().to(tl.int64)
+    t64 = (tl.program_id(0) // (H + HKV)).to(tl.int64) * BM
+    rows = tl.arange(0, BM)
+    ok = rows + t64 < T
+    f = tl.arange(0, FP)
+    if head < H:
+        x = load_rows(token_pointer(q, b64, t64, head, stride_qb, stride_qt, stride_qh), rows, ok, stride_qt, f, F,
+                      F == FP, True)  # fmt: skip
+    else:
+        if HAS_MASK:
+            ok = tl.load(mask + b64 * stride_mb + t64 + rows, mask=ok, other=0) != 0
+        x = load_rows(token_pointer(k, b64, t64, head - H, stride_kb, stride_kt, stride_kh), rows, ok, stride_kt, f,
+                      F, F == FP, True)  # fmt: skip
+    size = tl.abs(x.to(tl.float32))
+    size = tl.where(size < float("inf"), size, 0.0)  # not NaN either
+    largest = tl.max(tl.max(size, 1), 0)
+    tl.atomic_max(bits + b64 * (H + HKV) + head, largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
-def _units_of_heads(size: Tensor, largest: float) -> Tensor:
-    """Return powers of two that bring heads whose largest number is `size` to `largest` at most; 1 for NaN."""
-    return units_of(size.where(size.isfinite(), 0.0) / largest)
+@triton.jit
+def _factor(bits, most):
+    """Return the power of two that brings numbers up to the float with these bits to `most`; at most 1."""
+    size = tl.load(bits).to(tl.float32, bitcast=True)
+    SMALLEST: tl.constexpr = 1.1754943508222875e-38  # normal number of float32
+    factor = tl.maximum(1.0 / tl.maximum(size / most, 1.0), SMALLEST)
+    return (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def _multiply_kernel(
+    q, k, new_q, new_k, bits, factors, ranges,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, N, most_query, most_key,
+    F: tl.constexpr, FP: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, BM: tl.constexpr, FORWARD: tl.constexpr,
+):  # fmt: skip
+    """Multiply each head of q and of k by its factor, into new_q [B, T, H, F] and new_k [B, T, HKV, F].
+
+    FORWARD: the factors follow from `bits`, and are stored: factors [N, H + HKV], and ranges [N, H, T], the products
+    of a query's factor and its keys'. Otherwise they are read. Grid: as in `_largest_kernel`.
+    """
+    head = tl.program_id(0) % (H + HKV)
+    if batch_row() >= N:
+        return
+    b64 = batch_row().to(tl.int64)
+    t64 = (tl.program_id(0) // (H + HKV)).to(tl.int64) * BM
+    rows = tl.arange(0, BM)
+    inside = rows + t64 < T
+    f = tl.arange(0, FP)
+    bits += b64 * (H + HKV)
+    factors += b64 * (H + HKV)
+    if head < H:
+        if FORWARD:
+            factor = _factor(bits + head, most_query)
+            product = factor * _factor(bits + H + head // (H // HKV), most_key)
+            tl.store(ranges + (b64 * H + head) * T + t64 + rows, rows * 0.0 + product, mask=inside)
+        else:
+            factor = tl.load(factors + head)
+        x = load_rows(token_pointer(q, b64, t64, head, stride_qb, stride_qt, stride_qh), rows, inside, stride_qt, f,
+                      F, F == FP, True)  # fmt: skip
+        store_rows(new_q + ((b64 * T + t64) * H + head) * F, rows, inside, H * F, f, F, x.to(tl.float32) * factor)
+    else:
+        if FORWARD:
+            factor = _factor(bits + head, most_key)
+        else:
+            factor = tl.load(factors + head)
+        x = load_rows(token_pointer(k, b64, t64, head - H, stride_kb, stride_kt, stride_kh), rows, inside, stride_kt,
+                      f, F, F == FP, True)  # fmt: skip
+        at = new_k + ((b64 * T + t64) * HKV + head - H) * F
+        store_rows(at, rows, inside, HKV * F, f, F, x.to(tl.float32) * factor)
+    if FORWARD:
+        if t64 == 0:
+            tl.store(factors + head, factor)
+
+
+_RANGE_ROWS = 256  # rows per program
+
+
+def _range_sizes(q: Tensor, k: Tensor, prepared: PreparedCall) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the grid of both kernels, and the arguments that they share, by name."""
+    batch, length, heads, feature_dim = q.shape
+    kv_heads = k.shape[2]
+    return grid_of_rows(-(-length // _RANGE_ROWS) * (heads + kv_heads), batch), {
+        **strides_of("q", q), **strides_of("k", k), "T": length, "N": batch, "F": feature_dim,
+        "FP": prepared.layout.f, "H": heads, "HKV": kv_heads, "BM": _RANGE_ROWS, "num_warps": 4,
+    }  # fmt: skip
+
+
+def range_pass(
+    q: Tensor, k: Tensor, attention_mask: Tensor | None, state_size: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q and k within range, `ranges` [B, H, T], and the factors of the heads of q and of k, [B, H + H_kv].
+
+    Args:
+        q: [B, T, H, F]; k: [B, T, H_kv, F].
+        attention_mask: [B, T]. A dropped key may hold anything.
+        state_size: the largest magnitude of keys that the initial state comes from, fp32 [B, H_kv]; or None.
+    """
+    q, k, mask = with_unit_stride(q), with_unit_stride(k), mask_as_bytes(attention_mask)
+    batch, heads, feature_dim = q.shape[0], q.shape[2], q.shape[3]
+    prepared = prepare("range", (q, k, k, mask), (0.0, 0.0, 1.0, 1.0), LARGEST)
+    with on_gpu_of(q):
+        bits = torch.zeros(batch, heads + k.shape[2], dtype=torch.int32, device=q.device)
+        if state_size is not None:
+            bits[:, heads:] = state_size.where(state_size.isfinite(), 0.0).view(torch.int32)
+        new_q, new_k, ranges, factors = range_fake(q, k, attention_mask, state_size)
+
+        def complete_largest() -> tuple[tuple[int, ...], dict[str, Any]]:
+            grid, sizes = _range_sizes(q, k, prepared)
+            return grid, {**sizes, "stride_mb": 0 if mask is None else mask.stride(0), "HAS_MASK": mask is not None}
+
+        def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
+            grid, sizes = _range_sizes(q, k, prepared)
+            # A query times F, since its product with a key is a sum of F.
+            return grid, {**sizes, "most_query": LARGEST / feature_dim, "most_key": LARGEST, "FORWARD": True}
+
+        launch(prepared, "largest", _largest_kernel, {"q": q, "k": k, "bits": bits, "mask": mask}, complete_largest)
+        tensors = {"q": q, "k": k, "new_q": new_q, "new_k": new_k, "bits": bits, "factors": factors, "ranges": ranges}
+        launch(prepared, "multiply", _multiply_kernel, tensors, complete)
+    return new_q, new_k, ranges, factors
+
+
+def range_fake(
+    q: Tensor, k: Tensor, attention_mask: Tensor | None, state_size: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return empty tensors of the sizes that `range_pass` returns."""
+    batch, length, heads, _ = q.shape
+    ranges = q.new_empty(batch, heads, length, dtype=torch.float32)
+    factors = q.new_empty(batch, heads + k.shape[2], dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), ranges, factors
+
+
+def range_backward_pass(dq: Tensor, dk: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by q and k before `range_pass`, from those after it."""
+    dq, dk = with_unit_stride(dq), with_unit_stride(dk)
+    prepared = prepare("range backward", (dq, dk, dk), (0.0, 0.0, 1.0, 1.0))
+    with on_gpu_of(dq):
+        new_dq, new_dk = range_backward_fake(dq, dk, factors)
+
+        def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
+            grid, sizes = _range_sizes(dq, dk, prepared)
+            return grid, {**sizes, "most_query": 1.0, "most_key": 1.0, "FORWARD": False}
+
+        tensors = {"q": dq, "k": dk, "new_q": new_dq, "new_k": new_dk}
+        tensors |= {"bits": factors, "factors": factors, "ranges": factors}
+        launch(prepared, "multiply", _multiply_kernel, tensors, complete)
+    return new_dq, new_dk
+
+
+def range_backward_fake(dq: Tensor, dk: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return empty tensors of the sizes that `range_backward_pass` returns."""
+    return dq.new_empty(dq.shape), dk.new_empty(dk.shape)
 
 
 def with_unit_stride(x: Tensor) -> Tensor:

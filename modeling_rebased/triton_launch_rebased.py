@@ -8,12 +8,17 @@
 
 Calls with inputs of the same kind share a `PreparedCall`: the sizes of the kernels, how the tokens are cut, and the
 compiled kernels with all arguments that are not tensors.
+
+The first of such calls compiles the kernels of its pass in threads, all at the same time. Triton's compiler and the C
+compiler that it starts let other threads run, and one kernel after another would take several seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from operator import itemgetter
 from typing import Any
 
@@ -25,19 +30,54 @@ from .triton_layout_rebased import Layout
 from .triton_plan_rebased import Plan, choose_sizes, product_precision
 
 
-class PreparedCall:
-    """What calls with inputs of the same kind share; each part is worked out once."""
+class Launches:
+    """The launches of calls with inputs of the same kind; each part is worked out once."""
 
-    __slots__ = ("cuts", "launches", "layout", "plan", "segment")
+    __slots__ = ("compiling", "is_new", "launches")
 
-    def __init__(self, layout: Layout, plan: Plan, segment: int) -> None:
+    def __init__(self, is_new: bool) -> None:
+        self.is_new = is_new  # its kernels may not be compiled yet, see `is_first`
+        self.launches: dict[str, tuple] = {}  # see `launch`
+        self.compiling: dict[str, Future] = {}  # kernels that threads compile, by the name of their launch
+
+
+class PreparedCall(Launches):
+    """What calls of a pass of attention with inputs of the same kind share."""
+
+    __slots__ = ("cuts", "layout", "plan", "segment")
+
+    def __init__(self, layout: Layout, plan: Plan, segment: int, is_new: bool) -> None:
+        super().__init__(is_new)
         self.layout, self.plan, self.segment = layout, plan, segment
         self.cuts: dict[bool, Any] = {}  # see `cut_into_segments`
-        self.launches: dict[str, tuple] = {}  # see `launch`
 
 
-_PREPARED: dict[tuple, PreparedCall] = {}
+_PREPARED: dict[tuple, Any] = {}
 _MOST_PREPARED = 4096
+_VARIANTS: set[tuple] = set()
+
+
+def _keep(key: tuple, prepared: Launches) -> None:
+    if len(_PREPARED) >= _MOST_PREPARED:
+        _PREPARED.clear()
+    _PREPARED[key] = prepared
+
+
+def _is_new(*variant) -> bool:
+    """Return whether there has been no call of this variant, and remember it.
+
+    A variant is what the compile-time constants of kernels follow from, but for rare exceptions. Lengths and batch
+    sizes are not part of it, so that calls of all lengths find compiled kernels.
+    """
+    if variant in _VARIANTS:
+        return False
+    _VARIANTS.add(variant)
+    return True
+
+
+def count_variants() -> int:
+    """Return how many variants of calls there have been."""
+    return len(_VARIANTS)
 
 
 def prepare(
@@ -56,16 +96,74 @@ def prepare(
     key = (name, q.device, product_precision(q.dtype), coefficients, *options, *kinds)
     prepared = _PREPARED.get(key)
     if prepared is None:
-        if len(_PREPARED) >= _MOST_PREPARED:
-            _PREPARED.clear()
         layout, plan = choose_sizes(q.shape[3], v.shape[3], coefficients[:3], coefficients[3], q.dtype, q.device)
         segment = plan.segment if packed or q.shape[1] > plan.alone else plan.alone
-        prepared = _PREPARED[key] = PreparedCall(layout, plan, segment)
+        heads = tuple(x.shape[2:] for x in tensors[:3] if x is not None)
+        given = tuple(x is None for x in tensors)
+        is_new = _is_new(*key[: 4 + len(options)], q.dtype, *heads, given, q.shape[1] > segment)
+        prepared = PreparedCall(layout, plan, segment, is_new)
+        _keep(key, prepared)
     return prepared
 
 
+def prepare_launches(name: str, tensors: tuple[Tensor | None, ...]) -> Launches:
+    """Return what calls of a pass that is no attention share; the key is as in `prepare`."""
+    kinds = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors]
+    key = (name, tensors[0].device, *kinds)
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        of_rows = tuple(None if x is None else (x.dtype, x.shape[-1]) for x in tensors)
+        prepared = Launches(_is_new(*key[:2], of_rows))
+        _keep(key, prepared)
+    return prepared
+
+
+class _Mode(threading.local):
+    """Say whether this thread launches kernels, or hands them to other threads that compile them."""
+
+    compilers: ThreadPoolExecutor | None = None
+
+
+_MODE = _Mode()
+
+
+@contextlib.contextmanager
+def compiling_only() -> Iterator[None]:
+    """Let `launch` start the compilation of kernels in the background, and launch nothing, for a `with` block.
+
+    Whatever a pass computes in the block is thrown away.
+    """
+    _MODE.compilers = ThreadPoolExecutor(8)
+    try:
+        yield
+    finally:
+        _MODE.compilers.shutdown(wait=False)
+        _MODE.compilers = None
+
+
+def is_first(prepared: Launches, device: torch.device) -> bool:
+    """Return whether the kernels of such calls should be compiled ahead, the first time that it is asked."""
+    is_new, prepared.is_new = prepared.is_new, False
+    if not is_new or device.type != "cuda" or INTERPRETED or _MODE.compilers is not None:
+        return False
+    return not torch.cuda.is_current_stream_capturing()  # when nothing may be loaded to the GPU
+
+
+def start_compiling(kernel, grid: tuple[int, ...], arguments: dict[str, Any]) -> Future:
+    """Compile a kernel in a thread of `compiling_only`, and load it to the current GPU."""
+    assert _MODE.compilers is not None
+    device = torch.cuda.current_device()
+
+    def compile_and_load() -> None:
+        with torch.cuda.device(device):
+            # What launches a kernel is compiled too, by the C compiler. The subscript does that.
+            kernel.warmup(grid=grid, **arguments)[(*grid, 1, 1)[:3]]
+
+    return _MODE.compilers.submit(compile_and_load)
+
+
 def launch(
-    prepared: PreparedCall,
+    prepared: Launches,
     name: str,
     kernel,
     tensors: dict[str, Tensor | None],
@@ -81,11 +179,18 @@ def launch(
         complete: returns the grid and everything else by name: numbers, compile-time constants and compiler options
             (num_warps and the like). It is called once, so all of it must follow from what `prepared` was made for.
     """
+    if _MODE.compilers is not None:
+        if name not in prepared.launches and name not in prepared.compiling:
+            grid, others = complete()
+            prepared.compiling[name] = start_compiling(kernel, grid, {**tensors, **others})
+        return
     found = prepared.launches.get(name)
     if found is not None:
         run, in_order, others = found
         run(*in_order(tensors), *others)
         return
+    if name in prepared.compiling:
+        wait([prepared.compiling.pop(name)])  # what went wrong there goes wrong once more below
     grid, others = complete()
     compiled = kernel[grid](**tensors, **others)
     if not INTERPRETED:

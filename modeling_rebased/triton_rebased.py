@@ -45,6 +45,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM
+from .eager_rebased import degree_factors
 from .triton_backward_rebased import backward_fake, backward_pass
 from .triton_context_rebased import (
     shard_dkdv_fake,
@@ -59,8 +60,9 @@ from .triton_context_rebased import (
 from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, conv_forward
 from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
-from .triton_inputs_rebased import bring_into_range, needs_range
+from .triton_inputs_rebased import needs_range, range_backward_fake, range_backward_pass, range_fake, range_pass
 from .triton_language_rebased import HAS_TRITON, INTERPRETED
+from .triton_launch_rebased import compiling_only, count_variants, on_gpu_of
 
 
 _WIDE_BYTES = 112 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
@@ -99,13 +101,28 @@ def _make_autograd(backward_op):
     return autograd
 
 
+def _compile_backward(ctx, inputs, output) -> None:
+    """Compile the kernels of the backward pass in the background, while the model goes on with its forward pass."""
+    q, k, v, mask, cu_seqlens, *_, ranges = inputs
+    o, final, inverse_z, states, norms = output
+    grad_final = final if ctx.has_last else None
+    with on_gpu_of(q), compiling_only():
+        backward_pass(
+            o, grad_final, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, ctx.has_initial, ctx.has_last,
+            ctx.grad_initial, *ctx.coefficients, ranges,
+        )  # fmt: skip
+
+
 class _Attention(torch.autograd.Function):
     """The same forward and backward pass without the dispatcher: plain eager calls save most of the host's time."""
 
     @staticmethod
     def forward(ctx, *inputs):
+        variants = count_variants()
         output = forward_pass(*inputs)
         _setup_context(ctx, inputs, output)
+        if count_variants() > variants and inputs[0].is_cuda and not INTERPRETED:
+            _compile_backward(ctx, inputs, output)
         return output
 
     # second derivatives are an error, not silently 0
@@ -131,10 +148,39 @@ class _ShortConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
+        variants = count_variants()
         _setup_conv_context(ctx, inputs, None)
-        return conv_forward(*inputs)
+        y = conv_forward(*inputs)
+        if count_variants() > variants and y.is_cuda and not INTERPRETED:
+            with on_gpu_of(y), compiling_only():
+                conv_backward(y, *inputs)
+        return y
 
     backward = staticmethod(once_differentiable(_make_conv_autograd(conv_backward)))
+
+
+def _setup_range_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(output[3])
+
+
+def _make_range_autograd(backward_op):
+    def autograd(ctx, dq, dk, *_):
+        return *backward_op(dq, dk, *ctx.saved_tensors), None, None
+
+    return autograd
+
+
+class _Range(torch.autograd.Function):
+    """What brings queries and keys into range likewise."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = range_pass(*inputs)
+        _setup_range_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(once_differentiable(_make_range_autograd(range_backward_pass)))
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
@@ -160,6 +206,8 @@ _SCHEMAS = {
     "conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) -> Tensor",
     "conv_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "range": "(Tensor q, Tensor k, Tensor? attention_mask, Tensor? state_size) -> (Tensor, Tensor, Tensor, Tensor)",
+    "range_backward": "(Tensor dq, Tensor dk, Tensor factors) -> (Tensor, Tensor)",
     "state": f"(Tensor k, Tensor v, Tensor? attention_mask, {_COEFFICIENTS}) -> Tensor",
     "state_gradient": "(Tensor grad, Tensor q, Tensor o, Tensor inverse_z, int kv_heads, "
     f"{_COEFFICIENTS}, Tensor? ranges=None) -> Tensor",
@@ -193,6 +241,8 @@ def _register():
             "decode": (decode_token, decode_fake),
             "conv": (conv_forward, conv_fake),
             "conv_backward": (conv_backward, conv_backward_fake),
+            "range": (range_pass, range_fake),
+            "range_backward": (range_backward_pass, range_backward_fake),
             "state": (state_pass, state_fake),
             "state_gradient": (state_gradient_pass, state_gradient_fake),
             "shard_dq": (shard_dq_pass, shard_dq_fake),
@@ -206,6 +256,7 @@ def _register():
         for op, autograd, setup in (
             ("forward", _make_autograd(ops.backward.default), _setup_context),
             ("conv", _make_conv_autograd(ops.conv_backward.default), _setup_conv_context),
+            ("range", _make_range_autograd(ops.range_backward.default), _setup_range_context),
         ):
             torch.library.register_autograd(f"{name}::{op}", autograd, setup_context=setup, lib=library)
         libraries[name] = library
@@ -249,6 +300,43 @@ def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, feature_
     return None
 
 
+def bring_into_range(
+    q: Tensor,
+    k: Tensor,
+    coefficients: tuple[float, float, float],
+    attention_mask: Tensor | None,
+    initial_state: Tensor | None,
+    with_factor: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Multiply the queries and the keys of each head by a power of two that keeps (q . k)**2 within float32.
+
+    The power is 1 unless numbers are very large. Multiplying all weights and eps by the same number leaves o as it is.
+
+    Returns:
+        q, k and the initial state, multiplied; the product of both powers for every query, `ranges`, fp32 [B, H, T];
+        and the factors by which the states are multiplied, fp32 [B, H_kv, n_features, 1], or None if there is no
+        initial state and `with_factor` does not ask for them.
+    """
+    state_size = None
+    if initial_state is not None:  # it holds squares of keys; a row of it belongs to a packed sequence or to the batch
+        with torch.no_grad():
+            squares = initial_state.abs().amax((2, 3) if initial_state.shape[0] == k.shape[0] else (0, 2, 3))
+            state_size = squares.float().sqrt().expand(k.shape[0], -1).contiguous()
+    inputs = (q, k, attention_mask, state_size)
+    if not _is_plain(*inputs):
+        q, k, ranges, factors = OPS.range(*inputs)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        q, k, ranges, factors = _Range.apply(*inputs)
+    else:
+        q, k, ranges, factors = range_pass(*inputs)
+    state_factor = None
+    if with_factor or initial_state is not None:
+        state_factor = degree_factors(factors[:, q.shape[2] :, None, None], coefficients, q.shape[3])
+    if initial_state is not None:
+        initial_state = initial_state.float() * state_factor
+    return q, k, initial_state, ranges, state_factor
+
+
 def triton_rebased_attention(
     q: Tensor,
     k: Tensor,
@@ -288,7 +376,9 @@ def triton_rebased_attention(
     c0, c1, c2 = (float(c) for c in coefficients)
     ranges = state_factor = None
     if needs_range(q, (c0, c1, c2), normalized):
-        q, k, initial_state, ranges, state_factor = bring_into_range(q, k, (c0, c1, c2), attention_mask, initial_state)
+        q, k, initial_state, ranges, state_factor = bring_into_range(
+            q, k, (c0, c1, c2), attention_mask, initial_state, output_final_state
+        )
     inputs = (q, k, v, attention_mask, cu_seqlens, initial_state)
     options = (c0, c1, c2, float(scale), float(eps), output_final_state, ranges)
     if not _is_plain(*inputs):

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import shutil
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -604,6 +606,16 @@ def test_one_large_query_and_key_leave_the_others_exact():
     assert relative(o[:, :20], expected[:, :20]) < 1e-5 and relative(o[:, 21:], expected[:, 21:-1]) < 1e-5
 
 
+def test_an_infinite_query_leaves_large_ones_exact():
+    q, k, v = make(1, 40, 1, 1, 8, 8)
+    expected, _ = oracle(q, k, v, REBASED, 8**-0.5, 1e-12)
+    q, k = q * 1e15, k * 1e15
+    q[:, 20], q[:, 30] = float("inf"), -float("inf")
+    o, _ = rebased_attention(q, k, v, backend="triton")
+    rest = [x for x in range(40) if x not in (20, 30)]
+    assert relative(o[:, rest], expected[:, rest]) < 1e-5
+
+
 def test_inputs_of_usual_size_stay_as_they_are():
     q, k, v = make(1, 40, 2, 1, 8, 8)
     initial = torch.rand(1, 1, 36, 9, device=DEVICE)
@@ -656,6 +668,7 @@ def test_operators_are_well_formed():
     initial = torch.rand(1, 1, 10, 5, device=DEVICE, requires_grad=True)
     torch.library.opcheck(op, (q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.5, 1e-3, False), test_utils=tests)
     torch.library.opcheck(op, (q, k, v, None, None, initial, 0.0, 0.0, 1.0, 0.5, 1e-3, True), test_utils=tests)
+    torch.library.opcheck(triton_rebased.OPS.range.default, (q, k, None, None), test_utils=tests)
     state = torch.rand(1, 1, 10, 5, device=DEVICE)
     one = [x[:, :1].detach() for x in (q, k, v)]
     for indices in (None, torch.tensor([0], device=DEVICE)):
@@ -901,3 +914,65 @@ def test_compiles_once_for_any_length(packed):
         assert all(torch.equal(a, b) for a, b in zip(plain, traced))
         graphs.append(counter.frame_count)
     assert graphs[0] == graphs[1]  # the second batch found the graph of the first
+
+
+def test_only_the_first_call_of_a_variant_is_new(monkeypatch):
+    """Lengths and batches share compiled kernels; whether there is a state does not."""
+    monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
+    monkeypatch.setattr(triton_launch_rebased, "_VARIANTS", set())
+
+    def is_new(batch, length, dim, *options):
+        q, k, v = (torch.empty(batch, length, 1, size, device=DEVICE) for size in (16, 16, dim))
+        return triton_launch_rebased.prepare("forward", (q, k, v), (*REBASED, 0.25), *options).is_new
+
+    assert is_new(1, 20, 16) and is_new(1, 20, 32) and is_new(1, 20, 16, True) and is_new(1, 20000, 16)
+    assert not any((is_new(2, 20, 16), is_new(1, 21, 16), is_new(1, 21, 16, True), is_new(1, 30000, 16)))
+
+
+def test_kernels_are_compiled_in_threads_before_they_are_launched(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(triton_launch_rebased, "INTERPRETED", False)
+    events = []
+    start, meet = threading.Event(), threading.Barrier(2, timeout=30)
+
+    class Kernel:
+        arg_names = ("x", "y", "SIZE")
+
+        def __init__(self, name):
+            self.name = name
+
+        def warmup(self, x, y, SIZE, grid):
+            assert threading.current_thread() is not threading.main_thread()
+            start.wait(30)
+            meet.wait()  # both at the same time
+            events.append(f"compile {self.name}")
+            return {(*grid, 1): None}
+
+        def __getitem__(self, grid):
+            def run(x, y, SIZE):
+                events.append(f"launch {self.name}")
+                return {(*grid, 1): lambda *arguments: events.append(f"launch {self.name} again with {arguments}")}
+
+            return run
+
+    prepared = triton_launch_rebased.Launches(True)
+
+    def both():
+        for name in "ab":
+            triton_launch_rebased.launch(
+                prepared, name, Kernel(name), {"y": 2, "x": 1}, lambda: ((4, 2), {"SIZE": 16})
+            )
+
+    with triton_launch_rebased.compiling_only():
+        both()
+        both()
+    assert events == []
+    start.set()
+    both()
+    both()
+    assert sorted(events[:2]) == ["compile a", "compile b"] and events[-2:] == [
+        "launch a again with (1, 2, 16)",
+        "launch b again with (1, 2, 16)",
+    ]
+    assert sorted(events[2:-2]) == ["launch a", "launch b"]

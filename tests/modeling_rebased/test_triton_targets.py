@@ -51,6 +51,9 @@ def launch(feature_dim, head_dim, length):
         ranges = torch.ones(1, 2, length)
         based = (1.0, 1.0, 0.5, 0.25, 1e-12, False, ranges)
         triton_rebased._Attention.apply(q, k, v, None, None, None, *based)[0].sum().backward()
+        mask = torch.ones(1, length, dtype=torch.bool)
+        within, others, *_ = triton_rebased.bring_into_range(q, k, (0.0, 0.0, 1.0), mask, None)
+        (within.sum() + others.sum()).backward()
     token = [x[:, :1].detach().expand(3, -1, -1, -1).contiguous() for x in (q, k, v)]
     state = torch.zeros(5, 2, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
     options = {"coefficients": (0.0, 0.0, 1.0), "scale": 0.25, "eps": 1e-12}
@@ -120,7 +123,7 @@ def test_kernels_compile(capability, shared, width, compiled):
     names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_decode_kernel"}
     names |= {"_conv_kernel", "_conv_backward_kernel"}
     names |= {"_scale_kernel", "_gradient_kernel"} if width > 16 else set()
-    names |= {"_low_state_kernel"} if capability == 90 else set()
+    names |= {"_low_state_kernel", "_largest_kernel", "_multiply_kernel"} if capability == 90 else set()
     assert {name for name, _ in found} == names
     assert max(size for _, size in found) <= shared * 1024
 
