@@ -10,6 +10,7 @@ that quotes a figure is listed in `sentences`, and must stand in its page word f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -22,7 +23,20 @@ from typing import Any
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration import config_path
 from modeling_rebased.eval import plot_icll, plot_mad
-from modeling_rebased.eval.plot_mqar import cells, differences, markdown, read_runs, seed_accuracies, welch
+from modeling_rebased.eval.plot_mqar import (
+    FIGURE_MODELS,
+    HIDDEN,
+    LENGTHS,
+    PAPER_GOAL,
+    PUBLISHED,
+    cells,
+    differences,
+    figure_cells,
+    markdown,
+    read_runs,
+    seed_accuracies,
+    welch,
+)
 from modeling_rebased.eval.plot_style import label_of
 from modeling_rebased.eval.plots import read_csv
 from modeling_rebased.serving.plan import state_bytes
@@ -297,12 +311,34 @@ def mqar_runs() -> list[dict[str, Any]]:
     return read_runs(sorted((RESULTS / "mqar").glob("*.jsonl")))
 
 
+def mqar_figure() -> str:
+    """Return the means of the cells of Figure 1, a row per size, with the authors' values and the numbers of seeds."""
+    found = {(cell.length, cell.hidden, cell.model): cell for cell in figure_cells(cells(mqar_runs()))}
+    models = [model for model in FIGURE_MODELS if any(model == key[2] for key in found)]
+    head = ["length", "hidden"]
+    for model in models:
+        head += [label_of(model), *(["paper"] if model in PUBLISHED and model != "softmax" else [])]
+    rows = []
+    for length, hidden in itertools.product(LENGTHS, HIDDEN):
+        row = [f"{length:,}", hidden]
+        for model in models:
+            cell = found.get((length, hidden, model))
+            row.append("" if cell is None else f"{cell.mean:.3f} ({len(cell.accuracies)})")
+            if model in PUBLISHED and model != "softmax":
+                theirs = PUBLISHED[model].get((length, hidden))
+                row.append("≥ 0.97" if theirs is None else f"{theirs:.2f}")
+        rows.append(row)
+    return table(head, rows)
+
+
 def mqar_rates() -> str:
-    """Return the accuracy of every finished run of the 12-head models, by rate and seed."""
+    """Return the accuracy of every finished run of the 12-head models where the task is hard, by rate and seed."""
     rows = []
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for run in mqar_runs():
-        if run["model"] in ("rebased", "based") and not run.get("stopped"):
+    finished_runs = [run for run in mqar_runs() if run["model"] in ("rebased", "based") and not run.get("stopped")]
+    hard = {(run["length"], run["hidden"]) for run in finished_runs if run["accuracy"] < PAPER_GOAL}
+    for run in finished_runs:
+        if (run["length"], run["hidden"]) in hard:
             groups[run["length"], run["hidden"], -len(run["model"]), run["lr"]].append(run)
     for (length, hidden, _, lr), runs in sorted(groups.items()):
         by_seed = defaultdict(list)
@@ -429,8 +465,10 @@ def mad_fuzzy() -> str:
     for run in (run for run in finished("mad") if run["task"] == "fuzzy_recall"):
         best = max(run["history"], key=lambda entry: entry["accuracy"])
         last = run["history"][-1]
-        rows.append([label_of(run["model"]), best["epoch"], f"{best['accuracy']:.3f}", f"{last['accuracy']:.3f}"])
-    return table(["model", "best epoch", "accuracy there", "at the end"], rows)
+        figures = [f"{best['accuracy']:.3f}", f"{last['accuracy']:.3f}"]
+        rows.append([label_of(run["model"]), f"{run['lr']:g}", best["epoch"], *figures])
+    rows.sort(key=lambda row: float(row[1]))
+    return table(["model", "rate", "best epoch", "accuracy there", "at the end"], rows)
 
 
 # ---------------------------------------------------------------- language models
@@ -704,6 +742,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-plan": serving_plan,
     "serving-memory": serving_memory,
     "serving-speed": serving_speed,
+    "mqar-figure": mqar_figure,
     "mqar-cells": lambda: markdown(cells(mqar_runs())),
     "mqar-differences": lambda: differences(cells(mqar_runs())),
     "mqar-rates": mqar_rates,
@@ -729,14 +768,18 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def sentences() -> dict[str, list[str]]:
     """Return sentences with figures by page; each must stand in its page, whatever its line breaks."""
-    ours, based = recall_512()
-    gap = welch(ours.accuracies, based.accuracies)
-    return {
-        "docs/results.md": [
-            f"Based is ahead by {-gap.mean:.3f}, and the 95% interval of the difference reaches from "
-            f"{-gap.high:.2f} to {-gap.low:.2f}",
-        ],
-    }
+    found = {(cell.model, cell.length, cell.hidden): cell for cell in cells(mqar_runs())}
+    result = []
+    for length in (512, 1024):
+        ours, based = found["rebased", length, 64], found["based", length, 64]
+        gap = welch(ours.accuracies, based.accuracies)
+        ahead, sign = ("ReBased", 1) if gap.mean > 0 else ("Based", -1)
+        low, high = sorted((sign * gap.low, sign * gap.high))
+        result.append(
+            f"{ahead} is ahead by {abs(gap.mean):.3f}, and the 95% interval of the difference reaches from "
+            f"{low:.2f} to {high:.2f}"
+        )
+    return {"docs/results.md": result}
 
 
 def pages() -> list[Path]:

@@ -8,8 +8,8 @@ mean of its runs. A run that was cut off before it reached the paper's goal of 9
 the authors' figure stand beside these results. Runs that were planned for fewer epochs than the paper's 64 and did not
 reach the goal are marked: they do not reproduce a cell.
 
-Writes figure_1.png and figure_1.md (every cell), curves.png (accuracy by epoch) and differences.md (ReBased against
-Based with a confidence interval).
+Writes figure_1.png and figure_1.md (every cell), curves.png (accuracy by epoch where the task is hard) and
+differences.md (ReBased against Based with a confidence interval).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,11 @@ PUBLISHED: dict[str, dict[tuple[int, int], float]] = {
     },
     "softmax": {(length, hidden): 1.0 for length in LENGTHS for hidden in HIDDEN},
 }
-# Models in the order in which pictures and tables show them. Figure 1 leaves out the steps of the ablation.
-FIGURE_MODELS = ("rebased", "based", "softmax", *PEERS, "rebased_3_heads", "based_3_heads", "rebased_6_heads")
-VARIANTS = ("rebased_head_norm", "rebased_floor")
+# Models in the order in which pictures and tables show them. Figure 1 leaves out the variants and the ablation.
+FIGURE_MODELS = ("rebased", "based", "softmax", *PEERS)
+VARIANTS = ("rebased_3_heads", "based_3_heads", "rebased_6_heads", "rebased_head_norm", "rebased_floor")
 ORDER = (*FIGURE_MODELS, *VARIANTS, "x2", "normalized", "gamma", "gamma_beta")
 SEED_LINES = ("-", "--", ":", "-.", (0, (9, 3)))  # of the curves, by seed
-SEED_MARKERS = ("o", "s", "^", "D", "v")  # of the points of Figure 1, by seed
 PAPER_EPOCHS = 64
 PAPER_GOAL = 0.99  # the accuracy at which the authors stop a run
 
@@ -223,7 +223,10 @@ def welch(first: list[float], second: list[float]) -> Difference:
 
 
 def differences(found: list[Cell]) -> str:
-    """Return a table in Markdown of ReBased less Based, for the sizes at which both have two seeds or more."""
+    """Return a table in Markdown of ReBased less Based, for the sizes at which both have two seeds or more.
+
+    A size at which both reach the goal of 99% is left out. Their runs stopped there, so a difference means nothing.
+    """
     lines = [
         "| length | hidden | seeds | ReBased, mean ± standard deviation | Based, mean ± standard deviation "
         "| difference | 95% interval | p |",
@@ -233,6 +236,8 @@ def differences(found: list[Cell]) -> str:
     for cell in found:
         other = by_size.get(("based", cell.length, cell.hidden, cell.pairs))
         if cell.model != "rebased" or other is None or min(len(cell.accuracies), len(other.accuracies)) < 2:
+            continue
+        if min(*cell.accuracies, *other.accuracies) >= PAPER_GOAL:
             continue
         spread = [f"{one.mean:.3f} ± {statistics.stdev(one.accuracies):.3f}" for one in (cell, other)]
         seeds = " and ".join(str(count) for count in dict.fromkeys((len(cell.accuracies), len(other.accuracies))))
@@ -244,55 +249,60 @@ def differences(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: list[Cell], path: str | Path) -> None:
-    """Draw a panel per trained length: each seed as a point, the mean as a bar, the authors' number as a star.
+def figure_cells(found: list[Cell]) -> list[Cell]:
+    """Return the cells that the paper's Figure 1 has, of its models and of their peers of today."""
+    return [
+        cell
+        for cell in found
+        if cell.model in FIGURE_MODELS
+        and (cell.length in LENGTHS and cell.hidden in HIDDEN)
+        and cell.pairs in (None, PAPER_PAIRS[cell.length])
+    ]
 
-    A panel holds the hidden sizes that were trained there and, at each, its models side by side.
+
+def plot(found: list[Cell], path: str | Path) -> None:
+    """Draw a panel per length with the hidden sizes side by side, as the authors do.
+
+    A line joins the means of a model, and each seed is a point. The authors' values stand behind as stars on a dashed
+    line. Those that were only seen to be 0.97 or above are drawn at 0.985. A cell whose runs were planned for fewer
+    epochs than the paper's, and did not reach its goal, is drawn pale.
     """
     from matplotlib.lines import Line2D
 
-    shown = [cell for cell in found if cell.model in FIGURE_MODELS] or found
-    lengths = sorted({cell.length for cell in shown})
-    panels = [[cell for cell in shown if cell.length == length] for length in lengths]
-    slots = [len(panel) + len({cell.hidden for cell in panel}) for panel in panels]
-    figure, axes = new_figure(
-        1, len(lengths), 3.0, 3.9, sharey=True, gridspec_kw={"width_ratios": [max(3, count) for count in slots]}
-    )
-    for axis, length, panel in zip(axes[0], lengths, panels):
-        place, ticks = 0.0, []
-        for hidden in sorted({cell.hidden for cell in panel}):
-            here = [cell for cell in panel if cell.hidden == hidden]
-            ticks.append((place + (len(here) - 1) / 2, f"hidden size {hidden}"))
-            for offset, cell in enumerate(here):
-                x = place + offset
-                color = color_of(cell.model)
-                axis.plot(
-                    [x - 0.3, x + 0.3], [cell.mean] * 2, color=color, lw=2.5, alpha=0.9 if cell.complete else 0.4
-                )
-                for i, (seed, accuracy) in enumerate(cell.by_seed.items()):
-                    shift = 0.11 * (i - (len(cell.by_seed) - 1) / 2)
-                    marker = SEED_MARKERS[seed % len(SEED_MARKERS)]
-                    axis.plot(x + shift, accuracy, marker, color=color, ms=5, alpha=0.75, mec="white", mew=0.5)
-                if cell.paper is not None:
-                    axis.plot(x + 0.38, cell.paper, "*", mfc="white", mec=color, ms=11)
-                label = label_of(cell.model).replace(", ", "\n") + ("" if cell.complete else f"\n{cell.epochs} epochs")
-                axis.text(x, -0.06, label, color=color, fontsize=8, ha="center", va="top")
-            place += len(here) + 0.6
-        axis.set_xlim(-0.7, place - 0.9)
-        axis.set_ylim(-0.02, 1.03)
-        axis.set_title(f"length {length:,}, " + ", ".join(name for _, name in ticks), fontsize=9)
-        axis.set_xticks([])
-        axis.set_xlabel(" \n ", labelpad=12)  # room for the names below the axis
+    lengths: Sequence[int] = LENGTHS
+    sizes: Sequence[int] = HIDDEN
+    shown = figure_cells(found)
+    if not shown:  # none is the paper's
+        shown = found
+        lengths, sizes = sorted({cell.length for cell in found}), sorted({cell.hidden for cell in found})
+    models = sorted({cell.model for cell in shown}, key=_place)
+    figure, axes = new_figure(1, len(lengths), 2.75, 3.4, sharey=True)
+    for axis, length in zip(axes[0], lengths):
+        for i, model in enumerate(models):
+            shift = 0.16 * (i - (len(models) - 1) / 2)
+            color = color_of(model)
+            theirs = [PUBLISHED.get(model, {}).get((length, hidden), 0.985) for hidden in sizes]
+            if model in PUBLISHED and sizes is HIDDEN:
+                axis.plot(range(len(sizes)), theirs, "*--", color=color, mfc="white", ms=9, lw=1, alpha=0.45, zorder=1)
+            ours = [cell for cell in shown if cell.model == model and cell.length == length]
+            places = [sizes.index(cell.hidden) + shift for cell in ours]
+            axis.plot(places, [cell.mean for cell in ours], "-", color=color, lw=1.8, zorder=3)
+            for place, cell in zip(places, ours):
+                alpha = 0.9 if cell.complete else 0.35
+                axis.plot([place - 0.07, place + 0.07], [cell.mean] * 2, color=color, lw=4, alpha=alpha, zorder=4)
+                axis.plot([place] * len(cell.by_seed), cell.accuracies, ".", color=color, ms=6, alpha=0.6, zorder=2)
+        axis.set_title(f"length {length:,}", fontsize=10)
+        axis.set_xticks(range(len(sizes)), [str(hidden) for hidden in sizes])
+        axis.set(xlabel="hidden size", xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.03, 1.04))
         axis.grid(True, axis="y", alpha=0.25)
     axes[0, 0].set_ylabel("accuracy")
-    seeds = sorted({seed for cell in shown for seed in cell.by_seed})
-    grey: dict[str, Any] = {"color": "#666666", "ls": ""}
-    handles = [
-        Line2D([], [], marker=SEED_MARKERS[seed % len(SEED_MARKERS)], label=f"seed {seed}", **grey) for seed in seeds
+    handles = [Line2D([], [], color=color_of(model), lw=2, label=label_of(model)) for model in models]
+    grey: dict[str, Any] = {"color": "#666666"}
+    handles += [
+        Line2D([], [], marker="_", ls="-", mew=4, ms=8, label="mean", **grey),
+        Line2D([], [], marker=".", ls="", label="one seed", **grey),
+        Line2D([], [], marker="*", ls="--", mfc="white", ms=9, label="paper", **grey),
     ]
-    handles.append(Line2D([], [], color="#666666", lw=2.5, label="mean"))
-    if any(cell.paper is not None for cell in shown):
-        handles.append(Line2D([], [], marker="*", mfc="white", mec="#666666", ms=11, ls="", label="paper, read off"))
     figure.legend(handles=handles, loc="outside right center", fontsize=9)
     save(figure, path)
 
@@ -300,13 +310,15 @@ def plot(found: list[Cell], path: str | Path) -> None:
 def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
     """Draw accuracy over epochs, a panel per length, hidden size and rate: models by colour, seeds by line style.
 
-    Runs that were cut off before the goal are not drawn.
+    Sizes at which every run reached the goal are left out, and runs that were cut off before it.
     """
     from matplotlib.lines import Line2D
 
     runs = [run for run in runs if not is_unfinished(run)]
+    hard = {(run["length"], run["hidden"]) for run in runs if run["accuracy"] < PAPER_GOAL}
+    runs = [run for run in runs if (run["length"], run["hidden"]) in hard] or runs
     panels = sorted({(run["length"], run["hidden"], run["lr"]) for run in runs})
-    columns = min(len(panels), 3 if len(panels) % 3 == 0 or len(panels) > 8 else 4 if len(panels) % 4 == 0 else 2)
+    columns = min(len(panels), 4 if len(panels) % 4 == 0 else 3)
     rows = math.ceil(len(panels) / columns)
     figure, axes = new_figure(rows, columns, 3.6, 3.0, sharey=True)
     for axis, (length, hidden, lr) in zip(axes.flat, panels):
@@ -320,7 +332,7 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
                     lw=1.3,
                 )
         axis.set(xlabel="epoch", ylim=(-0.03, 1.03))
-        axis.set_title(f"length {length:,}, hidden size {hidden}, rate {lr:g}", fontsize=9)
+        axis.set_title(f"length {length:,}, hidden size {hidden},\nrate {lr:g}", fontsize=9)
         axis.grid(True, alpha=0.25)
     for axis in axes.flat[len(panels) :]:
         axis.remove()

@@ -107,10 +107,13 @@ def test_differences_want_two_seeds_of_both():
     assert len(plot_mqar.differences(cells(runs)).splitlines()) == 2  # the head alone
     table = plot_mqar.differences(cells([*runs, run("based", seed=1, accuracy=0.2)]))
     assert "| 1,024 | 64 | 2 | 0.550 ± 0.071 | 0.300 ± 0.141 | +0.250 |" in table
+    solved = [run(model, seed=seed, accuracy=0.995) for model in ("rebased", "based") for seed in (0, 1)]
+    assert len(plot_mqar.differences(cells(solved)).splitlines()) == 2  # both stopped at the goal
 
 
 def test_the_curves_tell_models_seeds_and_rates_apart(tmp_path, figures):
     runs = [run(seed=0, lr=3e-3), run(seed=1, lr=3e-3), run("based", lr=1e-2), run(seed=2, stopped="deadline")]
+    runs += [run(length=128, accuracy=0.99)]  # solved: no panel
     plot_mqar.plot_curves(runs, tmp_path / "curves.png")
     panels = {axis.get_title(): axis.get_lines() for axis in figures[0].axes}
     assert [name.split("rate ")[1] for name in panels] == ["0.003", "0.01"]  # no panel for what was cut off
@@ -120,18 +123,28 @@ def test_the_curves_tell_models_seeds_and_rates_apart(tmp_path, figures):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["ReBased", "Based", "seed 0", "seed 1"]
 
 
-def test_figure_1_has_a_panel_for_each_trained_length_and_a_point_for_each_seed(tmp_path, figures):
-    runs = [run(seed=seed, accuracy=0.1 * seed) for seed in range(5)] + [run("gamma"), run(length=512)]
-    runs.append(run(length=256, stopped="deadline"))
+def test_figure_1_has_the_papers_panels_and_a_point_for_each_seed(tmp_path, figures):
+    runs = [run(seed=seed, accuracy=0.1 * seed) for seed in range(5)] + [run("gamma"), run("softmax", accuracy=0.9)]
+    runs += [run(length=256, stopped="deadline"), run(length=32), run(hidden=48), run(length=512, pairs=8)]
     plot_mqar.plot(cells(runs), tmp_path / "figure.png")
     panels = {axis.get_title(): axis for axis in figures[0].axes}
-    assert list(panels) == ["length 512, hidden size 64", "length 1,024, hidden size 64"]
-    lines = panels["length 1,024, hidden size 64"].get_lines()
-    points = [line for line in lines if line.get_marker() in plot_mqar.SEED_MARKERS]
-    assert len({line.get_marker() for line in points}) == 5
-    assert [float(line.get_ydata()[0]) for line in points] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    (star,) = (line for line in lines if line.get_marker() == "*")
-    assert float(star.get_ydata()[0]) == PUBLISHED["rebased"][1024, 64]
+    assert list(panels) == [f"length {length:,}" for length in plot_mqar.LENGTHS]
+    axis = panels["length 1,024"]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["64", "128", "256", "512"]
+    red = [line for line in axis.get_lines() if line.get_color() == color_of("rebased")]
+    (points,) = (line for line in red if line.get_marker() == ".")
+    assert list(points.get_ydata()) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    (stars,) = (line for line in red if line.get_marker() == "*")
+    assert list(stars.get_ydata()) == [PUBLISHED["rebased"][1024, 64], 0.98, 0.985, 0.985]
+    assert not any(line.get_marker() == "." for line in panels["length 512"].get_lines())  # that one is another task
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()][:2] == ["ReBased", "softmax"]
+
+
+def test_sizes_that_the_paper_does_not_have_are_drawn_alone(tmp_path, figures):
+    plot_mqar.plot(cells([run(length=32, hidden=48), run("x2", length=32, hidden=24)]), tmp_path / "figure.png")
+    (axis,) = figures[0].axes
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["24", "48"]
+    assert not any(line.get_marker() == "*" for line in axis.get_lines())
 
 
 def test_every_model_has_its_name_its_colour_and_its_place():
