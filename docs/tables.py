@@ -24,6 +24,7 @@ from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration import config_path
 from modeling_rebased.eval import plot_icll, plot_mad
 from modeling_rebased.eval.plot_mqar import (
+    ABLATION,
     FIGURE_MODELS,
     HIDDEN,
     LENGTHS,
@@ -40,6 +41,7 @@ from modeling_rebased.eval.plot_mqar import (
 from modeling_rebased.eval.plot_style import label_of
 from modeling_rebased.eval.plots import read_csv
 from modeling_rebased.serving.plan import state_bytes
+from modeling_rebased.training.mqar_runs import Run
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,39 +359,47 @@ def mqar_rates() -> str:
 
 def mqar_ablation() -> str:
     """Return the ablation of the normalisation beside the paper's Table 1."""
-    paper = {
-        "x2": ("x", 0.54, 0.44),
-        "normalized": ("norm(x)", 0.57, 0.58),
-        "gamma": ("γ x", 0.51, 0.48),
-        "gamma_beta": ("γ x + β", 0.61, 0.60),
-        "rebased": ("γ norm(x) + β", 0.63, 0.61),
-        "based": ("x, in 1 + q·k + (q·k)²/2", 0.58, 0.51),
+    formulas = {
+        "x2": "x",
+        "normalized": "norm(x)",
+        "gamma": "γ x",
+        "gamma_beta": "γ x + β",
+        "rebased": "γ norm(x) + β",
+        "based": "x, in 1 + q·k + (q·k)²/2",
     }
-    runs = [run for run in mqar_runs() if run["length"] == 512 and run["lr"] == 3e-3]
+    runs = [run for run in mqar_runs() if (run["length"], run["hidden"], run["lr"]) == (512, 64, 3e-3)]
     rows = []
-    for model, (formula, *theirs) in paper.items():
+    for model, formula in formulas.items():
         seeds = seed_accuracies([run for run in runs if run["model"] == model])
         values = [f"{seeds[seed]:.3f}" for seed in (0, 1)]
         mean = statistics.fmean(seeds.values())
-        rows.append([f"`{model}`", formula, *values, f"{mean:.3f}", *(f"{each:.2f}" for each in theirs)])
+        rows.append([f"`{model}`", formula, *values, f"{mean:.3f}", *(f"{each:.2f}" for each in ABLATION[model])])
     return table(["model", "q and k", "seed 0", "seed 1", "mean", "paper, T = 256", "paper, T = 2,048"], rows, 2)
 
 
-def mqar_heads() -> str:
-    """Return the runs with wider heads beside those with the paper's."""
-    state = {"rebased": 9792, "rebased_3_heads": 131040, "based": 11016, "based_3_heads": 135135}
-    shape = {"rebased": "12 of 16", "based": "12 of 16", "rebased_3_heads": "3 of 64", "based_3_heads": "3 of 64"}
+def mqar_variants() -> str:
+    """Return the runs with wider heads or another kernel beside those of the paper's model, a row per rate."""
+    variants = ("rebased_3_heads", "based_3_heads", "rebased_6_heads", "rebased_head_norm", "rebased_floor")
+    order = ("rebased", "based", *variants)
+    runs = [run for run in mqar_runs() if run["model"] in order and not run.get("stopped")]
+    sizes = {(run["length"], run["hidden"]) for run in runs if run["model"] in variants}
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for run in mqar_runs():
-        if run["length"] == 1024 and run["model"] in state and not run.get("stopped"):
-            groups[run["model"], run["lr"], run["seed"]].append(run)
+    for run in runs:
+        if (run["length"], run["hidden"]) in sizes:
+            groups[run["length"], run["hidden"], order.index(run["model"]), run["lr"]].append(run)
     rows = []
-    for (model, lr, seed), runs in sorted(groups.items(), key=lambda item: (list(state).index(item[0][0]), item[0])):
-        for run in runs:
-            kind = label_of(model).split(",")[0]
-            sizes = [f"{run['parameters']:,}", f"{state[model]:,}"]
-            rows.append([kind, shape[model], *sizes, f"{lr:g}", seed, f"{run['accuracy']:.3f}", run["epochs_trained"]])
-    return table(["model", "heads", "parameters", "numbers in the state", "rate", "seed", "accuracy", "epochs"], rows)
+    for (length, hidden, place, lr), group in sorted(groups.items()):
+        config = Run(order[place], hidden, length, group[0]["pairs"], lr, 0).config()
+        state = config.num_attention_heads * config.n_features * (config.head_dim + 1)
+        if order[place] == "rebased_floor":
+            state += config.num_attention_heads * config.head_dim
+        seeds = list(seed_accuracies(group).values())
+        spread = f"{min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else ""
+        heads = f"{config.num_attention_heads} of {config.feature_dim}"
+        row = [f"{length:,}", hidden, label_of(order[place]), heads, f"{group[0]['parameters']:,}", f"{state:,}"]
+        rows.append([*row, f"{lr:g}", len(seeds), f"{statistics.fmean(seeds):.3f}", spread])
+    head = ["length", "hidden", "model", "heads", "parameters", "numbers in the state", "rate", "seeds", "mean"]
+    return table([*head, "lowest to highest seed"], rows, 3)
 
 
 def mqar_speed() -> str:
@@ -747,7 +757,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mqar-differences": lambda: differences(cells(mqar_runs())),
     "mqar-rates": mqar_rates,
     "mqar-ablation": mqar_ablation,
-    "mqar-heads": mqar_heads,
+    "mqar-variants": mqar_variants,
     "mqar-speed": mqar_speed,
     "mqar-steps": mqar_steps,
     "mqar-checkpoint": mqar_checkpoint,

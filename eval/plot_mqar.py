@@ -9,7 +9,7 @@ the authors' figure stand beside these results. Runs that were planned for fewer
 reach the goal are marked: they do not reproduce a cell.
 
 Writes figure_1.png and figure_1.md (every cell), curves.png (accuracy by epoch where the task is hard) and
-differences.md (ReBased against Based with a confidence interval).
+differences.md (ReBased against Based with a confidence interval). table_1.md is the ablation in the paper's own cells.
 """
 
 from __future__ import annotations
@@ -249,6 +249,39 @@ def differences(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
+ABLATION_HIDDEN = (16, 24, 32, 48)
+ABLATION_PAIRS = 32
+# The paper's Table 1 at lengths 256 and 2,048: the mean accuracy over four hidden sizes.
+ABLATION = {
+    "x2": (0.54, 0.44),
+    "normalized": (0.57, 0.58),
+    "gamma": (0.51, 0.48),
+    "gamma_beta": (0.61, 0.60),
+    "rebased": (0.63, 0.61),
+    "based": (0.58, 0.51),
+}
+
+
+def ablation(found: list[Cell]) -> str:
+    """Return the paper's Table 1 in Markdown: the mean over the hidden sizes, where all four have been trained."""
+    lines = [
+        "| length | model | mean over hidden sizes | " + " | ".join(map(str, ABLATION_HIDDEN)) + " | seeds | paper |",
+        "| --: | --- | --: |" + " --: |" * (len(ABLATION_HIDDEN) + 2),
+    ]
+    by_size = {(cell.length, cell.model, cell.hidden): cell for cell in found if cell.pairs == ABLATION_PAIRS}
+    for i, length in enumerate((256, 2048)):
+        for model, published in ABLATION.items():
+            here = [by_size.get((length, model, hidden)) for hidden in ABLATION_HIDDEN]
+            trained = [cell for cell in here if cell is not None]
+            if len(trained) < len(here):
+                continue
+            mean = statistics.fmean(cell.mean for cell in trained)
+            means = " | ".join(f"{cell.mean:.3f}" for cell in trained)
+            seeds = min(len(cell.accuracies) for cell in trained)
+            lines.append(f"| {length:,} | {label_of(model)} | {mean:.3f} | {means} | {seeds} | {published[i]:.2f} |")
+    return "\n".join(lines)
+
+
 def figure_cells(found: list[Cell]) -> list[Cell]:
     """Return the cells that the paper's Figure 1 has, of its models and of their peers of today."""
     return [
@@ -362,8 +395,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no finished run in {', '.join(args.results)}")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in (("figure_1.md", markdown(found)), ("differences.md", differences(found))):
-        if table.count("\n") < 2:  # no two models with two seeds each
+    tables = {"figure_1.md": markdown(found), "differences.md": differences(found), "table_1.md": ablation(found)}
+    for name, table in tables.items():
+        if table.count("\n") < 2:  # no two models with two seeds each, or no ablation
             continue
         print(table)
         (folder / name).write_text(table + "\n", encoding="utf-8")

@@ -147,6 +147,20 @@ def test_sizes_that_the_paper_does_not_have_are_drawn_alone(tmp_path, figures):
     assert not any(line.get_marker() == "*" for line in axis.get_lines())
 
 
+def test_table_1_is_the_mean_over_its_four_hidden_sizes():
+    runs = [
+        run(model, 256, hidden, seed=seed, accuracy=(0.1 if model == "x2" else 0.2) + hidden / 100, pairs=32)
+        for model in ("x2", "rebased")
+        for hidden in (16, 24, 32, 48)
+        for seed in (0, 1)
+    ]
+    runs += [run("based", 256, hidden, pairs=32) for hidden in (16, 24)] + [run("x2", 256, 64, pairs=64)]
+    assert plot_mqar.ablation(cells(runs)).splitlines()[2:] == [
+        "| 256 | x² | 0.400 | 0.260 | 0.340 | 0.420 | 0.580 | 2 | 0.54 |",
+        "| 256 | ReBased | 0.500 | 0.360 | 0.440 | 0.520 | 0.680 | 2 | 0.63 |",
+    ]
+
+
 def test_every_model_has_its_name_its_colour_and_its_place():
     assert set(plot_mqar.ORDER) == {*MODELS, *PEERS}
     for values in zip(*(STYLES[model] for model in plot_mqar.ORDER)):
