@@ -26,7 +26,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "normalized": ("normalised x", "#2ca02c"),
     "gamma": ("γ x", "#e377c2"),
     "gamma_beta": ("γ x + β", "#9467bd"),
-    # Models of flash-linear-attention, trained on synthetic tasks.
+    # Models of flash-linear-attention.
     "gated_deltanet": ("Gated DeltaNet", "#0b8457"),
     "mamba2": ("Mamba-2", "#8a6d3b"),
     "rwkv7": ("RWKV-7", "#5b3a8c"),

@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from modeling_rebased import ReBasedForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @contextlib.contextmanager
@@ -44,15 +42,15 @@ def written(destination: str | os.PathLike) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> ReBasedForCausalLM | None:
+def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel | None:
     """Return a plain copy of a trained model on the main process, and `None` on the others.
 
     Every process must call it. FSDP2 and tensor parallelism keep a part of each weight on each process, and FSDP2
-    gives the model another class, whose code is torch's. The copy has whole weights on the CPU and the class of this
-    package. The weights are gathered one at a time, so a GPU never holds the whole model.
+    gives the model another class, whose code is torch's. The copy has whole weights on the CPU and the class that its
+    configuration names. The weights are gathered one at a time, so a GPU never holds the whole model.
 
     Args:
-        model: a ReBasedForCausalLM, wrapped, compiled or sharded in any way that torch and accelerate know.
+        model: a causal language model, wrapped, compiled or sharded in any way that torch and accelerate know.
         dtype: of the copy's weights.
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -61,7 +59,7 @@ def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) 
     config = deepcopy(model.config)
     config.use_cache = True  # the Trainer turns it off
     with torch.device("meta"):
-        copy = ReBasedForCausalLM(config)
+        copy = AutoModelForCausalLM.from_config(config)
     copy.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, assign=True)
     copy.tie_weights()
     return copy
@@ -87,7 +85,8 @@ def save_model(
     if tokenizer is not None:
         # What generate continues is the end of each row. The library's own default is 1e30 tokens.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is written
-        tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         for name in ("is_local", "local_files_only"):  # how it was read, which the library would write too
             tokenizer.init_kwargs.pop(name, None)
         tokenizer.save_pretrained(folder)

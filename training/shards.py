@@ -2,6 +2,7 @@
 
 A folder of shards holds
     shard-00000.bin, shard-00001.bin, ...    token ids, little-endian, one after another, without a header
+    shard-00000.bin.xz, ...                  the same compressed; what is not there uncompressed is unpacked when read
     index.json                               what they are
 
 `index.json` has the fields
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,27 +63,56 @@ def write_shard(folder: str | os.PathLike, number: int, ids: np.ndarray, vocab_s
         ids.astype(shard_dtype(vocab_size)).tofile(path)
 
 
-def write_index(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, made_by: dict[str, Any]) -> int:
+def compress_shard(folder: str | os.PathLike, number: int) -> None:
+    """Compress a shard to about half its size, and remove the uncompressed file."""
+    plain = shard_path(folder, number)
+    with written(f"{plain}.xz") as path:
+        path.write_bytes(lzma.compress(plain.read_bytes()))
+    plain.unlink()
+
+
+def unpack_shard(path: Path) -> None:
+    """Write the uncompressed file of a shard from the compressed one beside it.
+
+    Raises:
+        ValueError: the compressed file is damaged.
+    """
+    packed = path.with_name(f"{path.name}.xz")
+    try:
+        raw = lzma.decompress(packed.read_bytes())
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{packed} is damaged: {error}") from error
+    with written(path) as unfinished:
+        unfinished.write_bytes(raw)
+
+
+def write_index(
+    folder: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    made_by: dict[str, Any],
+    num_bytes: Sequence[int] | None = None,
+) -> int:
     """Write the index of all shards that are there, and return the number of their tokens.
 
-    Shards that an older index lists with the same size are not read again.
+    Shards that an older index lists with the same size are not read again. `num_bytes` is the size of the text of each
+    shard. By default the ids are decoded to learn it.
     """
     folder = Path(folder)
     known = {each["file"]: each for each in load_index(folder).get("shards", [])} if (folder / INDEX).exists() else {}
     dtype = shard_dtype(len(tokenizer))
     shards = []
-    for path in sorted(folder.glob("shard-?????.bin")):
+    for number, path in enumerate(sorted(folder.glob("shard-?????.bin"))):
         tokens = path.stat().st_size // dtype.itemsize
         entry = known.get(path.name)
         if entry is None or entry["tokens"] != tokens:
             raw = path.read_bytes()
-            text = tokenizer.decode(np.frombuffer(raw, dtype=dtype).tolist(), skip_special_tokens=True)
-            entry = {
-                "file": path.name,
-                "tokens": tokens,
-                "bytes": len(text.encode()),
-                "sha256": hashlib.sha256(raw).hexdigest(),
-            }
+            if num_bytes is None:
+                text = tokenizer.decode(np.frombuffer(raw, dtype=dtype).tolist(), skip_special_tokens=True)
+                size = len(text.encode())
+            else:
+                size = num_bytes[number]
+            digest = hashlib.sha256(raw).hexdigest()
+            entry = {"file": path.name, "tokens": tokens, "bytes": size, "sha256": digest}
         shards.append(entry)
     total = sum(each["tokens"] for each in shards)
     content = {
@@ -121,7 +152,7 @@ def load_index(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_index(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
-    """Return the index of a folder of shards.
+    """Return the index of a folder of shards, whose compressed shards are unpacked first.
 
     Raises:
         ValueError: there is no index, it cannot be read, a shard is missing or has another size than the index says,
@@ -137,6 +168,8 @@ def read_index(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | N
     itemsize = np.dtype(index["dtype"]).itemsize
     for each in index["shards"]:
         path = folder / each["file"]
+        if not path.is_file() and path.with_name(f"{path.name}.xz").is_file():
+            unpack_shard(path)
         size = path.stat().st_size if path.is_file() else None
         if size != each["tokens"] * itemsize:
             found = "is missing" if size is None else f"has {size:,} bytes"

@@ -16,6 +16,7 @@ generation settings, model card, and the code that `trust_remote_code=True` need
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -28,8 +29,11 @@ import torch
 import yaml
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
     default_data_collator,
@@ -37,7 +41,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration import config_names, config_path
 
 from .arguments import parse_dataclasses
@@ -52,6 +56,8 @@ from .text import TokenBlocks
 
 logger = logging.get_logger(__name__)
 
+# Models to compare with: of flash-linear-attention, or transformers' own Mamba-2 where that is not installed.
+PEERS = ("gated_deltanet", "mamba2")
 # What a configuration says of how it was written or is computed, and not of the model.
 NOT_OF_THE_MODEL = ("architectures", "auto_map", "dtype", "kernel_backend", "transformers_version", "_name_or_path")
 
@@ -92,7 +98,7 @@ class DataArguments:
     train_file: list[str] = field(
         metadata={
             "help": "Files to train on: text, in which <|endoftext|> separates documents, .jsonl with a 'text' per "
-            "line, or .npy with token ids."
+            "line, .npy with token ids, or a folder of shards of them, such as prepare_corpus writes."
         }
     )
     eval_file: list[str] | None = field(default=None, metadata={"help": "Held-out files, of the same kinds."})
@@ -141,11 +147,12 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, LMT
 # ---------------------------------------------------------------- model and tokenizer
 
 
-def load_config(model_args: ModelArguments) -> ReBasedConfig:
+def load_config(model_args: ModelArguments) -> PreTrainedConfig:
     """Return the configuration of the model to train.
 
     Raises:
-        ValueError: neither or both of --config and --model are given, or what is given is no ReBased model.
+        ValueError: neither or both of --config and --model are given, or what is given is no ReBased model and none of
+            `PEERS`.
     """
     given = [(f"--{name}", value) for name in ("config", "model") if (value := getattr(model_args, name)) is not None]
     if len(given) != 1:
@@ -164,6 +171,17 @@ def load_config(model_args: ModelArguments) -> ReBasedConfig:
             logger.warning(
                 f"--config {folder} trains a new model; --model {folder} would start from the weights there"
             )
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind in PEERS:
+        with contextlib.suppress(ImportError):
+            import fla.models  # noqa: F401  makes transformers know its models
+        if model_args.kernel_backend is not None:
+            raise ValueError(f"--kernel_backend is for ReBased models, and {folder} holds a model of type {kind!r}")
+        try:
+            return AutoConfig.from_pretrained(folder)
+        except ValueError as error:
+            needed = "pip install flash-linear-attention"
+            raise ValueError(f"{name} {folder} holds a model of type {kind!r}, which needs `{needed}`") from error
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, ReBasedConfig):
         raise ValueError(
@@ -175,7 +193,7 @@ def load_config(model_args: ModelArguments) -> ReBasedConfig:
     return config
 
 
-def load_tokenizer(model_args: ModelArguments, config: ReBasedConfig, length: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig, length: int) -> PreTrainedTokenizerBase:
     """Return the tokenizer, and put its special tokens into the configuration.
 
     Raises:
@@ -196,15 +214,15 @@ def load_tokenizer(model_args: ModelArguments, config: ReBasedConfig, length: in
     return tokenizer
 
 
-def load_model(model_args: ModelArguments, config: ReBasedConfig) -> ReBasedForCausalLM:
+def load_model(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
     """Return a new model, or the one in --model with all of its weights, in float32.
 
     Raises:
         ValueError: the weights in --model are not those that its configuration asks for.
     """
     if model_args.model is None:
-        return ReBasedForCausalLM(config)
-    model, found = ReBasedForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_config(config)
+    model, found = AutoModelForCausalLM.from_pretrained(
         model_args.model, config=config, dtype=torch.float32, output_loading_info=True
     )
     if found["missing_keys"] or found["unexpected_keys"]:
@@ -218,7 +236,7 @@ def load_model(model_args: ModelArguments, config: ReBasedConfig) -> ReBasedForC
 # ---------------------------------------------------------------- training
 
 
-def compile_layers(model: ReBasedForCausalLM) -> None:
+def compile_layers(model: PreTrainedModel) -> None:
     """Compile each layer with torch.compile, when it is first called.
 
     All layers run the same Python function, of which Dynamo keeps eight compiled versions. It needs three for each
@@ -276,7 +294,7 @@ def _main(argv: list[str]) -> None:
             # The library would pass over a model that Liger does not know without a word.
             raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")
         config = load_config(model_args)
-        length = data_args.context_length or config.max_position_embeddings
+        length = data_args.context_length or _own_length(config)
         tokenizer = load_tokenizer(model_args, config, length)
         with args.main_process_first(desc="tokenizing"):
             train_data = TokenBlocks(data_args.train_file, tokenizer, length, args.output_dir)
@@ -296,7 +314,8 @@ def _main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"rebased-train: error: {error}") from error
 
-    if args.compile_layers and not args.torch_compile:
+    # The peers' kernels are not made for torch.compile.
+    if args.compile_layers and not args.torch_compile and isinstance(config, ReBasedConfig):
         compile_layers(model)
     try:
         trainer = LMTrainer(
@@ -340,9 +359,17 @@ def _main(argv: list[str]) -> None:
         print(json.dumps(figures, indent=2))
 
 
+def _own_length(config: PreTrainedConfig) -> int:
+    """Return the length that a configuration names."""
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        raise ValueError(f"--context_length must be given: a model of type {config.model_type!r} names no length")
+    return length
+
+
 def _identity(
     model_args: ModelArguments,
-    config: ReBasedConfig,
+    config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     train_data: TokenBlocks,
     seed: int,
@@ -362,8 +389,12 @@ def _identity(
 # ---------------------------------------------------------------- the finished model
 
 
-def _settings(args: TrainingArguments, tokens_per_step: int, length: int, config: ReBasedConfig) -> list[tuple]:
+def _settings(args: TrainingArguments, tokens_per_step: int, length: int, config: PreTrainedConfig) -> list[tuple]:
     """Return the rows of the card's table of hyperparameters."""
+    dropout = []
+    if isinstance(config, ReBasedConfig):
+        share = f"{config.embedding_dropout:g} of embeddings, {config.residual_dropout:g} of what layers add"
+        dropout = [("dropout", share)]
     return [
         ("tokens per step", f"{tokens_per_step:,}"),
         ("tokens per example", f"{length:,}"),
@@ -374,7 +405,7 @@ def _settings(args: TrainingArguments, tokens_per_step: int, length: int, config
         ),
         ("warm-up", f"{args.warmup_steps:g} {'steps' if args.warmup_steps >= 1 else 'of all steps'}"),
         ("weight decay", f"{args.weight_decay:g}"),
-        ("dropout", f"{config.embedding_dropout:g} of embeddings, {config.residual_dropout:g} of what layers add"),
+        *dropout,
         ("gradient clipping", f"{args.max_grad_norm:g}"),
         ("precision", "bfloat16, mixed" if args.bf16 else "float16, mixed" if args.fp16 else "float32"),
         ("seed", args.seed),
@@ -382,7 +413,7 @@ def _settings(args: TrainingArguments, tokens_per_step: int, length: int, config
 
 
 def write_final(
-    model: ReBasedForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     figures: dict[str, Any],
     folder: Path,
@@ -409,14 +440,16 @@ def write_final(
         hardware=hardware(args.device, args.world_size),
         figures=[(name, f"{figures[name]:,} {unit}") for name, unit in units.items() if name in figures],
     )
-    card = model_card(
-        model.config,
-        figures["parameters"],
-        name=folder.resolve().parent.name,
-        folder=str(folder),
-        prompt="Once upon a time",
-        sections=[section],
-    )
+    card = None
+    if isinstance(model.config, ReBasedConfig):
+        card = model_card(
+            model.config,
+            figures["parameters"],
+            name=folder.resolve().parent.name,
+            folder=str(folder),
+            prompt="Once upon a time",
+            sections=[section],
+        )
     with written(folder) as path:
         save_model(path, model, tokenizer, card)
         (path / "training_figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

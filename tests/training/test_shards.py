@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
-from modeling_rebased.training.shards import JoinedArrays, read_index, write_index, write_shard
+from modeling_rebased.training.shards import JoinedArrays, compress_shard, read_index, write_index, write_shard
 from modeling_rebased.training.text import TokenBlocks
 
 
@@ -84,3 +84,22 @@ def test_joined_arrays_are_cut_as_one():
     assert len(JoinedArrays([])) == 0 and JoinedArrays([])[0:5].tolist() == []
     with pytest.raises(ValueError, match="must be 1, but is 2"):
         joined[::2]
+
+
+def test_compressed_shards_are_unpacked_when_they_are_read(folder):
+    before = TokenBlocks([str(folder)], byte_tokenizer(), 7)
+    compress_shard(folder, 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["index.json", "shard-00000.bin", "shard-00001.bin.xz"]
+    after = TokenBlocks([str(folder)], byte_tokenizer(), 7)
+    assert torch.equal(before.blocks(0, 4), after.blocks(0, 4)) and before.identity == after.identity
+    (folder / "shard-00001.bin").unlink()
+    (folder / "shard-00001.bin.xz").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"shard-00001\.bin\.xz is damaged"):
+        read_index(folder)
+    assert not (folder / "shard-00001.bin").exists()
+
+
+def test_the_size_of_the_text_may_be_given(folder):
+    (folder / "index.json").unlink()
+    write_index(folder, byte_tokenizer(), {}, num_bytes=[5, 6])
+    assert TokenBlocks([str(folder)], byte_tokenizer(), 7).num_bytes == 11

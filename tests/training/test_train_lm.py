@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training import train_lm
@@ -401,3 +401,61 @@ def test_label_smoothing_in_training_only(tmp_path, recipe, compiled):
     assert trainer.state.log_history[-1]["eval_bits_per_byte"] == pytest.approx(
         nll.item() / math.log(2) * len(data.tokens) / data.num_bytes, abs=1e-3
     )
+
+
+def test_two_models_see_the_same_batches_in_the_same_order(recipe, tmp_path):
+    """A model draws random numbers for its weights, another amount for each kind. They must not change the batches."""
+    data = TokenBlocks([str(recipe.parent / "train.txt")], byte_tokenizer(), 64)
+    orders = []
+    for kinds in (["conv", "linear_attention"], ["full_attention"]):
+        train_lm.set_seed(3)
+        config = ReBasedConfig(hidden_size=16, num_attention_heads=2, layer_types=kinds, num_hidden_layers=len(kinds))
+        args = LMTrainingArguments(output_dir=str(tmp_path), seed=3, per_device_train_batch_size=4, use_cpu=True)
+        loader = LMTrainer(model=ReBasedForCausalLM(config), args=args, train_dataset=data).get_train_dataloader()
+        orders.append(torch.cat([batch["input_ids"] for batch in loader]))
+    assert torch.equal(*orders) and not torch.equal(orders[0], data.blocks(0, len(data))[: len(orders[0])])
+
+
+def test_a_peer_is_trained_and_saved_like_a_model_of_this_package(recipe, tmp_path):
+    """Without flash-linear-attention this is transformers' own Mamba-2, which has the same configuration."""
+    (tmp_path / "peer").mkdir()
+    config = {"model_type": "mamba2", "vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    config |= {"num_heads": 4, "state_size": 4, "n_groups": 1, "expand": 2, "chunk_size": 16}
+    (tmp_path / "peer" / "config.json").write_text(json.dumps(config))
+    command = [
+        str(recipe),
+        "--config",
+        str(tmp_path / "peer"),
+        "--max_steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    with pytest.raises(SystemExit, match="context_length must be given"):
+        train_lm.main(command)
+    train_lm.main([*command, "--context_length", "32"])
+    figures = json.loads((tmp_path / "o" / "final" / "training_figures.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "final", dtype=torch.float32)
+    assert type(model).__name__ == "Mamba2ForCausalLM" and figures["parameters"] == model.num_parameters()
+    ids = torch.tensor([list(b"The quick brown fox")])
+    assert math.isfinite(model(ids, labels=ids).loss.item())
+    with pytest.raises(SystemExit, match="--kernel_backend is for ReBased"):
+        train_lm.main([*command, "--kernel_backend", "eager"])
+
+
+def test_the_compared_models_have_the_same_size():
+    """Models of flash-linear-attention are counted where it is installed."""
+    sizes = {}
+    peers = sorted((REPOSITORY / "configuration" / "peers").glob("*"))
+    for name in ("150m-rebased", "150m-based", "150m-softmax", "150m-hybrid", *map(str, peers)):
+        arguments = train_lm.ModelArguments(config=name)
+        try:
+            config = train_lm.load_config(arguments)
+        except ValueError as error:
+            assert name.endswith("150m-gated-deltanet") and "flash-linear-attention" in str(error)
+            continue
+        with torch.device("meta"):
+            model = train_lm.load_model(arguments, config)
+        model.tie_weights()
+        sizes[name] = model.num_parameters()
+    assert all(abs(size / sizes["150m-rebased"] - 1) < 0.02 for size in sizes.values()) and len(sizes) >= 5
