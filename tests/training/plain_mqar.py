@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -12,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.training import mqar
 from modeling_rebased.training.mqar_runs import Run
-from modeling_rebased.training.recipe import Options, build_model
+from modeling_rebased.training.recipe import build_model
 
 
 class PlainDataset(torch.utils.data.Dataset):
@@ -67,41 +66,32 @@ class PlainTrainer(Trainer):
 class PlainCallback(TrainerCallback):
     """Tells the sampler its epoch and stops at the accuracy that ends a run."""
 
-    def __init__(self, run: Run, sampler: OrderSampler, options: Options):
-        self.run, self.sampler, self.options = run, sampler, options
-        self.stopped: str | None = None
+    def __init__(self, run: Run, sampler: OrderSampler):
+        self.run, self.sampler = run, sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.sampler.epoch = round(state.epoch)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
-        done = metrics["eval_accuracy"] >= self.run.stop_at or round(state.epoch) >= self.run.epochs
-        if self.options.late and not done:
-            self.stopped = "deadline"
-        control.should_training_stop |= done or self.stopped is not None
+        control.should_training_stop |= metrics["eval_accuracy"] >= self.run.stop_at
 
 
-def train_plain(run: Run, options: Options) -> tuple[dict[str, Any], ReBasedForCausalLM]:
-    """Train with transformers' Trainer; continues from the last epoch saved in `options.work_dir`."""
-    model = build_model(run, options.kernel_backend)
-    on_gpu = options.device.startswith("cuda")
+def train_plain(run: Run, folder: Path) -> tuple[list[dict[str, float]], ReBasedForCausalLM]:
+    """Train on the CPU with transformers' Trainer. Return what was measured by epoch, and the model."""
+    model = build_model(run)
     train = PlainDataset(mqar.make_examples(run.spec, run.train_examples, seed=run.data_seed))
     test = mqar.make_examples(run.spec, run.test_examples, seed=run.data_seed, split="test")
-    folder = Path(options.work_dir or "output/mqar-work") / run.name
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=run.epochs,
         per_device_train_batch_size=run.batch_size,
         max_grad_norm=0.0,  # 0 is no clipping
-        bf16=options.bf16,
-        use_cpu=not on_gpu,
-        torch_compile=options.compile and on_gpu,
+        use_cpu=True,
         eval_strategy="epoch",
-        save_strategy="epoch" if options.work_dir else "no",
-        save_total_limit=1,
+        save_strategy="no",
         logging_strategy="epoch",
         report_to="none",
-        disable_tqdm=not options.progress,
+        disable_tqdm=True,
         seed=run.seed,
         dataloader_drop_last=True,
     )
@@ -118,17 +108,12 @@ def train_plain(run: Run, options: Options) -> tuple[dict[str, Any], ReBasedForC
         eval_dataset=PlainDataset(test),
         optimizers=(optimizer, schedule),
     )
-    callback = PlainCallback(run, trainer.sampler, options)
-    trainer.add_callback(callback)
-    saved = options.work_dir and folder.exists() and any(folder.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(saved) or None)
+    trainer.add_callback(PlainCallback(run, trainer.sampler))
+    trainer.train()
     losses = {round(entry["epoch"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     history = [
         {"epoch": round(entry["epoch"]), "loss": losses.get(round(entry["epoch"])), "accuracy": entry["eval_accuracy"]}
         for entry in trainer.state.log_history
         if "eval_accuracy" in entry
     ]
-    result = {"history": history, "epochs_trained": len(history)}
-    if callback.stopped:
-        result["stopped"] = callback.stopped
-    return result, model
+    return history, model
