@@ -5,8 +5,8 @@
     python -m modeling_rebased.eval.plots eval/results
 
 Each benchmark calls the function of its picture here. A model has one name and one colour in all pictures. The
-pictures of associative recall, MAD and ICLL are drawn by `plot_mqar`, `plot_mad` and `plot_icll`. Names and colours
-are in `plot_style`.
+pictures of associative recall, MAD, ICLL and the language models are drawn by `plot_mqar`, `plot_mad`, `plot_icll` and
+`plot_language_models`. Names and colours are in `plot_style`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import plot_icll, plot_mad, plot_mqar
+from . import plot_icll, plot_language_models, plot_mad, plot_mqar
 from .plot_style import OTHERS, color_of, label_lines, label_of, new_figure, plain_log_axis, save
 
 
@@ -308,6 +308,9 @@ def redraw(folder: Path) -> list[Path]:
         for runs in sorted({path.parent for path in folder.glob("**/*.jsonl") if path.parent.name == name}):
             program.main([*map(str, sorted(runs.glob("*.jsonl"))), "--output", str(runs)])
             drawn.append(runs / f"{name}.png")
+    for path in sorted(folder.glob("**/domains.csv")):
+        plot_language_models.main([str(path.parent)])
+        drawn += [path.with_name("language_models.png"), path.with_name("curves.png")]
     return drawn
 
 

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def collect(source: Source, path: Path | None, target: Path) -> None:
         if room > 0:
             kept.append((name, text))
             room -= len(text)
-    head = {**asdict(source), **asdict(origin), "files_read": files, "english": english}
+    head = {**dataclasses.asdict(source), **dataclasses.asdict(origin), "files_read": files, "english": english}
     with written(target) as unfinished, open(unfinished, "w", encoding="utf-8") as out:
         out.write(json.dumps(head) + "\n")
         for name, text in kept:
@@ -262,7 +262,7 @@ def write_shards(
     ends = np.cumsum(corpus.lengths[order])
     shard_of = np.minimum((ends - 1) // tokens_per_shard, max(0, ends[-1] // tokens_per_shard - 1))
     with written(folder) as unfinished:
-        sizes = []
+        sizes: list[int] = []
         for number in tqdm(np.unique(shard_of).tolist(), "shards", disable=None):
             mine = order[shard_of == number].tolist()
             ids = np.concatenate([corpus.document(each) for each in mine])
@@ -315,10 +315,11 @@ def finish(
             "held-out tokens": int(corpus.lengths[held & mine].sum()),
         }
     mean_share = float(np.mean([share for share in shares.values() if share <= MOST_QUOTED] or [0.0]))
+    patterns = {field.name for field in dataclasses.fields(Source)} - {"domain", "kind", "name"}
     facts = {
         "held-out documents left out as quoted": sum(share > MOST_QUOTED for share in shares.values()),
         "mean quoted share of the others": round(mean_share, 4),
-        "packages": corpus.heads,
+        "packages": [{key: value for key, value in head.items() if key not in patterns} for head in corpus.heads],
     }
     (output_dir / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     with open(output_dir / "corpus.csv", "w", encoding="utf-8", newline="") as file:
@@ -375,11 +376,13 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             collect(source, path, target)
         done.append(source)
-    passages, seen = Passages(), set[int]()
-    for source in (bar := tqdm(done, "encoding", disable=None)):
-        bar.set_postfix_str(source.key)
-        encode(texts / f"{source.key}.jsonl", tokens / f"{source.key}.npz", passages, seen, tokenizer)
-    corpus = Corpus([tokens / f"{source.key}.npz" for source in done])
+    encoded = [tokens / f"{source.key}.npz" for source in done]
+    if not all(path.exists() for path in encoded):
+        passages, seen = Passages(), set[int]()
+        for source, path in zip(bar := tqdm(done, "encoding", disable=None), encoded):
+            bar.set_postfix_str(source.key)
+            encode(texts / f"{source.key}.jsonl", path, passages, seen, tokenizer)
+    corpus = Corpus(encoded)
     finish(
         corpus,
         args.output_dir,

@@ -143,9 +143,9 @@ def load_index(folder: str | os.PathLike) -> dict[str, Any]:
         missing = [name for name in fields if name not in index]
         if missing or index["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"without {', '.join(missing)}" if missing else f"its dtype is {index['dtype']!r}")
-        fields = ("file", "tokens", "bytes", "sha256")
-        if not all(name in each for each in index["shards"] for name in fields):
-            raise ValueError(f"a shard lacks one of {', '.join(fields)}")
+        of_shard = ("file", "tokens", "bytes", "sha256")
+        if not all(name in each for each in index["shards"] for name in of_shard):
+            raise ValueError(f"a shard lacks one of {', '.join(of_shard)}")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no index of shards: {error}") from error
     return index
