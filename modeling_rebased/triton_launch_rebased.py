@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_language_rebased import INTERPRETED
+from .triton_language_rebased import INTERPRETED, triton
 from .triton_layout_rebased import Layout
 from .triton_plan_rebased import Plan, choose_sizes, product_precision
 
@@ -146,6 +146,7 @@ def is_first(prepared: Launches, device: torch.device) -> bool:
     is_new, prepared.is_new = prepared.is_new, False
     if not is_new or device.type != "cuda" or INTERPRETED or _MODE.compilers is not None:
         return False
+    triton.runtime.driver.active.get_current_device()  # made by this thread, not by several at once
     return not torch.cuda.is_current_stream_capturing()  # when nothing may be loaded to the GPU
 
 
