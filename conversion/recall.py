@@ -3,8 +3,10 @@
 The text follows the single needle with repeated text of RULER (Hsieh et al., 2024, niah_single_1): a sentence with the
 number stands before the same few sentences over and over, and the question comes at the end. The number has seven
 digits. The needle with a name is our own and is asked for in the same way. lm-eval has RULER too, but downloads a
-tokenizer of sentences for it. An item is right if the model's most likely tokens after the beginning of the answer are
-the number or name, all of them, which is what greedy decoding would write.
+tokenizer of sentences for it. The tasks `needle` of `eval/tasks` ask through lm-eval and need no network.
+
+An item is right if the model's most likely tokens after the beginning of the answer are the number or name, all of
+them, which is what greedy decoding would write.
 """
 
 import random
@@ -30,6 +32,21 @@ KINDS = ("number", "name")
 DISTANCES = (200, 500, 1000, 2000, 4000)
 
 
+def item_text(kind: str, lines: int, seed: int) -> tuple[str, str, str]:
+    """Return a request, the beginning of its answer, and the value that is asked for.
+
+    Args:
+        kind: one of `KINDS`.
+        lines: how often the repeated sentences stand between the needle and the question.
+        seed: of the value and its key.
+    """
+    draw = random.Random(f"{kind} {seed}")
+    key = draw.choice(KEYS)
+    value = str(draw.randint(10**6, 10**7 - 1)) if kind == "number" else draw.choice(NAMES)
+    parts = {"kind": kind, "key": key, "value": value}
+    return (INTRODUCTION + NEEDLE + FILLER * lines + QUESTION).format(**parts), BEGINNING.format(**parts), value
+
+
 def make_item(
     tokenizer: PreTrainedTokenizerBase, kind: str, distance: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,13 +58,8 @@ def make_item(
         distance: tokens of the repeated sentences between the needle and the question, rounded down to whole lines.
         seed: of the value and its key.
     """
-    draw = random.Random(f"{kind} {seed}")
-    key = draw.choice(KEYS)
-    value = str(draw.randint(10**6, 10**7 - 1)) if kind == "number" else draw.choice(NAMES)
     lines = max(1, distance // len(tokenizer(FILLER, add_special_tokens=False)["input_ids"]))
-    parts = {"kind": kind, "key": key, "value": value}
-    text = INTRODUCTION + NEEDLE + FILLER * lines + QUESTION
-    request, beginning = text.format(**parts), BEGINNING.format(**parts)
+    request, beginning, value = item_text(kind, lines, seed)
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": request}]
         request = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
