@@ -11,13 +11,19 @@ step uses activation checkpointing (--checkpoint-from).
 
 Writes to the output folder:
 
-    context_parallel.csv    for each number of GPUs and tokens per GPU: time, tokens per second, share of the speed of
-                            one GPU times their number, peak memory per GPU, and the bytes that a GPU receives
+    context_parallel.csv    for each number of GPUs and tokens per GPU: time, the part of it in which the host launches
+                            work, tokens per second, share of the speed of one GPU times their number, peak memory per
+                            GPU, and the bytes that a GPU receives
+    profile.csv             with --profile, for each of these and each GPU: what one more step consists of
+    ring.csv                with --ring, the time of a softmax model by PyTorch's ring attention on all GPUs
     errors.csv              relative errors of logits and gradients against one GPU, in norm
     context_parallel.png    a picture of the first table
 
 The bytes are counted as the collectives are called, in one step without compilation and without checkpointing. Their
 number does not depend on the number of tokens.
+
+Ring attention is torch.distributed.tensor.experimental.context_parallel. It is timed and no more: its order puts two
+pieces of the sequence on each GPU, and the convolutions and positions take them as one.
 """
 
 from __future__ import annotations
@@ -27,13 +33,14 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, shard_sequence
@@ -132,7 +139,7 @@ def error_rows(name: str, device: str, length: int, group: dist.ProcessGroup) ->
 
 def count_bytes(name: str, device: str, group: dist.ProcessGroup) -> dict[str, int]:
     """Return the bytes that a process receives in the forward pass, per layer, and in a whole step."""
-    model = load(name, device, torch.bfloat16 if device != "cpu" else torch.float32, kernel_backend="eager").train()
+    model = load(name, device, torch.bfloat16 if device != "cpu" else torch.float32).train()
     batch = make_batch(model, 64 * group.size())
     with split_over(model, group):
         shard = shard_sequence(batch, group)
@@ -149,15 +156,70 @@ def count_bytes(name: str, device: str, group: dist.ProcessGroup) -> dict[str, i
     }
 
 
+# Parts of the names of kernels, by the column of profile.csv that has their time.
+KINDS = {"all_gather_ms": "AllGather", "all_reduce_ms": "AllReduce", "copy_ms": "Mem"}
+
+
+def profile_row(step: Callable[[], None], trace: Path | None) -> dict[str, Any]:
+    """Return what a step consists of on this GPU, in milliseconds, by torch.profiler.
+
+    `busy_ms` is the time in which at least one kernel runs, `compute_ms` that in which one other than a collective
+    does. A collective also waits for the slower GPUs. `gap_ms` is the largest time without a kernel, and `gap_before`
+    the kernel that ends it. `trace` is where to write a trace for a browser.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        start = time.perf_counter()
+        step()
+        host = 1e3 * (time.perf_counter() - start)
+        torch.cuda.synchronize()
+        wall = 1e3 * (time.perf_counter() - start)
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    )
+    row: dict[str, Any] = {"wall_ms": wall, "host_ms": host, "kernels": len(kernels)}
+    collective = [kernel for kernel in kernels if "nccl" in kernel[2].lower()]
+    for key, chosen in (("busy_ms", kernels), ("compute_ms", [each for each in kernels if each not in collective])):
+        end, total, gap, before = kernels[0][0], 0.0, 0.0, ""
+        for first, last, name in chosen:
+            if first - end > gap:
+                gap, before = first - end, name
+            total += max(0.0, last - max(first, end))
+            end = max(end, last)
+        row |= {key: total / 1e3}
+        if key == "busy_ms":
+            row |= {"gap_ms": gap / 1e3, "gap_before": before[:60]}
+    for key, part in KINDS.items():
+        row[key] = sum(last - first for first, last, name in kernels if part in name) / 1e3
+    longest: dict[str, float] = {}
+    for first, last, name in kernels:
+        longest[name] = longest.get(name, 0.0) + (last - first) / 1e3
+    best = sorted(longest.items(), key=lambda item: -item[1])[:12]
+    row["longest"] = "; ".join(f"{name[:50]} {ms:.2f}" for name, ms in best)
+    return row
+
+
 def time_step(
-    model: ReBasedForCausalLM, length: int, group: dist.ProcessGroup | None, repeats: int
-) -> tuple[float, float]:
-    """Return the median time of a training step in milliseconds, and the peak memory of a GPU in GiB."""
+    model: ReBasedForCausalLM, length: int, group: dist.ProcessGroup | None, repeats: int, profiled: bool = False
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the median times of a training step in milliseconds with the peak memory in GiB, and a profile."""
     on_gpu = model.device.type == "cuda"
     with split_over(model, group):
         batch = make_batch(model, length)
         shard = batch if group is None else shard_sequence(batch, group)
-        times = []
+
+        def step() -> None:
+            model(**shard).loss.backward()
+            if group is not None:
+                average_gradients(model, group)
+            model.zero_grad(set_to_none=True)
+
+        times, of_host = [], []
         for repeat in range(repeats + 2):
             if repeat == 2 and on_gpu:
                 torch.cuda.reset_peak_memory_stats()
@@ -166,21 +228,60 @@ def time_step(
             if on_gpu:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            model(**shard).loss.backward()
-            if group is not None:
-                average_gradients(model, group)
-            model.zero_grad(set_to_none=True)
+            step()
+            of_host.append(1e3 * (time.perf_counter() - start))
             if on_gpu:
                 torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - start))
-    figures = torch.tensor(
-        [statistics.median(times[2:]), torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0],
-        device=model.device,
-    )
+        gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        row: dict[str, Any] = {}
+        if profiled and on_gpu:
+            if group is not None:
+                dist.barrier(group)
+            row = profile_row(step, None)
+    figures = torch.tensor([statistics.median(times[2:]), statistics.median(of_host[2:]), gib], device=model.device)
     if group is not None:
         dist.all_reduce(figures, dist.ReduceOp.MAX, group=group)
-    ms, gib = figures.tolist()
-    return ms, gib
+    return dict(zip(("ms", "host_ms", "peak_gib"), figures.tolist())), row
+
+
+def time_ring(name: str, length: int, checkpointing: bool, repeats: int) -> dict[str, Any]:
+    """Return the row of ring.csv of one sequence over all GPUs."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    processes = dist.get_world_size()
+    mesh = init_device_mesh("cuda", (processes,))
+    model = load(name, "cuda", torch.bfloat16).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:  # attention itself is replaced, which a compiled layer would not see
+        layer.mlp.compile(dynamic=False)
+    ids = make_batch(model, length)["input_ids"]
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.reset_peak_memory_stats()
+        shard = ids.clone()
+        with context_parallel(mesh, buffers=[shard], buffer_seq_dims=[1], no_restore_buffers={shard}):
+            dist.barrier()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(input_ids=shard, labels=shard).loss.backward()
+            average_gradients(model, dist.group.WORLD)
+            model.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+    ms = statistics.median(times[1:] or times)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "gpus": processes,
+        "config": name,
+        "tokens": length,
+        "checkpointing": checkpointing,
+        "ms": ms,
+        "tokens_per_s": length / ms * 1e3,
+        "us_per_token": 1e3 * ms / length,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -189,7 +290,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--config", default="150m-rebased")
     parser.add_argument("--shards", type=int, nargs="*", default=[131072], help="tokens per GPU")
-    parser.add_argument("--checked-length", type=int, default=5001, help="tokens of the comparison with one GPU")
+    parser.add_argument("--gpus", type=int, nargs="*", help="numbers of GPUs; by default 1, 2, 4, ... and all")
+    parser.add_argument("--profile", action="store_true", help="also profile one step of each kind")
+    parser.add_argument("--ring", type=int, nargs="*", default=[], help="tokens per sequence, for ring attention")
+    parser.add_argument("--ring-config", default="150m-softmax")
+    parser.add_argument(
+        "--checked-length", type=int, default=5001, help="tokens of the comparison with one GPU, 0 for none"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", type=int, default=1, help="0 leaves the layers as they are")
     parser.add_argument(
@@ -209,7 +316,8 @@ def main(argv: list[str] | None = None) -> None:
             write_csv(table, arguments.output / file)
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    groups = {gpus: dist.new_group(range(gpus)) for gpus in _powers_of_two(processes)}
+    profiles: list[dict[str, Any]] = []
+    groups = {gpus: dist.new_group(range(gpus)) for gpus in arguments.gpus or _powers_of_two(processes)}
     for gpus, group in groups.items():
         received: dict[str, int] = {}
         if gpus > 1 and rank < gpus:
@@ -223,7 +331,10 @@ def main(argv: list[str] | None = None) -> None:
                     torch.compiler.reset()
                     for layer in model.model.layers:
                         layer.compile(dynamic=False)
-                ms, gib = time_step(model, gpus * shard, group if gpus > 1 else None, arguments.repeats)
+                figures, profiled = time_step(
+                    model, gpus * shard, group if gpus > 1 else None, arguments.repeats, arguments.profile
+                )
+                ms = figures["ms"]
                 alone = next((row["ms"] for row in rows if row["tokens_per_gpu"] == shard), ms)
                 row = {
                     "gpu": machine,
@@ -232,30 +343,51 @@ def main(argv: list[str] | None = None) -> None:
                     "tokens": gpus * shard,
                     "checkpointing": shard >= arguments.checkpoint_from,
                     "ms": ms,
+                    "host_ms": figures["host_ms"],
                     "tokens_per_s": gpus * shard / ms * 1e3,
                     "us_per_token": 1e3 * ms / (gpus * shard),
                     "efficiency": alone / ms,
-                    "peak_gib": gib,
+                    "peak_gib": figures["peak_gib"],
                     **{key: received.get(key, 0) for key in ("state_bytes", "halo_bytes", "step_bytes")},
                 }
                 rows.append(row)
                 write(rows, "context_parallel.csv")
                 if rank == 0:
-                    figures = (f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-                    print("  ".join(figures), flush=True)
+                    show(row)
+                if profiled:
+                    every: list[Any] = [None] * gpus
+                    dist.all_gather_object(
+                        every, {"tokens_per_gpu": shard, "gpus": gpus, "rank": rank, **profiled}, group
+                    )
+                    profiles += every
+                    write(profiles, "profile.csv")
+                    for row in every if rank == 0 else []:
+                        show(row)
                 del model
                 gc.collect()
                 if device == "cuda":
                     torch.cuda.empty_cache()
             dist.barrier()
-    if processes > 1:
+    rings: list[dict[str, Any]] = []
+    for length in arguments.ring:
+        checkpointing = length // processes >= arguments.checkpoint_from
+        rings.append(time_ring(arguments.ring_config, length, checkpointing, repeats=1 if length <= 262144 else 0))
+        write(rings, "ring.csv")
+        if rank == 0:
+            show(rings[-1])
+    if processes > 1 and arguments.checked_length:
         errors = error_rows(arguments.config, device, arguments.checked_length, dist.group.WORLD)
         write(errors, "errors.csv")
         for row in errors if rank == 0 else []:
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    if rank == 0 and arguments.output is not None:
+            show(row)
+    if rank == 0 and arguments.output is not None and rows:
         plot_context_parallel(rows, arguments.output / "context_parallel.png")
     dist.destroy_process_group()
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    print("  ".join(f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
 
 def _powers_of_two(most: int) -> list[int]:

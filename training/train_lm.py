@@ -119,6 +119,9 @@ class LMTrainingArguments(TrainingArguments):
     save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP looks for weights without a gradient, which no model here has."}
+    )
     compile_layers: bool = field(
         default=False,
         metadata={
