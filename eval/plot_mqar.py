@@ -312,7 +312,7 @@ def plot(found: list[Cell], path: str | Path) -> None:
     figure, axes = new_figure(1, len(lengths), 2.75, 3.4, sharey=True)
     for axis, length in zip(axes[0], lengths):
         for i, model in enumerate(models):
-            shift = 0.16 * (i - (len(models) - 1) / 2)
+            shift = min(0.16, 0.66 / len(models)) * (i - (len(models) - 1) / 2)
             color = color_of(model)
             theirs = [PUBLISHED.get(model, {}).get((length, hidden), 0.985) for hidden in sizes]
             if model in PUBLISHED and sizes is HIDDEN:
@@ -326,7 +326,7 @@ def plot(found: list[Cell], path: str | Path) -> None:
                 axis.plot([place] * len(cell.by_seed), cell.accuracies, ".", color=color, ms=6, alpha=0.6, zorder=2)
         axis.set_title(f"length {length:,}", fontsize=10)
         axis.set_xticks(range(len(sizes)), [str(hidden) for hidden in sizes])
-        axis.set(xlabel="hidden size", xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.03, 1.04))
+        axis.set(xlabel="hidden size", xlim=(-0.6, len(sizes) - 0.4), ylim=(-0.03, 1.04))
         axis.grid(True, axis="y", alpha=0.25)
     axes[0, 0].set_ylabel("accuracy")
     handles = [Line2D([], [], color=color_of(model), lw=2, label=label_of(model)) for model in models]
