@@ -53,7 +53,7 @@ EXAMPLES = {
   rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers window --window 64
   rebased-convert linearize SmolLM2-135M-Instruct/ start/ --layers hybrid --feature-dim 32
   rebased-convert linearize SmolLM2-135M-Instruct.gguf teacher/ --layers softmax
-  rebased-convert linearize teacher/ start/ --layers pure
+  rebased-convert linearize teacher/ start/ --layers pure --fit data/sampled
   rebased-convert linearize tiny/ start/ --layers linear_attention,full_attention --dry-run""",
     "to-rebased": """\
   rebased-convert to-rebased based/ start/""",
@@ -163,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="whether linear queries and keys are rotated by position (default: where that is possible)",
     )
+    command.add_argument("--fit", nargs="+", metavar="TEXT", help="texts to fit the linear layers to, layer by layer")
+    command.add_argument("--fit-tokens", type=int, default=32768, help="tokens of them that are used (default: 32768)")
 
     add("to-rebased", to_rebased, "folder of a Based model of this package", "new folder")
 

@@ -36,9 +36,15 @@ class AttentionTap:
         self.inputs: dict[int, torch.Tensor] = {}
         self.outputs: dict[int, torch.Tensor] = {}
         self.replace: dict[int, torch.Tensor] | None = None
+        self.handles: list[Any] = []
         for i, module in modules.items():
-            module.register_forward_pre_hook(self._before(i), with_kwargs=True)
-            module.register_forward_hook(self._after(i))
+            self.handles.append(module.register_forward_pre_hook(self._before(i), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._after(i)))
+
+    def remove(self) -> None:
+        """Leave the modules as they were."""
+        for each in self.handles:
+            each.remove()
 
     def _before(self, i: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

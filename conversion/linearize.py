@@ -5,6 +5,7 @@ softmax that they replace. `distill.py` then trains the model.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
-from modeling_rebased import ReBasedConfig
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
+from modeling_rebased.training.text import TokenBlocks
 
+from .distill_trainer import TRANSFERRED
+from .fit import fit_layers
 from .gguf_files import check_gguf, gguf_tokenizer
 from .layout import State, check_against, make_config, model_shapes, own_fields
 from .reading import load_model, load_tokenizer
@@ -38,6 +44,8 @@ def linearize(
     feature_dim: int | None = None,
     window: int = 64,
     rotate: bool | None = None,
+    fit: Sequence[str | os.PathLike] | None = None,
+    fit_tokens: int = 32768,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Report:
@@ -65,6 +73,9 @@ def linearize(
         window: number of tokens that the window sees.
         rotate: whether queries and keys of the linear layers are rotated by position, as in the original model. By
             default they are if its rotary embedding is of the plain kind and `feature_dim` divides its head_dim.
+        fit: text files, `.npy` files of token ids or folders of shards, to which the linear layers are fitted
+            (fit.py). It takes a GPU if there is one.
+        fit_tokens: how many tokens of the text are used, in rows of 512 that are spread over it.
         overwrite: whether to replace `destination` if it exists.
         dry_run: whether to only report what maps where.
 
@@ -112,10 +123,49 @@ def linearize(
     if set(types) != {"full_attention"}:
         how = "rebased-distill"
         report.notes.append(f"the linear layers are a start, not a model: train them ({how})")
+    if fit is not None:
+        if tokens is None:
+            raise ConversionError("--fit needs a tokenizer, and SOURCE has none that can be loaded.")
+        ids = _rows_to_fit(fit, tokens, fit_tokens)
+        report.notes.append(
+            f"queries, keys, norms and gates are fitted to the teacher's attention on {ids.numel()} tokens"
+        )
+        if not dry_run:
+            state = _fitted(teacher, config, state, ids, report)
     if not dry_run:
         with written(destination, overwrite, source) as path:
             write_model(path, config, state, generation_config=teacher.generation_config, tokenizer=tokens)
     return report
+
+
+def _rows_to_fit(files: Sequence[str | os.PathLike], tokenizer: PreTrainedTokenizerBase, count: int) -> torch.Tensor:
+    """Return about `count` tokens of the files, int64 [B, 512]."""
+    if count < 512:
+        raise ConversionError(f"--fit-tokens is {count}; it must be at least 512.")
+    try:
+        blocks = TokenBlocks(list(map(str, files)), tokenizer, 512)
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"--fit: {error}") from error
+    rows = min(count // 512, len(blocks))
+    places = [i * len(blocks) // rows for i in range(rows)]
+    return torch.cat([blocks.blocks(i, i + 1) for i in places])
+
+
+def _fitted(teacher: PreTrainedModel, config: ReBasedConfig, state: State, ids: torch.Tensor, report: Report) -> State:
+    """Return the state whose linear layers are fitted to the teacher's attention."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = ReBasedForCausalLM(config)
+    student.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    student.tie_weights()
+    errors = fit_layers(teacher.to(device).eval(), student.to(device).eval(), ids)
+    before, after = (sum(each) / len(errors) for each in zip(*errors))
+    report.notes.append(f"relative error of the linear layers' outputs: {before:.3f} before, {after:.3f} now")
+    new = student.cpu().state_dict()
+    return {name: new[name].to(tensor.dtype) if _is_fitted(name) else tensor for name, tensor in state.items()}
+
+
+def _is_fitted(name: str) -> bool:
+    return name.split(".self_attn.")[-1].startswith(TRANSFERRED) and ".self_attn." in name
 
 
 def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:

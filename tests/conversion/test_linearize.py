@@ -25,6 +25,7 @@ from modeling_rebased.conversion.gguf_files import gguf_tokenizer
 from modeling_rebased.conversion.linearize import _reduce_layer
 from modeling_rebased.conversion.reduce_heads import exp_beta, reduce_heads
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.training.text import TokenBlocks
 
 
 SIZES = {
@@ -421,3 +422,53 @@ def test_to_rebased(tmp_path):
     assert all(p.grad is None or p.grad.isfinite().all() for p in start.parameters())
     with pytest.raises(ConversionError, match="must be a Based model"):
         to_rebased(tmp_path / "start", tmp_path / "again")
+
+
+def test_a_start_that_is_fitted(tmp_path):
+    """Only what attends is changed, each layer's output comes closer to the teacher's, and the model too."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    sizes = SIZES | {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.5)).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(2000)))
+    options = {"layers": "linear_attention,hybrid_sliding", "feature_dim": 8, "window": 8}
+    linearize(tmp_path / "teacher", tmp_path / "plain", **options)
+    fit = {"fit": [tmp_path / "text.txt"], "fit_tokens": 512}
+    report = linearize(tmp_path / "teacher", tmp_path / "fitted", **options, **fit)
+    said = next(note for note in report.notes if note.startswith("relative error"))
+    before, after = (float(number) for number in re.findall(r"\d\.\d+", said))
+    assert after < 0.9 * before
+    plain, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "fitted"))
+    changed = {name for name in plain if not torch.equal(plain[name], fitted[name])}
+    assert changed == {
+        f"model.layers.{i}.self_attn.{x}_{part}"
+        for i in (0, 1)
+        for x in "qk"
+        for part in ("proj.weight", "norm.weight", "norm.bias")
+    } | {"model.layers.1.self_attn.gate"}
+    ids = TokenBlocks([str(tmp_path / "text.txt")], tokenizer, 512).blocks(1, 2)
+    with torch.no_grad():
+        target = teacher(ids).logits
+        far, near = (
+            (ReBasedForCausalLM.from_pretrained(tmp_path / name)(ids).logits - target).square().mean()
+            for name in ("plain", "fitted")
+        )
+    assert near < 0.9 * far
+
+
+def test_what_a_fit_needs(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("short")
+    with pytest.raises(ConversionError, match="--fit needs a tokenizer"):
+        linearize(tmp_path / "teacher", tmp_path / "out", fit=[tmp_path / "text.txt"])
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    for fit, message in (
+        ({"fit": [tmp_path / "text.txt"]}, "hold only 6 tokens"),
+        ({"fit": [tmp_path / "none.txt"]}, "--fit: .*none"),
+        ({"fit": [tmp_path / "text.txt"], "fit_tokens": 5}, "--fit-tokens is 5"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            linearize(tmp_path / "teacher", tmp_path / "out", **fit)
+    assert not (tmp_path / "out").exists()
