@@ -357,10 +357,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"distill: error: {error}", file=sys.stderr)
         return 1
     for row in found:
-        print(
-            f"{row['file']}, {row['length']} tokens: held-out perplexity {row.get('before'):.3f} before, "
-            f"{row.get('student', math.nan):.3f} now, the teacher's {row.get('teacher', math.nan):.3f}"
-        )
+        if "student" in row:  # on the main process
+            print(
+                f"{row['file']}, {row['length']} tokens: held-out perplexity {row['before']:.3f} before, "
+                f"{row['student']:.3f} now, the teacher's {row['teacher']:.3f}"
+            )
     return 0
 
 

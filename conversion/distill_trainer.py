@@ -94,7 +94,7 @@ class DistillTrainer(Trainer):
         else:
             layers = linear_layers(student)
             self.teacher_tap = AttentionTap({i: self.teacher.model.layers[i].self_attn for i in layers})
-            self.student_tap = AttentionTap({i: student.model.layers[i].self_attn for i in layers})
+            self.student_tap: AttentionTap | None = None
         if distill.compile:
             # Layer by layer: layers of a kind share their code, which is then compiled once.
             for layer in student.model.layers:
@@ -152,6 +152,11 @@ class DistillTrainer(Trainer):
     def _transfer_loss(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             self.teacher(input_ids=ids, use_cache=False, logits_to_keep=1)
+        if self.student_tap is None:
+            # Not earlier: hooks run in the order in which they were added, and FSDP2's, which gathers the weights for
+            # the backward pass, must see the outputs before they are detached.
+            attention = self.accelerator.unwrap_model(model).model.layers
+            self.student_tap = AttentionTap({i: attention[i].self_attn for i in self.teacher_tap.outputs})
         self.student_tap.replace = self.teacher_tap.inputs
         try:
             # Through the whole model, so that what wraps it (several GPUs, mixed precision) does its work; each
@@ -187,6 +192,10 @@ def without_mlps(student: ReBasedForCausalLM) -> ReBasedForCausalLM:
     model = ReBasedForCausalLM(config)
     model.load_state_dict(student.state_dict(keep_vars=True), strict=False, assign=True)
     model.tie_weights()
+    # What FSDP2 shards by itself: modules whose outputs the loss is of. Those of whole layers have no part in it.
+    model._no_split_modules = sorted(
+        {type(layer.self_attn).__name__ for layer in model.model.layers if not layer.is_conv}
+    )
     return model
 
 

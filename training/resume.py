@@ -13,8 +13,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+from .checkpoints import is_sharded, rewrite
 
 
 logger = logging.get_logger(__name__)
@@ -53,16 +56,21 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
     A checkpoint of the last step is only loaded: Trainer itself would take one step more.
 
     Raises:
-        CheckpointError: FSDP wrote the checkpoint and this launch trains without it, or the other way round.
+        CheckpointError: FSDP wrote the checkpoint, this launch trains without it, or the other way round, and the
+            checkpoint cannot be rewritten.
     """
     if checkpoint is not None:
-        sharded = any(Path(checkpoint).glob("pytorch_model_fsdp*"))
-        if sharded != trainer.is_fsdp_enabled:
-            written, now = ("with", "without") if sharded else ("without", "with")
-            raise CheckpointError(
-                f"{checkpoint} was written {written} FSDP, and this launch trains {now} it. Launch as before, with "
-                "any number of processes"
-            )
+        # Before the model is wrapped. The processes that wait find the checkpoint rewritten.
+        with trainer.args.main_process_first(local=False, desc="reading the checkpoint"):
+            if is_sharded(Path(checkpoint)) != trainer.is_fsdp_enabled:
+                try:
+                    rewrite(Path(checkpoint), trainer)
+                except (CheckpointException, OSError, KeyError, ValueError) as error:
+                    written, now = ("without", "with") if trainer.is_fsdp_enabled else ("with", "without")
+                    raise CheckpointError(
+                        f"{checkpoint} was written {written} FSDP, this launch trains {now} it, and the checkpoint "
+                        f"cannot be rewritten ({error!r}). Launch as before, with any number of processes"
+                    ) from error
         logger.warning(f"Resuming from {checkpoint}")
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if 0 < trainer.args.max_steps <= state.global_step:

@@ -20,8 +20,10 @@ from modeling_rebased.conversion.losses import LogitsLoss, _loss_part, logits_lo
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.text import TokenBlocks, read_token_ids
 from tests.conversion.teacher import make_teacher
+from tests.processes import ROOT, run_with_two_processes
 
 
+FSDP2_ON_CPU = ROOT / "tests/training/fsdp2_on_cpu.py"
 TEXT = "the cat sat on the mat and the dog sat on the log <|endoftext|>" * 40
 
 
@@ -422,3 +424,13 @@ def test_the_recipe_of_smollm2_can_be_read():
     for stage in ("transfer", "logits", "long"):
         distill, arguments = parse_arguments([str(path), "--stage", stage])
         assert distill.stage == stage and arguments.output_dir == f"output/smollm2/{stage}"
+
+
+def test_transfer_under_fsdp2(folder, tmp_path):
+    """Two processes that share the weights train the same student as one."""
+    assert main(command(folder, "transfer", tmp_path / "one", steps=2)) == 0
+    two = command(folder, "transfer", tmp_path / "two", "--per_device_train_batch_size", "4", steps=2)
+    run_with_two_processes(FSDP2_ON_CPU, "modeling_rebased.conversion.distill", *two)
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5

@@ -87,10 +87,9 @@ def test_a_gathered_model_is_a_copy_of_a_type():
         assert {weight.dtype for weight in copy.state_dict().values()} == {dtype}
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [("every_type", "no"), ("paper", "yes")])
-def test_a_model_sharded_by_fsdp2_is_written_like_one_of_a_single_process(tmp_path, name, checkpointing):
+def test_a_model_sharded_by_fsdp2_is_written_like_one_of_a_single_process(tmp_path):
     """The same files, the same bytes of weights, code of this package, and one process that writes."""
-    model = make_model(name)
+    model = make_model("every_type")
     model.save_pretrained(tmp_path / "model")
     with written(tmp_path / "alone") as path:
         save_model(path, gathered_model(model), byte_tokenizer())
@@ -109,8 +108,7 @@ dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (2,))
 model = ReBasedForCausalLM.from_pretrained(sys.argv[1])
 for i, layer in enumerate(model.model.layers):
-    if sys.argv[3] == "yes":  # as accelerate does for fsdp_activation_checkpointing
-        model.model.layers[i] = layer = checkpoint_wrapper(layer)
+    model.model.layers[i] = layer = checkpoint_wrapper(layer)  # as accelerate does for fsdp_activation_checkpointing
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
 whole = gathered_model(model)
@@ -121,7 +119,7 @@ if whole is not None:
 dist.destroy_process_group()
 """
     )
-    run_with_two_processes(script, tmp_path / "model", tmp_path / "sharded", checkpointing)
+    run_with_two_processes(script, tmp_path / "model", tmp_path / "sharded")
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     assert {path.name for path in alone.iterdir()} == {path.name for path in sharded.iterdir()}
     assert json.loads((alone / "config.json").read_text()) == json.loads((sharded / "config.json").read_text())
@@ -129,7 +127,7 @@ dist.destroy_process_group()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     loaded = AutoModelForCausalLM.from_pretrained(sharded, trust_remote_code=True, dtype=torch.float32).eval()
-    expected = make_model(name)
+    expected = make_model("every_type")
     with torch.no_grad():
         for parameter in expected.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))

@@ -1,5 +1,6 @@
 """Where a run goes on, and when its folder holds another one: the record and the checkpoints, without training."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainerState
 
 from modeling_rebased.training.resume import (
@@ -62,7 +64,8 @@ class FakeTrainer:
     """What train_from uses of a Trainer."""
 
     def __init__(self, max_steps, is_fsdp_enabled=False):
-        self.args, self.is_fsdp_enabled = SimpleNamespace(max_steps=max_steps), is_fsdp_enabled
+        self.args = SimpleNamespace(max_steps=max_steps, main_process_first=lambda **_: contextlib.nullcontext())
+        self.is_fsdp_enabled, self.model = is_fsdp_enabled, torch.nn.Linear(2, 2)
         self.loaded, self.trained, self.state = None, [], None
 
     def _load_from_checkpoint(self, checkpoint):
@@ -93,18 +96,16 @@ def test_a_run_without_a_checkpoint_starts(caplog):
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-def test_fsdp_goes_on_with_fsdp(tmp_path, sharded):
+def test_a_checkpoint_that_cannot_be_rewritten(tmp_path, sharded):
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     TrainerState(global_step=3).save_to_json(str(folder / "trainer_state.json"))
     if sharded:
         (folder / "pytorch_model_fsdp_0").mkdir()
     written, now = ("with", "without") if sharded else ("without", "with")
-    with refused(
-        f"{folder} was written {written} FSDP, and this launch trains {now} it. Launch as before, with any number of "
-        "processes"
-    ):
+    with refused(f"{folder} was written {written} FSDP, this launch trains {now} it, and", whole=False) as error:
         train_from(FakeTrainer(9, not sharded), str(folder))
+    assert str(error.value).endswith("). Launch as before, with any number of processes")
     trainer = FakeTrainer(9, sharded)
     train_from(trainer, str(folder))
     assert trainer.trained == [str(folder)]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training import train_lm
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
-from modeling_rebased.training.resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from
+from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint
 from modeling_rebased.training.text import TokenBlocks, read_documents
 from modeling_rebased.training.train_lm import LMTrainer, LMTrainingArguments, parse_arguments
 from tests.processes import run_python, start_python
@@ -161,14 +160,6 @@ def test_latest_complete_checkpoint(tmp_path):
     assert latest_complete_checkpoint(str(tmp_path), processes=2) is None
     (tmp_path / "checkpoint-10" / "rng_state_1.pth").touch()
     assert latest_complete_checkpoint(str(tmp_path), processes=2) == str(tmp_path / "checkpoint-10")
-
-
-def test_a_checkpoint_of_fsdp_is_refused_without_fsdp(tmp_path):
-    (tmp_path / "pytorch_model_fsdp_0").mkdir()
-    with pytest.raises(CheckpointError, match="written with FSDP, and this launch trains without it"):
-        train_from(SimpleNamespace(is_fsdp_enabled=False), str(tmp_path))
-    with pytest.raises(CheckpointError, match="written without FSDP, and this launch trains with it"):
-        train_from(SimpleNamespace(is_fsdp_enabled=True), str(tmp_path / "none"))
 
 
 def test_a_run_knows_the_fewest_processes_that_trained_it(tmp_path):

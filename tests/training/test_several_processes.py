@@ -1,0 +1,63 @@
+"""Training under FSDP2 makes what one process makes, and each goes on from a checkpoint of the other."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_rebased.training import train_lm
+from tests.processes import run_with_two_processes
+
+
+FSDP2_ON_CPU = Path(__file__).with_name("fsdp2_on_cpu.py")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("several")
+    config = {"model_type": "rebased", "vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "feature_dim": 4, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "text.txt").write_text("".join(f"the number {n} is followed by {n + 1}. " for n in range(40)))
+    given = {"config": folder, "train_file": folder / "text.txt", "context_length": 64, "warmup_steps": 0}
+    given |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 2}
+    given |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def train(arguments: list[str], output: Path, steps: int) -> None:
+    train_lm.main([*arguments, "--output_dir", str(output), "--max_steps", str(steps)])
+
+
+def train_by_two(arguments: list[str], output: Path, steps: int) -> None:
+    own = ["--per_device_train_batch_size", "1", "--output_dir", output, "--max_steps", steps]
+    run_with_two_processes(FSDP2_ON_CPU, "modeling_rebased.training.train_lm", *arguments, *own)
+
+
+def assert_same(output: Path, expected: Path) -> None:
+    got, wanted = (load_file(folder / "final" / "model.safetensors") for folder in (output, expected))
+    assert {path.name for path in (output / "final").iterdir()} == {
+        path.name for path in (expected / "final").iterdir()
+    }
+    assert got.keys() == wanted.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-2, atol=1e-4)  # in bfloat16
+
+
+def test_one_process_and_fsdp2_go_on_from_one_another(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one = [*arguments, "--per_device_train_batch_size", "2"]
+    train(one, tmp_path / "whole", 4)
+    train_by_two(arguments, tmp_path / "from two", 2)
+    assert (tmp_path / "from two/checkpoint-2/pytorch_model_fsdp_0").is_dir()
+    train(one, tmp_path / "from two", 4)
+    assert_same(tmp_path / "from two", tmp_path / "whole")
+    # A stop after the second step, of the run that one process made
+    stopped = tmp_path / "from one"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", stopped / "checkpoint-2")
+    train_by_two(arguments, stopped, 4)
+    assert not (stopped / "checkpoint-2" / "model.safetensors").exists()
+    assert_same(stopped, tmp_path / "whole")
