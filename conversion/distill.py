@@ -48,7 +48,13 @@ from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.training.arguments import parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command
 from modeling_rebased.training.folders import gathered_model, save_model, written
-from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint, train_from, weights_identity
+from modeling_rebased.training.resume import (
+    CheckpointError,
+    RunRecord,
+    latest_complete_checkpoint,
+    train_from,
+    weights_identity,
+)
 from modeling_rebased.training.shards import tokenizer_identity
 from modeling_rebased.training.text import TokenBlocks
 
@@ -239,6 +245,8 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
     )
     if trainer.get_cp_size() > 1:
         raise ConversionError("cp_size is above 1, but a teacher's sequences cannot be split over processes.")
+    if trainer.get_tp_size() > 1:
+        raise ConversionError("tp_size is above 1, but no student is trained with tensor parallelism. Use FSDP2.")
     if distill.lora_rank and trainer.is_fsdp_enabled:
         raise ConversionError("--lora_rank cannot be used with FSDP, which would have to merge sharded weights.")
     started = time.monotonic()
@@ -353,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         distill, arguments = parse_arguments(argv)
         found = run(distill, arguments, typed_command("conversion.distill", argv))
-    except (ConversionError, OSError) as error:
+    except (ConversionError, CheckpointError, OSError) as error:
         print(f"distill: error: {error}", file=sys.stderr)
         return 1
     for row in found:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from .fast_loop import FastTrainer, use_deterministic_algorithms
@@ -49,12 +51,25 @@ def _race(
     return [run for run in runs if run.lr == best.lr], given_up
 
 
+def _runs_of_process(runs: Sequence[Recipe], by_kind: bool) -> list[Recipe]:
+    """Return every W-th run, or every W-th kind of run, for one of W processes of torchrun or accelerate launch."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kinds = list(dict.fromkeys(kind_of(run) for run in runs))
+    return [
+        run
+        for number, run in enumerate(runs)
+        if (kinds.index(kind_of(run)) if by_kind else number) % processes == rank
+    ]
+
+
 def run_group(
     runs: list[Recipe], options: Options, output: str, save: str | None, worker: int = 0
 ) -> list[dict[str, Any]]:
     """Train runs of one kind one after another, and write each to `output` as soon as it ends."""
     if options.deterministic:
         use_deterministic_algorithms()
+    if options.device == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     results = []
     trainer = FastTrainer(runs[0], options)
     if options.take_turns and trainer.on_gpu and not options.late:
@@ -83,7 +98,11 @@ def run_group(
 
 
 def sweep(runs: Sequence[Recipe], options: Options, output: str, jobs: int = 1, save: str | None = None) -> list[dict]:
-    """Train every run that `output` does not hold yet, with groups of one kind at once in `jobs` processes."""
+    """Train every run that `output` does not hold yet, with groups of one kind at once in `jobs` processes.
+
+    Where torchrun or accelerate launch has started several processes, each trains its share on a GPU of its own.
+    """
+    runs = _runs_of_process(runs, by_kind=options.race_epoch is not None)  # a race is between runs of one kind
     done = {result["name"] for result in read_results(output) if result.get("stopped") != "deadline"}
     left = [run for run in runs if run.name not in done]
     if len(left) < len(runs):

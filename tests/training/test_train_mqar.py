@@ -111,6 +111,22 @@ def test_a_sweep_in_other_processes_gives_the_same_numbers(tmp_path, monkeypatch
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("race_epoch", [None, 1])
+def test_launched_processes_share_the_runs(tmp_path, monkeypatch, race_epoch):
+    """As under accelerate launch: each process trains its part, and a race stays with one of them."""
+    runs = [dataclasses.replace(TINY, hidden=hidden, lr=lr) for hidden in (24, 48) for lr in (1e-2, 1e-3, 1e-4)]
+    trained = []
+    monkeypatch.setattr(sweep_module, "run_group", lambda runs, *_: trained.append(runs) or [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        sweep(runs, Options(device="cpu", progress=False, race_epoch=race_epoch), str(tmp_path / "results.jsonl"))
+        parts.append([run for group in trained for run in group])
+        trained.clear()
+    assert parts == ([runs[::2], runs[1::2]] if race_epoch is None else [runs[:3], runs[3:]])
+
+
 def test_a_process_trains_in_its_turn_only(tmp_path, monkeypatch):
     events = []
 
