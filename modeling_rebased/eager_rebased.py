@@ -19,6 +19,38 @@ import torch
 from .configuration_rebased import feature_blocks, n_features
 
 
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Return whether nobody traces, fakes or intercepts what is done with these tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    )
+
+
+def _pairs(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a, b and the factor of the features x_a x_b, in their order."""
+    diagonal = torch.arange(size, device=device)
+    row, column = torch.triu_indices(size, size, 1, device=device)
+    weight = torch.ones(size + row.shape[0], device=device, dtype=torch.float64)
+    weight[size:] = math.sqrt(2)
+    return torch.cat([diagonal, row]), torch.cat([diagonal, column]), weight
+
+
+def _selectors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matrices [size, pairs] that select x_a and x_b times its factor from x."""
+    left, right, weight = _pairs(size, device)
+    identity = torch.eye(size, dtype=dtype, device=device)
+    return identity[:, left], identity[:, right] * weight.to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_selectors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False), torch.no_grad():  # also fit for training, wherever they are made first
+        return _selectors(size, dtype, device)
+
+
 def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> torch.Tensor:
     """Return the features phi(x) whose inner products make up the kernel, in the layout of the recurrent state.
 
@@ -37,18 +69,15 @@ def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> to
     size = x.shape[-1]
     features = []
     if c2:
-        # Selecting columns by a 0/1 matrix is exact, and unlike a gather its backward pass is a matmul too: fast
-        # and deterministic.
-        diagonal = torch.arange(size, device=x.device)
-        row, column = torch.triu_indices(size, size, 1, device=x.device)
-        left = torch.cat([diagonal, row])
-        right = torch.cat([diagonal, column])
-        weight = torch.cat([x.new_ones(size), x.new_full((row.shape[0],), math.sqrt(2))])
         if torch.compiler.is_exporting():  # torch.export cannot prove sizes of a product whose length is a symbol
-            features.append(x[..., left] * (x[..., right] * weight))
+            left, right, weight = _pairs(size, x.device)
+            features.append(x[..., left] * (x[..., right] * weight.to(x.dtype)))
         else:
-            identity = torch.eye(size, dtype=x.dtype, device=x.device)
-            features.append((x @ identity[:, left]) * (x @ (identity[:, right] * weight)))
+            # Selecting columns by a 0/1 matrix is exact, and unlike a gather its backward pass is a matmul too: fast
+            # and deterministic.
+            make = _kept_selectors if is_plain(x) else _selectors
+            left, right = make(size, x.dtype, x.device)
+            features.append((x @ left) * (x @ right))
     if c1:
         features.append(x)
     if c0:
@@ -61,6 +90,8 @@ def _query_features(
 ) -> torch.Tensor:
     """Return phi(q) times the kernel's coefficients. `weights` (c0, c1, c2) may vary by query: tensors [..., 1]."""
     features = feature_map(q, coefficients)
+    if sum(map(bool, coefficients)) == 1:
+        return features * next(w for c, w in zip(coefficients, weights) if c)
     present = [w for c, w in zip(reversed(coefficients), reversed(weights)) if c]
     blocks = features.split(feature_blocks(q.shape[-1], coefficients), dim=-1)
     return torch.cat([block * weight for block, weight in zip(blocks, present)], dim=-1)
@@ -413,8 +444,9 @@ def eager_rebased_decode(
         # the dtype's range. Keys need none: their squares are in the state, so they are in its range.
         c0, c1, c2 = coefficients
         factor = units_of(queries.abs().amax(-1, keepdim=True) * queries.shape[-1])
-        weights = (c0 * factor**2, c1 * factor, c2)  # factor [B, H_kv, G, 1]
-        row_eps = (eps * factor**2).clamp_min(torch.finfo(state.dtype).tiny)
+        square = factor.square()  # [B, H_kv, G, 1]
+        weights = (c0 * square if c0 else 0.0, c1 * factor if c1 else 0.0, c2)
+        row_eps = (eps * square).clamp_min(torch.finfo(state.dtype).tiny)
         queries = queries * factor
         # The token's own weight by its formula: as a sum of products of features it is less exact where it is small.
         s = queries @ keys[..., None]  # [B, H_kv, G, 1]
@@ -424,12 +456,18 @@ def eager_rebased_decode(
             has_slot = state_indices >= 0
             before = state[slots]
         out = _query_features(queries, coefficients, weights) @ before  # [B, H_kv, G, D + 1]
-        out = out + (weights[0] + weights[1] * s + c2 * s.square()) * values[:, :, None, :]
-        added = feature_map(keys, coefficients)[..., None] * values[:, :, None, :]
+        weight = c2 * s.square()
+        if c1:
+            weight = weight + weights[1] * s
+        if c0:
+            weight = weight + weights[0]
+        out = out + weight * values[:, :, None, :]
+        features = feature_map(keys, coefficients)[..., None]
         out = out[..., :-1] / (out[..., -1:] + row_eps)
         if state_indices is None:
-            state += added
+            state.addcmul_(features, values[:, :, None, :])
         else:
+            added = features * values[:, :, None, :]
             state.index_add_(0, slots, added.where(has_slot[:, None, None, None], 0.0))
             out = out.where(has_slot[:, None, None, None], 0.0)
     return out.flatten(1, 2)[:, None].to(q.dtype)

@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM
-from .eager_rebased import degree_factors
+from .eager_rebased import degree_factors, is_plain
 from .triton_backward_rebased import backward_fake, backward_pass
 from .triton_context_rebased import (
     shard_dkdv_fake,
@@ -183,16 +183,6 @@ class _Range(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_make_range_autograd(range_backward_pass)))
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nobody traces or intercepts operators: then the registered ones have nothing to add."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
-    )
-
-
 _COEFFICIENTS = "float c0, float c1, float c2, float scale"
 _SCHEMAS = {
     "forward": "(Tensor q, Tensor k, Tensor v, Tensor? attention_mask, Tensor? cu_seqlens, Tensor? initial_state, "
@@ -323,7 +313,7 @@ def bring_into_range(
             squares = initial_state.abs().amax((2, 3) if initial_state.shape[0] == k.shape[0] else (0, 2, 3))
             state_size = squares.float().sqrt().expand(k.shape[0], -1).contiguous()
     inputs = (q, k, attention_mask, state_size)
-    if not _is_plain(*inputs):
+    if not is_plain(*inputs):
         q, k, ranges, factors = OPS.range(*inputs)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         q, k, ranges, factors = _Range.apply(*inputs)
@@ -381,7 +371,7 @@ def triton_rebased_attention(
         )
     inputs = (q, k, v, attention_mask, cu_seqlens, initial_state)
     options = (c0, c1, c2, float(scale), float(eps), output_final_state, ranges)
-    if not _is_plain(*inputs):
+    if not is_plain(*inputs):
         o, final, _, _, _ = OPS.forward(*inputs, *options)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         o, final, _, _, _ = _Attention.apply(*inputs, *options)
@@ -418,7 +408,7 @@ def triton_rebased_decode(
     """
     c0, c1, c2 = (float(c) for c in coefficients)
     inputs = (q, k, v, state, attention_mask, state_indices)
-    decode = decode_token if _is_plain(*inputs) else OPS.decode
+    decode = decode_token if is_plain(*inputs) else OPS.decode
     return decode(*inputs, c0, c1, c2, float(scale), float(eps))
 
 
@@ -442,7 +432,7 @@ def triton_short_conv(
         [B, T, C], in x's dtype, or in the wider of x's and gate's. Sums are in float32.
     """
     inputs = (x, weight, bias, gate, segment_ids)
-    if not _is_plain(*inputs):
+    if not is_plain(*inputs):
         return OPS.conv(*inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _ShortConv.apply(*inputs)

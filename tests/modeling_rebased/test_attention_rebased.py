@@ -7,9 +7,10 @@ import types
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from modeling_rebased import attention_rebased as operator
-from modeling_rebased import rebased_attention
+from modeling_rebased import eager_rebased, rebased_attention
 from modeling_rebased.attention_rebased import rebased_attention_decode
 from modeling_rebased.configuration_rebased import n_features
 from modeling_rebased.eager_rebased import feature_map, naive_rebased_attention
@@ -57,6 +58,20 @@ def test_feature_layout():
     root = 2**0.5
     expected = torch.tensor([4.0, 9, 25, 6 * root, 10 * root, 15 * root, 2, 3, 5, 1])
     torch.testing.assert_close(feature_map(x, BASED), expected)
+
+
+def test_features_do_not_depend_on_who_asked_first():
+    """What is kept between calls is made for training, whoever makes it, and never by a call that is traced."""
+    x = torch.randn(3, 5, dtype=torch.float64)
+    eager_rebased._kept_selectors.cache_clear()
+    with FakeTensorMode() as mode:
+        feature_map(mode.from_tensor(x), REBASED)
+    expected = torch.func.vmap(lambda row: feature_map(row, REBASED))(x)
+    assert eager_rebased._kept_selectors.cache_info().currsize == 0
+    with torch.inference_mode():
+        assert torch.equal(feature_map(x, REBASED), expected)
+    assert torch.autograd.gradcheck(lambda x: feature_map(x, REBASED), x.requires_grad_())
+    assert eager_rebased._kept_selectors.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("coefficients", [REBASED, BASED])
