@@ -19,7 +19,7 @@ try:
 except ImportError:  # no fused loss: `can_fuse_loss` says so
     triton = None
 
-MAX_CHUNK_BYTES = 2**29  # the logits of one chunk
+MAX_CHUNK_BYTES = 400 * 2**20  # the logits of one chunk: 4,096 tokens at a vocabulary of 50,304
 
 
 if triton is not None:
@@ -132,6 +132,8 @@ def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -
         return product if total is None else total.add_(product)
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
+    if torch.compiler.is_compiling():  # it cannot trace `out`
+        return total + torch.mm(a, b, out_dtype=torch.float32)
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
@@ -145,7 +147,7 @@ def linear_cross_entropy(
     """Return the cross entropy of `hidden_states @ weight.T` against `labels`, a float32 scalar.
 
     It is what `transformers.loss.loss_utils.ForCausalLMLoss` computes from the logits, with less memory. The largest
-    temporary tensor has 512 MiB. Half precision rounds the logits as an output layer in half precision does.
+    temporary tensor has 400 MiB. Half precision rounds the logits as an output layer in half precision does.
 
     Args:
         hidden_states (`torch.Tensor`): [N, C], floating point. Under autocast the products run in autocast's dtype.

@@ -342,6 +342,29 @@ def test_help_shows_the_scripts_own_options_first(capsys):
         assert len(said.splitlines()) < 120 or not hidden
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_the_residual_stream_of_mixed_precision_is_narrow(norm):
+    """Embeddings and norms give bfloat16 under autocast; weights and gradients stay in float32."""
+    config = ReBasedConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=2, layer_types=["conv", "linear_attention"], norm_type=norm,
+        intermediate_size=8, num_attention_heads=1, head_dim=4, feature_dim=2, position_embedding_type="learned",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ReBasedForCausalLM(config)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    expected = model(ids, labels=ids).loss
+    train_lm.narrow_activations(model)
+    assert torch.equal(model(ids, labels=ids).loss, expected)
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.extend((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert set(seen) == {torch.bfloat16} and abs(loss - expected) < 1e-2
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_every_kind_of_layer_has_compiled_versions_of_its_own(monkeypatch):
     """Dynamo counts the versions of all layers together, and would run what comes after the last uncompiled."""
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
