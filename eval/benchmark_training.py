@@ -61,7 +61,8 @@ class StepClock(TrainerCallback):
         if dist.is_initialized():
             dist.all_reduce(figures, dist.ReduceOp.MAX)
         if args.process_index == 0:
-            self._write(args, kwargs["model"], *figures.tolist(), length=kwargs["train_dataloader"].dataset.length)
+            seconds, gib = figures.tolist()
+            self._write(args, kwargs["model"], seconds, gib, kwargs["train_dataloader"].dataset.length)
         raise SystemExit(0)
 
     def _write(self, args: Any, model: torch.nn.Module, seconds: float, gib: float, length: int) -> None:
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--skip", type=int, default=10, help="steps before the measured ones")
     own, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     clock = StepClock(own.skip, own.table)
-    train_lm.LMTrainer = functools.partial(train_lm.LMTrainer, callbacks=[clock])  # type: ignore[assignment,misc]
+    train_lm.LMTrainer = functools.partial(train_lm.LMTrainer, callbacks=[clock])
     train_lm.main([*others, "--save_strategy", "no", "--report_to", "none"])
 
 

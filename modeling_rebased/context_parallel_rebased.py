@@ -162,6 +162,7 @@ def put_inputs_before(
     Returns:
         `tuple`: the same four for K - 1 + T tokens.
     """
+    assert shard.inputs is not None  # or nothing would be pending
     room = shard.tail.shape[1]
     x = torch.cat([finish_exchange(pending, shard.inputs), x], dim=1)
     if attention_mask is not None:
@@ -256,12 +257,6 @@ def _sum_state(
         return feature_map(k.to(dtype), coefficients).permute(0, 2, 3, 1) @ values
 
 
-class SentState(NamedTuple):
-    """The state of a shard on its way to the other ranks, `None` if it can only be sent with the queries."""
-
-    pending: torch.Tensor | None
-
-
 def _kept(shard: ContextShard, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Return which keys are part of the state that the shard gives to the next, [B, T], `None` for all."""
     return mask if shard.last is None else shard.last if mask is None else mask & shard.last
@@ -293,15 +288,19 @@ def send_state(
     attention_mask: torch.Tensor | None = None,
     normalized: bool = False,
     backend: str = "auto",
-) -> SentState:
-    """Start the exchange of the shard's state, which needs no queries. The arguments are those of `attend_shard`."""
+) -> torch.Tensor | None:
+    """Start the exchange of the shard's state, which needs no queries, and return what `attend_shard` takes.
+
+    It is `None` where large queries and keys must first be brought into range, which needs both. The arguments are
+    those of `attend_shard`.
+    """
     coefficients = tuple(float(c) for c in coefficients)  # type: ignore[assignment]
     mask = _check_mask(attention_mask, k.shape[0], k.shape[1])
     if choose_backend(backend, k, v) is TRITON:
         if needs_range(k, coefficients, normalized):
-            return SentState(None)
-        return SentState(_send_by_triton(k, v, shard, mask, coefficients, scale))
-    return SentState(start_exchange(_sum_state(k, v, _kept(shard, mask), coefficients)[:, None], shard.states))
+            return None
+        return _send_by_triton(k, v, shard, mask, coefficients, scale)
+    return start_exchange(_sum_state(k, v, _kept(shard, mask), coefficients)[:, None], shard.states)
 
 
 def attend_shard(
@@ -309,7 +308,7 @@ def attend_shard(
     k: torch.Tensor,
     v: torch.Tensor,
     shard: ContextShard,
-    sent: SentState,
+    pending: torch.Tensor | None,
     *,
     coefficients: tuple[float, float, float],
     scale: float,
@@ -322,12 +321,13 @@ def attend_shard(
 ) -> torch.Tensor:
     """Compute `rebased_attention_shard` for a shard whose place is known and whose state is on its way.
 
+    `pending` comes from `send_state`, with the same arguments.
     `cu_seqlens` and `segment_ids` tell of the packed sequences within the shard, both or neither.
     """
     coefficients = tuple(float(c) for c in coefficients)  # type: ignore[assignment]
     _check_tensors(q, k, v, coefficients)
     mask = _check_mask(attention_mask, q.shape[0], q.shape[1])
-    exchange, pending = shard.states, sent.pending
+    exchange = shard.states
     if choose_backend(backend, q, v) is TRITON:
         ranges = row_factors = None
         if pending is None:
@@ -336,6 +336,7 @@ def attend_shard(
             pending = _send_by_triton(k, v, shard, mask, coefficients, scale, row_factors)
         options = (*exchange[1:], exchange.group, *coefficients, scale, float(eps))
         return _TritonShard.apply(q, k, v, pending, mask, cu_seqlens, shard.first, ranges, row_factors, *options)
+    assert pending is not None  # this backend brings nothing into range
     # What comes in belongs to the first token's sequence, which is what this backend takes an initial state to be.
     output, _ = EAGER.attention(
         q,

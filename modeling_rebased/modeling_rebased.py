@@ -247,10 +247,10 @@ class ReBasedCausalConv(nn.Module):
             `torch.Tensor`: [B, T, size].
         """
         pending = None if shard is None else send_inputs(shard, hidden_states)
-        if pending is not None and attention_mask is None:
+        if shard is not None and pending is not None and attention_mask is None:
             return self._convolve_shard(hidden_states, pending, shard, segment_ids, gate)
         length = hidden_states.shape[1]
-        if pending is not None:
+        if shard is not None and pending is not None:
             hidden_states, attention_mask, segment_ids, gate = put_inputs_before(
                 shard, pending, hidden_states, attention_mask, segment_ids, gate
             )
@@ -492,7 +492,7 @@ class ReBasedLinearAttention(nn.Module):
         q_norm, k_norm = self.q_norm, self.k_norm if self.k_norm is not None else self.q_norm
         split = (-1, self.feature_dim)
         rotate = position_embeddings is not None
-        if rotate:
+        if position_embeddings is not None:
             cos, sin = (part.unsqueeze(2) for part in position_embeddings)
         k = self.k_proj(hidden_states)
         k = k_norm(k.unflatten(-1, split)) if self.norm_by_head else k_norm(k).unflatten(-1, split)
@@ -504,7 +504,7 @@ class ReBasedLinearAttention(nn.Module):
                 "attention_mask": attention_mask,
                 "normalized": self.normalized,
             }
-            sent = send_state(k, values, shard, **options)
+            pending = send_state(k, values, shard, **options)
         q = self.q_proj(hidden_states)
         q = q_norm(q.unflatten(-1, split)) if self.norm_by_head else q_norm(q).unflatten(-1, split)
         q = q * cos + rotate_half(q) * sin if rotate else q
@@ -512,7 +512,7 @@ class ReBasedLinearAttention(nn.Module):
         options["eps"] = self.eps
         if shard is not None:
             options |= {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}
-            return attend_shard(q, k, values, shard, sent, **options)
+            return attend_shard(q, k, values, shard, pending, **options)
         state = recurrent_state(cache, self.layer_idx)
         if cache is not None:
             record_recurrence(cache, self.layer_idx, k, values, attention_mask, options)
