@@ -426,10 +426,11 @@ def test_the_recipe_of_smollm2_can_be_read():
         assert distill.stage == stage and arguments.output_dir == f"output/smollm2/{stage}"
 
 
-def test_transfer_under_fsdp2(folder, tmp_path):
+@pytest.mark.parametrize("stage", ["transfer", "logits"])
+def test_stages_under_fsdp2(folder, tmp_path, stage):
     """Two processes that share the weights train the same student as one."""
-    assert main(command(folder, "transfer", tmp_path / "one", steps=2)) == 0
-    two = command(folder, "transfer", tmp_path / "two", "--per_device_train_batch_size", "4", steps=2)
+    assert main(command(folder, stage, tmp_path / "one", steps=2)) == 0
+    two = command(folder, stage, tmp_path / "two", "--per_device_train_batch_size", "4", steps=2)
     run_with_two_processes(FSDP2_ON_CPU, "modeling_rebased.conversion.distill", *two)
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
