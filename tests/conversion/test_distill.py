@@ -125,19 +125,6 @@ def test_logits_bring_the_student_to_the_teacher(folder, tmp_path, lora_rank):
     assert set(student.state_dict()) == set(start_of(folder).state_dict())
 
 
-def test_a_stopped_run_goes_on(folder, tmp_path):
-    """Stopped at half and started again, the run ends with the weights of one that was not."""
-    saving = ("--save_strategy", "steps", "--save_steps", "3", "--lr_scheduler_type", "constant")
-    main(command(folder, "logits", tmp_path / "whole", *saving, steps=6))
-    main(command(folder, "logits", tmp_path / "parts", *saving, steps=3))
-    main(command(folder, "logits", tmp_path / "parts", *saving, steps=6))
-    whole, parts = (
-        ReBasedForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("whole", "parts")
-    )
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], msg=name)
-
-
 class Ticks:
     """A clock on which every look takes a second."""
 
@@ -358,7 +345,8 @@ def test_a_finished_run_says_so_and_another_is_refused(folder, tmp_path, capsys)
         assert "holds another run: " in said and words in said
 
 
-def test_a_torn_checkpoint_is_passed_over(folder, tmp_path):
+def test_a_stopped_run_goes_on_and_passes_over_a_torn_checkpoint(folder, tmp_path):
+    """Stopped at half and started again, the run ends with the weights of one that was not."""
     saving = ("--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "constant")
     main(command(folder, "logits", tmp_path / "whole", *saving, steps=4))
     main(command(folder, "logits", tmp_path / "torn", *saving, steps=2))
