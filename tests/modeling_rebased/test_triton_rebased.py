@@ -957,11 +957,12 @@ def test_kernels_are_compiled_in_threads_before_they_are_launched(monkeypatch):
             return run
 
     prepared = triton_launch_rebased.Launches(True)
+    kernels = {name: Kernel(name) for name in "ab"}
 
     def both():
-        for name in "ab":
+        for name in kernels:
             triton_launch_rebased.launch(
-                prepared, name, Kernel(name), {"y": 2, "x": 1}, lambda: ((4, 2), {"SIZE": 16})
+                prepared, name, kernels[name], {"y": 2, "x": 1}, lambda: ((4, 2), {"SIZE": 16})
             )
 
     with triton_launch_rebased.compiling_only():
