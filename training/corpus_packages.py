@@ -129,6 +129,9 @@ def read_package(source: Source, path: Path, origin: Origin) -> Iterator[tuple[s
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
             for member in archive:
                 name = member.name.removeprefix("./")
+                if member.issym() and re.fullmatch(rf"usr/share/doc/{re.escape(source.name)}(/copyright)?", name):
+                    other = member.linkname.removesuffix("/copyright").split("/")[-1]
+                    origin.licence = f"that of {other}"
                 if not member.isfile():
                     continue
                 if re.fullmatch(r"usr/share/doc/[^/]+/copyright", name):
@@ -142,8 +145,7 @@ def read_package(source: Source, path: Path, origin: Origin) -> Iterator[tuple[s
                     file = archive.extractfile(member)
                     assert file is not None
                     yield name, file.read()
-    if not origin.licence:
-        origin.licence = "see the source package"
+    origin.licence = origin.licence or "see the source package"
 
 
 def _read_inside(source: Source, name: str, raw: bytes) -> Iterator[tuple[str, bytes]]:

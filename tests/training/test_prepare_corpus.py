@@ -3,6 +3,8 @@
 import csv
 import gzip
 import json
+import shutil
+import subprocess
 import zipfile
 
 import numpy as np
@@ -113,6 +115,36 @@ def test_a_package_gives_its_files_version_and_licence(tmp_path):
     source = Source("code", "pypi", "thing", ("*.py",), ("*/tests/*",))
     assert dict(read_package(source, path, origin)) == {"thing/a.py": b"x = 1"}
     assert origin == Origin("1.2", "MIT")
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no Debian")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_debian_package_gives_its_files_those_of_an_archive_in_it_and_its_licence(tmp_path, linked):
+    root = tmp_path / "root"
+    (root / "DEBIAN").mkdir(parents=True)
+    fields = {"Package": "thing", "Version": "1:2-3", "Architecture": "all", "Maintainer": "x", "Description": "y"}
+    (root / "DEBIAN" / "control").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+    share = root / "usr" / "share"
+    (share / "doc").mkdir(parents=True)
+    if linked:
+        (share / "doc" / "thing").symlink_to("thing-common")
+    else:
+        (share / "doc" / "thing").mkdir()
+        (share / "doc" / "thing" / "copyright").write_text("License: MIT\n")
+    (share / "a.c").write_text("a")
+    (share / "a.o").write_text("no")
+    with zipfile.ZipFile(share / "src.zip", "w") as archive:
+        archive.writestr("b.c", "b")
+        archive.writestr("b.o", "no")
+    path = tmp_path / "thing_1%3a2-3_all.deb"
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "-Znone", "--build", root, path], check=True, capture_output=True
+    )
+    origin = Origin()
+    source = Source("code", "debian", "thing", ("*.c",), inside="*.zip")
+    found = dict(read_package(source, path, origin))
+    assert found == {"usr/share/a.c": b"a", "usr/share/src.zip/b.c": b"b"}
+    assert origin == Origin("1:2-3", "that of thing-common" if linked else "MIT")
 
 
 def test_the_list_of_packages_is_checked(tmp_path):
