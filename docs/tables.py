@@ -22,7 +22,7 @@ from typing import Any
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration import config_path
-from modeling_rebased.eval import plot_icll, plot_language_models, plot_mad
+from modeling_rebased.eval import plot_icll, plot_mad
 from modeling_rebased.eval.plot_mqar import (
     ABLATION,
     FIGURE_MODELS,
@@ -753,76 +753,6 @@ def corpus_domains() -> str:
     return table([*head, "held-out tokens"], shown)
 
 
-def language_models() -> list[dict[str, Any]]:
-    """Return what was measured of each language model of 150 million parameters."""
-    return plot_language_models.read_models(RESULTS / "language_models")
-
-
-def label_with_seed(model: str) -> str:
-    """Return the label of a model such as "rebased, seed 1"."""
-    name, comma, seed = model.partition(",")
-    return label_of(name) + comma + seed
-
-
-def lm_domains() -> str:
-    """Return bits per byte of each domain, and the perplexity over all domains."""
-    found = language_models()
-    domains = list(found[0]["domains"])
-    rows = []
-    for model in found:
-        bits = [f"{model['domains'][domain]['bits_per_byte']:.4f}" for domain in domains]
-        perplexity = next(row["perplexity"] for row in model["slices"]["all"] if row["slice"] == "all")
-        rows.append([label_with_seed(model["model"]), f"{model['parameters']:,}", *bits, f"{perplexity:.2f}"])
-    return table(["model", "parameters", *domains, "perplexity of all"], rows)
-
-
-def lm_slices() -> str:
-    """Return the loss of each slice, and its share of the tokens."""
-    found = language_models()
-    names = [row["slice"] for row in found[0]["slices"]["all"]]
-    rows = [["share of tokens", *(f"{row['share']:.1%}" for row in found[0]["slices"]["all"])]]
-    for model in found:
-        rows.append([label_with_seed(model["model"]), *(f"{row['loss']:.4f}" for row in model["slices"]["all"])])
-    return table(["loss, nats per token", *names], rows)
-
-
-def lm_lengths() -> str:
-    """Return the loss of the same documents in windows of each length."""
-    found = language_models()
-    lengths = list(found[0]["positions"]["lengths"])
-    rows = [
-        [
-            label_with_seed(model["model"]),
-            *(f"{model['positions']['lengths'][length]['loss']:.4f}" for length in lengths),
-        ]
-        for model in found
-    ]
-    return table(["tokens in a window", *(f"{int(length):,}" for length in lengths)], rows)
-
-
-def lm_speed() -> str:
-    """Return speed and memory of training and generation."""
-    rows = []
-    for model in language_models():
-        speed = model.get("speed", {})
-        rows.append(
-            [
-                label_with_seed(model["model"]),
-                *(
-                    number(speed.get(key))
-                    for key in (
-                        "training_tokens_per_second",
-                        "training_gib",
-                        "generation_ms_per_token",
-                        "generation_gib",
-                    )
-                ),
-            ]
-        )
-    head = ["model", "training, tokens per second", "training, GiB", "generation, ms per token", "generation, GiB"]
-    return table(head, rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "kernels-forward": lambda: kernels("h100", "forward", floor=True),
@@ -856,10 +786,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "icll": lambda: plot_icll.markdown(finished("icll")),
     "small-models": small_models,
     "corpus-domains": corpus_domains,
-    "lm-domains": lm_domains,
-    "lm-slices": lm_slices,
-    "lm-lengths": lm_lengths,
-    "lm-speed": lm_speed,
     "stories": stories,
     "slices": slices,
     "stages": stages,
