@@ -124,6 +124,8 @@ def linearize(
         how = "rebased-distill"
         report.notes.append(f"the linear layers are a start, not a model: train them ({how})")
     if fit is not None:
+        if not set(types) & set(LINEAR_LAYER_TYPES):
+            raise ConversionError(f"--fit has nothing to fit: with --layers {layers!r} no layer is linear.")
         if tokens is None:
             raise ConversionError("--fit needs a tokenizer, and SOURCE has none that can be loaded.")
         ids = _rows_to_fit(fit, tokens, fit_tokens)

@@ -33,7 +33,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 
 import modeling_rebased  # noqa: F401  a teacher may be a ReBased model
@@ -228,6 +236,10 @@ def sample_shards(
     for name, number in (("--tokens", tokens), ("--batch-size", batch_size), ("--temperature", temperature)):
         if not number > 0:
             raise ValueError(f"{name} is {number}; it must be positive.")
+    config = AutoConfig.from_pretrained(teacher)
+    others = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
+    if others:
+        raise ValueError(f"TEACHER must have full softmax attention in every layer, but its cache has {others}.")
     folder = Path(output)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(teacher)

@@ -467,6 +467,7 @@ def test_what_a_fit_needs(tmp_path):
     for fit, message in (
         ({"fit": [tmp_path / "text.txt"]}, "hold only 6 tokens"),
         ({"fit": [tmp_path / "none.txt"]}, "--fit: .*none"),
+        ({"fit": [tmp_path / "text.txt"], "layers": "softmax"}, "nothing to fit: with --layers 'softmax'"),
         ({"fit": [tmp_path / "text.txt"], "fit_tokens": 5}, "--fit-tokens is 5"),
     ):
         with pytest.raises(ConversionError, match=message):

@@ -1,12 +1,13 @@
 """Texts that a teacher samples, on a tiny one."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig
 
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.conversion import linearize
@@ -112,6 +113,15 @@ def test_how_rows_begin(teacher, tmp_path):
     assert len(set(OPENINGS.read_text().splitlines())) > 150
 
 
+def test_only_full_softmax_attention_is_sampled(teacher, tmp_path, capsys):
+    sliding = MistralConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, sliding_window=8)
+    sliding.save_pretrained(tmp_path / "sliding")
+    linearize(teacher, tmp_path / "window", layers="window", feature_dim=4)
+    for name in ("sliding", "window"):
+        assert main([str(tmp_path / name), str(tmp_path / "out"), "--tokens", "9"]) == 1
+        assert "TEACHER must have full softmax attention in every layer" in capsys.readouterr().err
+
+
 def test_wrong_arguments(teacher, tmp_path, capsys):
     def refused(*more):
         assert main([str(teacher), str(tmp_path / "out"), *more]) == 1
@@ -123,6 +133,7 @@ def test_wrong_arguments(teacher, tmp_path, capsys):
     assert "--shares is [0.0, 0.0, 0.0]" in refused("--tokens", "9", "--shares", "0", "0", "0")
     assert not (tmp_path / "out").exists()
     byte_tokenizer().save_pretrained(tmp_path / "mute")
+    shutil.copy(teacher / "config.json", tmp_path / "mute")
     assert main([str(tmp_path / "mute"), str(tmp_path / "out"), "--tokens", "9"]) == 1
     assert "has no chat format" in capsys.readouterr().err
     sample_shards(teacher, tmp_path / "out", tokens=60, length=30, batch_size=2)
