@@ -194,8 +194,6 @@ def to_text(name: str, raw: bytes) -> list[str]:
         return [facts_to_text(json.loads(text))]
     if path.suffix == ".mm":
         text = metamath_to_text(text)
-    if path.name.startswith("th_"):
-        return ["\n\n".join(text[i : i + 16_000] for i in range(0, len(text), 16_000)).replace("|", ", ")]
     return [unwrap(text)] if PROSE.fullmatch(path.suffix) else []
 
 

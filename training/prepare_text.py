@@ -11,6 +11,7 @@ writes
     data/english/heldout.txt      the same documents in train.txt's form, for the evaluation during training
 
 Whole documents are held out, never parts of one, so nothing of a held-out text is seen in training.
+`prepare_corpus` builds a much larger text of six domains from packages.
 """
 
 import argparse
@@ -130,7 +131,7 @@ def read_dictionary(path: Path) -> Iterator[tuple[str, str]]:
         yield f"dictionary-{letter}", "\n".join(letters[letter]) + "\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the sources named on the command line and write the three files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder, zip or tar archive of .txt files")
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--dictionary", type=Path, help="gcide.dict.dz")
     parser.add_argument("--held-out", nargs="*", default=list(HELD_OUT), help="names (without .txt) to hold out")
     parser.add_argument("--output-dir", type=Path, required=True)
-    args = parser.parse_args(with_dashes())
+    args = parser.parse_args(with_dashes(argv))
 
     documents = {name: clean(text) for name, text in read_texts(args.text)}
     missing = sorted(set(args.held_out) - set(documents))

@@ -245,3 +245,26 @@ def test_the_command_builds_a_corpus_and_goes_on_where_it_stopped(tmp_path, monk
         int(row["bytes"]) for row in rows if row["part"] == "train"
     )
     assert len(tokens) == sum(int(row["tokens"]) for row in rows if row["part"] == "train")
+
+    # another list: the pages are read again, and so they are encoded again
+    (tmp_path / "list.yaml").write_text(
+        'books:\n  - {text: mine}\nmanuals:\n  - {pypi: pages, files: ["*.html"], without: ["*near*"]}\n'
+    )
+    prepare_corpus.main(command)
+    pages = json.loads((out / "corpus.json").read_text())["packages"][1]
+    assert pages["files_read"] == 41 and pages["near copies"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--text is needed"),
+        ({"--text": "nowhere"}, "--text nowhere does not exist"),
+        ({"--text": ".", "--tokens-per-shard": "0"}, "--tokens-per-shard must be at least 1, got 0"),
+        ({"--packages": "nowhere.yaml"}, "--packages"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        prepare_corpus.main(["--output-dir", str(tmp_path), *(word for pair in options.items() for word in pair)])
+    assert message in capsys.readouterr().err

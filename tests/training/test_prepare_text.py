@@ -7,8 +7,7 @@ import zipfile
 
 import pytest
 
-from modeling_rebased.training.prepare_text import clean, read_bible, read_dictionary, read_texts
-from tests.processes import run_python
+from modeling_rebased.training.prepare_text import clean, main, read_bible, read_dictionary, read_texts
 
 
 DICTIONARY = """00-database-info
@@ -91,9 +90,7 @@ def test_whole_documents_are_held_out_and_the_result_is_always_the_same(tmp_path
         (texts / f"{name}.txt").write_text(f"This is document {name}.\n")
     outputs = []
     for run in ("first", "second"):
-        given = ("--text", texts, "--held_out", "two", "--output_dir", tmp_path / run)
-        done = run_python("-m", "modeling_rebased.training.prepare_text", *given)
-        assert done.returncode == 0, done.stderr[-3000:]
+        main(["--text", str(texts), "--held_out", "two", "--output_dir", str(tmp_path / run)])
         outputs.append({path.name: path.read_bytes() for path in (tmp_path / run).iterdir()})
     assert outputs[0] == outputs[1]
     assert outputs[0]["train.txt"] == b"<|endoftext|>This is document one.\n<|endoftext|>This is document three.\n"
