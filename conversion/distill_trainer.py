@@ -96,6 +96,7 @@ class DistillTrainer(Trainer):
             self.teacher_tap = AttentionTap({i: self.teacher.model.layers[i].self_attn for i in layers})
             self.student_tap: AttentionTap | None = None
         if distill.compile:
+            torch._dynamo.config.optimize_ddp = False  # as `compile_layers` of train_lm
             # Layer by layer: layers of a kind share their code, which is then compiled once.
             for layer in student.model.layers:
                 if distill.stage == "transfer":

@@ -651,6 +651,14 @@ def overview() -> str:
     training = kernel_times("h100/kernels.csv", "training")
     step = whole_models("generation", batch=1, context=131072, cache="static")
     steps = whole_models("training", T=16384, compiled=True)
+    split, ring = (
+        next(
+            x
+            for x in read_csv(RESULTS / "context_parallel/h200" / f"{name}.csv")
+            if (x["gpus"], x["tokens"]) == (4, 131072)
+        )
+        for name in ("context_parallel", "ring")
+    )
     figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
     bits = {name: row["bits_per_byte"] for name, row in figures["heldout_english"].items()}
     ours, based = recall_512()
@@ -671,6 +679,12 @@ def overview() -> str:
             f"{steps['rebased']['tokens_per_s']:,.0f}",
             f"softmax {steps['softmax']['tokens_per_s']:,.0f}",
             "[kernels](docs/kernels.md#whole-models)",
+        ],
+        [
+            "the same over one sequence of 131,072 tokens on four H200, tokens per second",
+            f"{split['tokens_per_s']:,.0f}",
+            f"softmax, ring attention {ring['tokens_per_s']:,.0f}",
+            "[training](docs/training.md#what-you-get)",
         ],
         [
             "`generate()` with a static cache after 131,072 tokens, 150M parameters, ms per token",
@@ -706,6 +720,28 @@ def overview() -> str:
     return table(["what was measured", "ReBased", "compared with", "details"], rows, 4)
 
 
+def several_gpus() -> str:
+    """Return the speed of `train_lm` by the number of GPUs, against fewer GPUs with as many tokens per GPU."""
+    found = read_csv(RESULTS / "several_gpus/h200/training.csv")
+    rows = []
+    for row in sorted(found, key=lambda row: (row["parameters"], row["gpus"])):
+        fewest = min((x for x in found if x["parameters"] == row["parameters"]), key=lambda x: x["gpus"])
+        share = row["tokens_per_s"] / row["gpus"] / (fewest["tokens_per_s"] / fewest["gpus"])
+        rows.append([
+            f"{row['parameters'] / 1e6:,.0f}M",
+            {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}[row["launch"]],
+            row["gpus"],
+            f"{row['tokens_per_gpu']:,}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{share:.3f}",
+            f"{row['tflops_per_gpu']:.0f}",
+            f"{row['tflops_per_gpu'] / 790:.0%}",
+            f"{row['peak_gib']:.1f}",
+        ])  # fmt: skip
+    head = ["parameters", "launch", "GPUs", "tokens per GPU and step", "tokens per second", "share per GPU"]
+    return table([*head, "TFLOP/s per GPU", "of 790", "peak GiB per GPU"], rows, 2)
+
+
 def context_parallel() -> str:
     """Return the training steps whose sequence is split over GPUs, against one GPU with as many tokens per GPU."""
     found = read_csv(RESULTS / "context_parallel/h200/context_parallel.csv")
@@ -716,12 +752,49 @@ def context_parallel() -> str:
             f"{row['tokens_per_gpu']:,}",
             row["gpus"],
             f"{row['tokens']:,}",
+            "yes" if str(row["checkpointing"]) == "True" else "no",
             f"{row['tokens_per_s']:,.0f}",
             f"{row['tokens_per_s'] / alone['tokens_per_s']:.2f}",
+            f"{row['us_per_token']:.3f}",
             f"{row['peak_gib']:.1f}",
         ])  # fmt: skip
-    head = ["tokens per GPU", "GPUs", "tokens per sequence", "tokens per second", "times one GPU", "peak GiB per GPU"]
+    head = ["tokens per GPU", "GPUs", "tokens per sequence", "checkpointing", "tokens per second", "times one GPU"]
+    return table([*head, "µs per token", "peak GiB per GPU"], rows, 0)
+
+
+def context_parallel_ring() -> str:
+    """Return the training steps of a softmax model by ring attention, beside ReBased on as many GPUs."""
+    ours = read_csv(RESULTS / "context_parallel/h200/context_parallel.csv")
+    rows = []
+    for row in read_csv(RESULTS / "context_parallel/h200/ring.csv"):
+        same = [x for x in ours if x["gpus"] == row["gpus"] and x["tokens"] == row["tokens"]]
+        rebased = same[0]["tokens_per_s"] if same else None
+        rows.append([
+            f"{row['tokens']:,}",
+            f"{rebased:,.0f}" if rebased else "not measured",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{rebased / row['tokens_per_s']:.1f}" if rebased else "",
+        ])  # fmt: skip
+    head = ["tokens per sequence", "ReBased, tokens per second", "softmax, tokens per second", "ReBased / softmax"]
     return table(head, rows, 0)
+
+
+def context_parallel_profile() -> str:
+    """Return what a step consists of on each GPU, by the profiler."""
+    rows = [
+        [
+            f"{row['tokens_per_gpu']:,}",
+            row["gpus"],
+            row["rank"],
+            *(f"{row[key]:.0f}" for key in ("wall_ms", "host_ms", "compute_ms", "all_gather_ms", "all_reduce_ms")),
+            f"{row['kernels']:,}",
+            f"{row['gap_ms']:.1f}",
+        ]
+        for row in read_csv(RESULTS / "context_parallel/h200/profile.csv")
+        if row["tokens_per_gpu"] != 131072
+    ]
+    head = ["tokens per GPU", "GPUs", "GPU", "step, ms", "host, ms", "compute, ms", "all-gather, ms"]
+    return table([*head, "all-reduce, ms", "kernels", "largest gap, ms"], rows, 0)
 
 
 def context_parallel_errors() -> str:
@@ -792,7 +865,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "registers": registers,
     "answers": answers,
     "students-decoding": students_decoding,
+    "several-gpus": several_gpus,
     "context-parallel": context_parallel,
+    "context-parallel-ring": context_parallel_ring,
+    "context-parallel-profile": context_parallel_profile,
     "context-parallel-errors": context_parallel_errors,
 }
 

@@ -17,7 +17,7 @@ Writes to the output folder:
     profile.csv             with --profile, for each of these and each GPU: what one more step consists of
     ring.csv                with --ring, the time of a softmax model by PyTorch's ring attention on all GPUs
     errors.csv              relative errors of logits and gradients against one GPU, in norm
-    context_parallel.png    a picture of the first table
+    context_parallel.png    a picture of the time per token
 
 The bytes are counted as the collectives are called, in one step without compilation and without checkpointing. Their
 number does not depend on the number of tokens.
@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in errors if rank == 0 else []:
             show(row)
     if rank == 0 and arguments.output is not None and rows:
-        plot_context_parallel(rows, arguments.output / "context_parallel.png")
+        plot_context_parallel(rows, rings, arguments.output / "context_parallel.png")
     dist.destroy_process_group()
 
 

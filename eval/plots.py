@@ -137,33 +137,37 @@ def plot_models(training: list[dict[str, Any]], generation: list[dict[str, Any]]
     save(figure, path)
 
 
-def plot_context_parallel(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw the speed and the memory of a training step over the GPUs that share its sequence.
+def plot_context_parallel(rows: list[dict[str, Any]], rings: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw the time per token of a training step over the length of its one sequence.
 
     Args:
-        rows: rows of context_parallel.csv: gpu, gpus, tokens_per_gpu, tokens_per_s, peak_gib.
+        rows: rows of context_parallel.csv: gpu, gpus, tokens, us_per_token.
+        rings: rows of ring.csv, of a softmax model with ring attention: gpus, tokens, us_per_token.
         path: the PNG.
     """
-    figure, axes = new_figure(1, 2, 5.0, 3.8)
-    counts = sorted({row["gpus"] for row in rows})
-    ends: list[list[tuple]] = [[], []]
-    for number, shard in enumerate(sorted({row["tokens_per_gpu"] for row in rows})):
-        mine = sorted((row for row in rows if row["tokens_per_gpu"] == shard), key=lambda row: row["gpus"])
-        color = OTHERS[number % len(OTHERS)]
-        for axis, key, end in zip(axes[0], ("tokens_per_s", "peak_gib"), ends):
-            axis.plot([row["gpus"] for row in mine], [row[key] for row in mine], marker="o", ms=4, lw=1.8, color=color)
-            end.append((mine[-1]["gpus"], mine[-1][key], f"{shard:,} tokens per GPU", color))
-        alone = [row["tokens_per_s"] for row in mine if row["gpus"] == 1]
-        if alone:
-            axes[0, 0].plot(counts, [n * alone[0] for n in counts], ":", lw=1.2, color=color)
-    for axis, title, unit in zip(axes[0], ("training step", "peak memory"), ("tokens per second", "GiB per GPU")):
-        axis.set(xlabel="GPUs that share a sequence", ylabel=unit, title=title, xticks=counts)
-        axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_formatter("{x:,.0f}")
+    figure, axes = new_figure(1, 1, 6.8, 4.0)
+    axis = axes[0, 0]
+    lines: list[tuple[str, str, list[dict[str, Any]]]] = []
+    for number, gpus in enumerate(sorted({row["gpus"] for row in rows})):
+        name = f"ReBased, {gpus} GPU{'s' if gpus > 1 else ''}"
+        lines.append((name, OTHERS[number % len(OTHERS)], [row for row in rows if row["gpus"] == gpus]))
+    if rings:
+        lines.append((f"softmax, ring attention, {rings[0]['gpus']} GPUs", color_of("softmax"), rings))
+    every = [row for _, _, found in lines for row in found]
+    lengths = sorted({row["tokens"] for row in every})
+    plain_log_axis(axis, "x", lengths, lengths)
+    plain_log_axis(axis, "y", [row["us_per_token"] for row in every])
+    ends = []
+    for name, color, found in lines:
+        found = sorted(found, key=lambda row: row["tokens"])
+        x, y = [row["tokens"] for row in found], [row["us_per_token"] for row in found]
+        axis.plot(x, y, marker="o", ms=4, lw=1.8, color=color)
+        ends.append((x[-1], y[-1], name, color))
+    title = f"training step of 150 million parameters, {rows[0]['gpu']}"
+    axis.set(xlabel="tokens of a sequence", ylabel="microseconds per token", title=title)
+    axis.set_ylim(top=1.5 * max(row["us_per_token"] for row in every))  # room for a name
     figure.canvas.draw()
-    for axis, end in zip(axes[0], ends):
-        label_lines(axis, end)
-    figure.suptitle(f"{rows[0]['gpu']}; dotted: the speed of one GPU times their number", fontsize=10)
+    label_lines(axis, ends)
     save(figure, path)
 
 
@@ -292,7 +296,8 @@ def redraw(folder: Path) -> list[Path]:
             plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
     for path in sorted(folder.glob("**/context_parallel.csv")):
         drawn.append(path.with_suffix(".png"))
-        plot_context_parallel(read_csv(path), drawn[-1])
+        rings = path.with_name("ring.csv")
+        plot_context_parallel(read_csv(path), read_csv(rings) if rings.exists() else [], drawn[-1])
     for path in sorted(folder.glob("**/slices.json")):
         drawn.append(path.with_name("slices.png"))
         plot_slices(json.loads(path.read_text(encoding="utf-8")), drawn[-1])
