@@ -23,18 +23,12 @@ class ContextParallelTrainer(Trainer):
     """A Trainer in which accelerate's `cp_size` works for ReBased models. With a `cp_size` of 1 it is the library's.
 
     Raises:
-        ValueError: `tp_size` is above 1; or `cp_size` is above 1, and the model has softmax layers, the loss is
-            smoothed, or there are metrics.
+        ValueError: `cp_size` is above 1, and the model has softmax layers, the loss is smoothed, or there are metrics.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.context_group: dist.ProcessGroup | None = None
-        if self.get_tp_size() > 1:
-            raise ValueError(
-                f"tp_size is {self.get_tp_size()}, but models are not trained with tensor parallelism here; FSDP2 "
-                "(training/fsdp2.yaml) spreads the weights over GPUs as well"
-            )
         if self.get_cp_size() > 1:
             for name in ("label_smoothing_factor", "compute_metrics"):
                 if getattr(self.args, name, None) or getattr(self, name, None):

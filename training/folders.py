@@ -58,6 +58,8 @@ def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) 
         return None
     config = deepcopy(model.config)
     config.use_cache = True  # the Trainer turns it off
+    if hasattr(config, "distributed_config"):  # of tensor parallelism: all processes would have to save the copy
+        del config.distributed_config
     with torch.device("meta"):
         copy = AutoModelForCausalLM.from_config(config)
     copy.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, assign=True)

@@ -52,6 +52,7 @@ from .context_parallel import ContextParallelTrainer
 from .folders import gathered_model, save_model, written
 from .resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from, weights_identity
 from .shards import tokenizer_identity
+from .tensor_parallel import split_model, tensor_parallel_size
 from .text import TokenBlocks
 
 
@@ -338,6 +339,9 @@ def _main(argv: list[str]) -> None:
                 record.write()
         set_seed(args.seed)
         model = load_model(model_args, config)
+        if tensor_parallel_size() > 1:
+            model = split_model(model, args)
+            args.compile_layers = False  # what splits a layer are hooks, which stand in the way of torch.compile
     except (ValueError, OSError) as error:
         raise SystemExit(f"rebased-train: error: {error}") from error
 
@@ -359,12 +363,13 @@ def _main(argv: list[str]) -> None:
         )
     except ValueError as error:
         raise SystemExit(f"rebased-train: error: {error}") from error
-    batches = args.world_size // trainer.get_cp_size()  # processes that do not share one
+    batches = args.world_size // trainer.get_cp_size() // trainer.get_tp_size()  # processes that do not share one
     logger.warning(
         f"{model.num_parameters() / 1e6:.2f}M parameters, {len(train_data.tokens):,} training tokens in blocks of "
         f"{length}, {args.world_size} process(es) on {args.device.type}"
     )
     newest = latest_complete_checkpoint(args.output_dir, record.fewest_processes)
+    newest = newest if trainer.get_tp_size() == 1 else None
     try:
         train_from(trainer, args.resume_from_checkpoint or newest)
     except CheckpointError as error:

@@ -23,7 +23,7 @@ from tests.conversion.teacher import make_teacher
 from tests.processes import ROOT, run_with_two_processes
 
 
-FSDP2_ON_CPU = ROOT / "tests/training/fsdp2_on_cpu.py"
+LAUNCH_ON_CPU = ROOT / "tests/training/launch_on_cpu.py"
 TEXT = "the cat sat on the mat and the dog sat on the log <|endoftext|>" * 40
 
 
@@ -419,7 +419,7 @@ def test_stages_under_fsdp2(folder, tmp_path, stage):
     """Two processes that share the weights train the same student as one."""
     assert main(command(folder, stage, tmp_path / "one", steps=2)) == 0
     two = command(folder, stage, tmp_path / "two", "--per_device_train_batch_size", "4", steps=2)
-    run_with_two_processes(FSDP2_ON_CPU, "modeling_rebased.conversion.distill", *two)
+    run_with_two_processes(LAUNCH_ON_CPU, "fsdp2", "modeling_rebased.conversion.distill", *two)
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5

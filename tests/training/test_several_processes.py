@@ -1,18 +1,21 @@
-"""Training under FSDP2 makes what one process makes, and each goes on from a checkpoint of the other."""
+"""Training under FSDP2 and tensor parallelism makes what one process makes; FSDP2 goes on from its checkpoint."""
 
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling_rebased import ReBasedConfig
 from modeling_rebased.training import train_lm
+from modeling_rebased.training.tensor_parallel import split_model
 from tests.processes import run_with_two_processes
 
 
-FSDP2_ON_CPU = Path(__file__).with_name("fsdp2_on_cpu.py")
+LAUNCH_ON_CPU = Path(__file__).with_name("launch_on_cpu.py")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +35,9 @@ def train(arguments: list[str], output: Path, steps: int) -> None:
     train_lm.main([*arguments, "--output_dir", str(output), "--max_steps", str(steps)])
 
 
-def train_by_two(arguments: list[str], output: Path, steps: int) -> None:
-    own = ["--per_device_train_batch_size", "1", "--output_dir", output, "--max_steps", steps]
-    run_with_two_processes(FSDP2_ON_CPU, "modeling_rebased.training.train_lm", *arguments, *own)
+def train_by_two(arguments: list[str], output: Path, steps: int, launch: str = "fsdp2", batch: int = 1) -> None:
+    own = ["--per_device_train_batch_size", batch, "--output_dir", output, "--max_steps", steps]
+    run_with_two_processes(LAUNCH_ON_CPU, launch, "modeling_rebased.training.train_lm", *arguments, *own)
 
 
 def assert_same(output: Path, expected: Path) -> None:
@@ -61,3 +64,21 @@ def test_one_process_and_fsdp2_go_on_from_one_another(arguments, tmp_path, monke
     train_by_two(arguments, stopped, 4)
     assert not (stopped / "checkpoint-2" / "model.safetensors").exists()
     assert_same(stopped, tmp_path / "whole")
+    # Tensor parallelism: both processes train on the same examples.
+    train_by_two(arguments, tmp_path / "split", 4, "tp", batch=2)
+    assert_same(tmp_path / "split", tmp_path / "whole")
+    assert not list((tmp_path / "split").glob("checkpoint-*"))
+    figures = [
+        json.loads((tmp_path / name / "final/training_figures.json").read_text()) for name in ("split", "whole")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_what_cannot_be_split(monkeypatch):
+    args = SimpleNamespace(world_size=2)
+    for size, scope, message in ((4, "all_heads", "it must be their number"), (2, "head", "FSDP2")):
+        monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", str(size))
+        model = SimpleNamespace(config=ReBasedConfig(qk_norm_scope=scope))
+        with pytest.raises(ValueError, match=message):
+            split_model(model, args)
