@@ -255,6 +255,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     kind of layer: for training, for evaluation, and for a last batch of another size. What comes after the eighth runs
     without compilation, so each kind of layer gets as many versions as Dynamo gives to one function.
     """
+    # Under DDP, Dynamo would cut each layer in two, to send gradients in parts of 25 MB. A layer is about such a part.
+    torch._dynamo.config.optimize_ddp = False
     kinds = len(set(model.config.layer_types))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
     for layer in model.model.layers:
