@@ -205,6 +205,65 @@ def models_changes() -> str:
     return table(["step", "tokens per second", "peak GiB"], values)
 
 
+def step_parts() -> str:
+    """Return the GPU's work in a training step, by what it is for."""
+    rows = read_csv(RESULTS / "generation/h100/step.csv")
+    rows = [row for row in rows if row["part"] != "other"] + [row for row in rows if row["part"] == "other"]
+    keys = ("ms", "ms_in_mixed_precision")
+    values = [[row["part"], *(f"{row[key]:.1f}" if row[key] else "" for key in keys)] for row in rows]
+    values.append(["sum", *(f"{sum(row[key] for row in rows):.1f}" for key in keys)])
+    head = ["part", "bfloat16, forward and backward, ms", "rebased-train in mixed precision before the change, ms"]
+    return table(head, values)
+
+
+def first_calls() -> str:
+    """Return the seconds of the first training step and of the first prefill, by version."""
+    rows = read_csv(RESULTS / "generation/h100/first.csv")
+    seconds = {(row["what"], row["version"]): row["first_s"] for row in rows}
+    names = {"step": "first training step, 16,384 tokens", "prefill": "first prefill, 32,768 tokens"}
+    versions = list(dict.fromkeys(row["version"] for row in rows))
+    return table(
+        ["version", *names.values()], [[name, *(number(seconds[what, name]) for what in names)] for name in versions]
+    )
+
+
+def passes_for_range() -> str:
+    """Return the times of attention with and without `normalized=True`, by version."""
+    rows = read_csv(RESULTS / "kernels/h100/range.csv")
+    values = []
+    for kernel, version, normalized in dict.fromkeys((r["kernel"], r["version"], r["normalized"]) for r in rows):
+        found = [r for r in rows if (r["kernel"], r["version"], r["normalized"]) == (kernel, version, normalized)]
+        name = {"rebased": "ReBased", "based": "Based"}[kernel]
+        times = [f"{row[key]:.2f}" for row in found for key in ("forward_ms", "training_ms")]
+        values.append([name, version, "yes" if normalized == "True" else "no", *times])
+    head = [f"{what}, T = {length:,}" for length in (2048, 8192) for what in ("forward", "forward and backward")]
+    return table(["kernel", "version", "`normalized=True`", *head], values, words=3)
+
+
+def train_lm() -> str:
+    """Return the speed of rebased-train."""
+    rows = [
+        [
+            row["model"].removeprefix("150m-").replace("rebased", "ReBased"),
+            row["version"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['ms']:.1f}",
+            f"{row['peak_gib']:.1f}",
+        ]
+        for row in read_csv(RESULTS / "generation/h100/train-lm.csv")
+    ]
+    return table(["model", "version", "tokens per second", "ms per step", "peak GiB"], rows, words=2)
+
+
+def loss_chunks() -> str:
+    """Return the time of the loss and its gradients by the size of a chunk."""
+    rows = read_csv(RESULTS / "generation/h100/loss-chunks.csv")
+    return table(
+        ["tokens per chunk", *(f"{row['chunk']:,}" for row in rows)],
+        [["ms", *(f"{row['ms']:.1f}" for row in rows)]],
+    )
+
+
 def counters() -> str:
     """Return the hardware counters by kernel."""
     names = ["state sums of keys", "scan of key states", "forward", "dq", "state sums of queries"]
@@ -839,6 +898,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "models-generation": models_generation,
     "models-changes": models_changes,
     "convolution": convolution,
+    "step": step_parts,
+    "first": first_calls,
+    "range": passes_for_range,
+    "loss-chunks": loss_chunks,
+    "train-lm": train_lm,
     "counters": counters,
     "versions": versions,
     "eager": eager,
