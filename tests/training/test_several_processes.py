@@ -26,8 +26,8 @@ def arguments(tmp_path_factory) -> list[str]:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "text.txt").write_text("".join(f"the number {n} is followed by {n + 1}. " for n in range(40)))
     given = {"config": folder, "train_file": folder / "text.txt", "context_length": 64, "warmup_steps": 0}
-    given |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 2}
-    given |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    given |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 1}
+    given |= {"save_total_limit": 9, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
@@ -54,15 +54,16 @@ def test_one_process_and_fsdp2_go_on_from_one_another(arguments, tmp_path, monke
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     one = [*arguments, "--per_device_train_batch_size", "2"]
     train(one, tmp_path / "whole", 4)
-    train_by_two(arguments, tmp_path / "from two", 2)
-    assert (tmp_path / "from two/checkpoint-2/pytorch_model_fsdp_0").is_dir()
-    train(one, tmp_path / "from two", 4)
-    assert_same(tmp_path / "from two", tmp_path / "whole")
-    # A stop after the second step, of the run that one process made
-    stopped = tmp_path / "from one"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", stopped / "checkpoint-2")
-    train_by_two(arguments, stopped, 4)
-    assert not (stopped / "checkpoint-2" / "model.safetensors").exists()
+    # As if the run had been stopped after its first step, then after its second
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", stopped / "checkpoint-1")
+    train_by_two(arguments, stopped, 2)
+    for step in ("checkpoint-1", "checkpoint-2"):
+        assert (stopped / step / "pytorch_model_fsdp_0").is_dir() and not (stopped / step / "optimizer.pt").exists()
+    names = [{path.name for path in (folder / "final").iterdir()} for folder in (stopped, tmp_path / "whole")]
+    assert names[0] == names[1]
+    train(one, stopped, 4)
+    assert not (stopped / "checkpoint-2" / "pytorch_model_fsdp_0").exists()
     assert_same(stopped, tmp_path / "whole")
     # Tensor parallelism: both processes train on the same examples.
     train_by_two(arguments, tmp_path / "split", 4, "tp", batch=2)
