@@ -104,7 +104,8 @@ def plots() -> tuple[dict[str, list[str]], dict[str, list[Step]]]:
 def story(number: int) -> Story:
     """Compose the story with this number.
 
-    Some stories go without the introduction of their hero, if the second step names the hero too.
+    Some stories go without the introduction of their hero, if the second step names the hero too. Others begin with a
+    sentence that has nothing to do with the plot, so that a model learns to go on after any beginning.
 
     Args:
         number: any integer. The same number always gives the same story.
@@ -118,8 +119,11 @@ def story(number: int) -> Story:
 
     plot = draw.choice(list(known))
     steps = [(step, expanded(step.choices)) for step in known[plot] if not step.optional or draw.random() < 0.5]
-    if "{A}" in steps[1][1] and draw.random() < 0.25:
+    beginning = draw.random()
+    if "{A}" in steps[1][1] and beginning < 0.2:
         steps = steps[1:]
+    elif known[plot][0].choices in (["<intro>"], ["<intro_both>"]) and beginning > 0.7:
+        steps[0] = (steps[0][0], expanded(["<stray_both>" if "<intro_both>" in known[plot][0].choices else "<stray>"]))
     text = ""
     for step, wording in steps:
         text += ("\n\n" if step.begins_paragraph and text else " " if text else "") + wording.format(**slots)
