@@ -567,19 +567,15 @@ def stories() -> str:
     found = {row["model"]: row for row in read_csv(RESULTS / "stories/stories.csv")}
     rows = []
     for name, label in labels.items():
-        if name not in found:
-            continue
-        own, row = figures["models"].get(name, {}), found[name]
-        bits = f"{own['eval_bits_per_byte']:.4f}" if own else ""
-        shares = [f"{row[key]:.1%}" for key in ("ended", "persons", "repeated")]
+        own, row = figures["models"].get(name, {}), found.get(name)
         rows.append([
             label,
             f"{own['parameters']:,}" if own else "135 million",
-            bits,
-            *shares,
-            f"{row['perplexity']:.1f}",
-            f"{row['words']:.0f}",
-            f"{row['copied']:.0%}",
+            f"{own['eval_bits_per_byte']:.4f}" if own else "",
+            *(f"{row[key]:.1%}" if row else "" for key in ("ended", "persons", "repeated")),
+            f"{row['perplexity']:.1f}" if row else "",
+            f"{row['words']:.0f}" if row else "",
+            f"{row['copied']:.0%}" if row else "",
         ])  # fmt: skip
     head = ["model", "parameters", "bits per byte, held out", "ended", "persons", "repeated", "perplexity", "words"]
     return table([*head, "copied"], rows)
