@@ -19,11 +19,14 @@ The kernels use these compile-time constants. All of them are bound by name (see
     NR              rows of an internal state (see `Layout`)
     H, HKV, G       query heads, key-value heads, and query heads per key-value head
     L               tokens per segment (see triton_plan_rebased.py)
-    BM, BN, C       rows of a tile: of queries or keys, of queries in the narrow tiles of dk and dv, and of a state's
-    sum BD              value dims of a tile QUAD, LIN, CONST  whether c2, c1 and c0 differ from 0 HAS_MASK
-    whether there is an attention mask HAS_INIT        whether slot 0 of each sequence holds an initial state: 0 or 1,
-    so that it can be added to a slot VARLEN          whether packed sequences are told apart by cu_seqlens CT, PREC
-    the type in which matrix products take their operands, and the precision of fp32 products
+    BM, BN, C       rows of a tile: of queries or keys, of queries in the narrow tiles of dk and dv, and of a state's sum
+    BD              value dims of a tile
+    QUAD, LIN,      whether c2, c1 and c0 differ from 0
+    CONST
+    HAS_MASK        whether there is an attention mask
+    HAS_INIT        whether slot 0 of each sequence holds an initial state: 0 or 1, so that it can be added to a slot
+    VARLEN          whether packed sequences are told apart by cu_seqlens
+    CT, PREC        the type in which matrix products take their operands, and the precision of fp32 products
 
 `stride_qb`, `stride_qt` and `stride_qh` are the strides of q by batch row, token and head; other tensors likewise.
 """

@@ -244,6 +244,20 @@ def test_half_precision(dtype, final):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 256, 2, 2, 4, 32), (2, 256, 2, 2, 8, 32), (3, 700, 2, 2, 4, 16)])
+def test_small_heads_several_times(shape, dtype):
+    """The first call compiles, and later ones take a shorter way to the same kernels. A call without gradients is first."""
+    q, k, v = make(*shape, dtype=dtype)
+    q, k = (torch.nn.functional.layer_norm(x.float(), x.shape[-1:]).to(dtype) for x in (q, k))
+    with torch.no_grad():
+        triton_rebased.triton_rebased_attention(q, k, v, coefficients=REBASED, scale=0.5, eps=1e-2)
+    for _ in range(3):
+        check(q, k, v, final=False, eps=1e-2)
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("coefficients", [REBASED, BASED])
 @pytest.mark.parametrize("shape", [(1, 2301, 4, 2, 16, 64), (1, 2301, 2, 2, 24, 48), (1, 5000, 2, 1, 64, 64)])
 @pytest.mark.parametrize("multiprocessors", [None, 1])
