@@ -74,7 +74,7 @@ from .context_parallel_rebased import (
     send_state,
 )
 from .loss_rebased import can_fuse_loss, fused_causal_lm_loss
-from .triton_rebased import compile_ahead, triton_short_conv, triton_unavailable_reason
+from .triton_rebased import triton_short_conv, triton_unavailable_reason
 
 
 logger = logging.get_logger(__name__)
@@ -1061,8 +1061,6 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if self.linear_rotary_emb is not None:
             linear_position_embeddings = self.linear_rotary_emb(hidden_states, position_ids)
 
-        if hidden_states.is_cuda and not torch.compiler.is_compiling() and packing is None and shard is None:
-            self._compile_ahead(hidden_states, masks.get("linear_attention"), cache)
         for layer, layer_type in zip(self.layers, self.config.layer_types):
             hidden_states = layer(
                 hidden_states,
@@ -1081,50 +1079,6 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if kwargs.get("output_attentions", self.config.output_attentions):
             self._warn_of_missing_attentions()
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
-
-    def _compile_ahead(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
-    ) -> None:
-        """Start to compile the Triton kernels of all kinds of layer at once, before the first layer needs its own.
-
-        Nothing depends on it: what does not fit here is compiled where it is needed.
-        """
-        (batch, length, size), config = hidden_states.shape, self.config
-        device, dtype, types = hidden_states.device, hidden_states.dtype, config.layer_types
-        feature_dim, head_dim = config.feature_dim, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        first = types.index("linear_attention") if "linear_attention" in types else None
-        continues = cache is not None and first is not None and recurrent_state(cache, first) is not None
-        if length == 1 or continues or torch.is_autocast_enabled(device.type) or config.kernel_backend == "eager":
-            return
-        if triton_unavailable_reason(device, dtype, feature_dim, head_dim) is not None:
-            return
-        training = torch.is_grad_enabled() and self.embed_tokens.weight.requires_grad
-
-        def empty(*shape: int) -> torch.Tensor:
-            return hidden_states.new_empty(shape).requires_grad_(training)
-
-        def calls() -> None:
-            if "conv" in types and config.conv_type == "residual":
-                bias = empty(size) if config.conv_bias else None
-                gate = empty(batch, length, size) if attention_mask is None else None
-                triton_short_conv(empty(batch, length, size), empty(size, config.conv_kernel_size), bias, gate)
-            if first is not None:
-                rebased_attention(
-                    empty(batch, length, heads, feature_dim),
-                    empty(batch, length, kv_heads, feature_dim),
-                    empty(batch, length, kv_heads, head_dim),
-                    coefficients=config.coefficients,
-                    eps=config.attention_eps,
-                    attention_mask=attention_mask,
-                    output_final_state=cache is not None,
-                    normalized=config.normalize,
-                    backend="triton",
-                )
-
-        inputs = (device, dtype, training, cache is not None, attention_mask is not None, length > 512)
-        sizes = (size, heads, kv_heads, feature_dim, head_dim, config.conv_kernel_size, config.coefficients)
-        compile_ahead((*inputs, *sizes), device, calls)
 
     def _check_arguments(
         self,

@@ -38,7 +38,7 @@ class Launches:
     def __init__(self, is_new: bool) -> None:
         self.is_new = is_new  # its kernels may not be compiled yet, see `is_first`
         self.launches: dict[str, tuple] = {}  # see `launch`
-        self.compiling: set[str] = set()  # launches whose kernels were handed to threads
+        self.compiling: dict[str, Future] = {}  # kernels that threads compile, by the name of their launch
 
 
 class PreparedCall(Launches):
@@ -125,7 +125,6 @@ class _Mode(threading.local):
 
 
 _MODE = _Mode()
-_COMPILING: dict[Any, list[Future]] = {}  # what threads compile, by kernel
 
 
 @contextlib.contextmanager
@@ -134,10 +133,7 @@ def compiling_only() -> Iterator[None]:
 
     Whatever a pass computes in the block is thrown away.
     """
-    if _MODE.compilers is not None:  # in such a block already
-        yield
-        return
-    _MODE.compilers = ThreadPoolExecutor()
+    _MODE.compilers = ThreadPoolExecutor(8)
     try:
         yield
     finally:
@@ -154,7 +150,7 @@ def is_first(prepared: Launches, device: torch.device) -> bool:
     return not torch.cuda.is_current_stream_capturing()  # when nothing may be loaded to the GPU
 
 
-def start_compiling(kernel, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+def start_compiling(kernel, grid: tuple[int, ...], arguments: dict[str, Any]) -> Future:
     """Compile a kernel in a thread of `compiling_only`, and load it to the current GPU."""
     assert _MODE.compilers is not None
     device = torch.cuda.current_device()
@@ -164,7 +160,7 @@ def start_compiling(kernel, grid: tuple[int, ...], arguments: dict[str, Any]) ->
             # What launches a kernel is compiled too, by the C compiler. The subscript does that.
             kernel.warmup(grid=grid, **arguments)[(*grid, 1, 1)[:3]]
 
-    _COMPILING.setdefault(kernel, []).append(_MODE.compilers.submit(compile_and_load))
+    return _MODE.compilers.submit(compile_and_load)
 
 
 def launch(
@@ -187,16 +183,15 @@ def launch(
     if _MODE.compilers is not None:
         if name not in prepared.launches and name not in prepared.compiling:
             grid, others = complete()
-            prepared.compiling.add(name)
-            start_compiling(kernel, grid, {**tensors, **others})
+            prepared.compiling[name] = start_compiling(kernel, grid, {**tensors, **others})
         return
     found = prepared.launches.get(name)
     if found is not None:
         run, in_order, others = found
         run(*in_order(tensors), *others)
         return
-    if _COMPILING:
-        wait(_COMPILING.pop(kernel, ()))  # what went wrong there goes wrong once more below
+    if name in prepared.compiling:
+        wait([prepared.compiling.pop(name)])  # what went wrong there goes wrong once more below
     grid, others = complete()
     compiled = kernel[grid](**tensors, **others)
     if not INTERPRETED:

@@ -37,7 +37,6 @@ Each file has one subject. From the ground up:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ from .triton_conv_rebased import conv_backward, conv_backward_fake, conv_fake, c
 from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
 from .triton_inputs_rebased import needs_range, range_backward_fake, range_backward_pass, range_fake, range_pass
-from .triton_language_rebased import HAS_TRITON, INTERPRETED, triton
+from .triton_language_rebased import HAS_TRITON, INTERPRETED
 from .triton_launch_rebased import compiling_only, count_variants, on_gpu_of
 
 
@@ -411,23 +410,6 @@ def triton_rebased_decode(
     inputs = (q, k, v, state, attention_mask, state_indices)
     decode = decode_token if is_plain(*inputs) else OPS.decode
     return decode(*inputs, c0, c1, c2, float(scale), float(eps))
-
-
-_STARTED: set[tuple] = set()
-
-
-def compile_ahead(kind: tuple, device: torch.device, calls: Callable[[], None]) -> None:
-    """Compile the kernels of calls of this backend in the background, once for each `kind` of them.
-
-    A model does so before its first layer, so that the kernels of all kinds of layer are compiled at the same time.
-    What the calls return is thrown away.
-    """
-    if kind in _STARTED or device.type != "cuda" or INTERPRETED or torch.cuda.is_current_stream_capturing():
-        return
-    _STARTED.add(kind)
-    triton.runtime.driver.active.get_current_device()  # made by this thread, not by several at once
-    with torch.cuda.device(device), compiling_only():
-        calls()
 
 
 def triton_short_conv(

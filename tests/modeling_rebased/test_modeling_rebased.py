@@ -26,13 +26,11 @@ from modeling_rebased import (
     ReBasedForSequenceClassification,
     ReBasedForTokenClassification,
     ReBasedModel,
-    triton_launch_rebased,
 )
 from modeling_rebased import modeling_rebased as code
 from modeling_rebased.cache_rebased import CACHE_NAME, CACHE_NAMES
 from modeling_rebased.eager_rebased import naive_rebased_attention
 from modeling_rebased.modeling_rebased import ReBasedLinearRotaryEmbedding, ReBasedQKNorm, ReBasedRotaryEmbedding
-from modeling_rebased.triton_rebased import triton_unavailable_reason
 from tests.modeling_rebased.cases import MODELS, make_config, make_ids, make_model
 
 
@@ -672,31 +670,6 @@ def test_padding_inside_packed_sequences_needs_another_attention(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["training", "masked", "prompt"])
-def test_what_is_compiled_ahead_is_what_the_layers_need(case, monkeypatch):
-    """The calls before the first layer prepare the very launches that the layers ask for, and no layer any other."""
-    if triton_unavailable_reason(torch.device("cpu"), torch.float32, 4, 4) is not None:
-        pytest.skip("needs Triton's interpreter")
-    config = ReBasedConfig(
-        vocab_size=8, hidden_size=8, num_hidden_layers=2, layer_types=["conv", "linear_attention"], mlp_type="none",
-        num_attention_heads=2, num_key_value_heads=1, head_dim=4, feature_dim=4, kernel_backend="triton",
-    )  # fmt: skip
-    model, ids = ReBasedForCausalLM(config), torch.tensor([[1, 2, 3, 4, 5]])
-    mask = torch.tensor([[1, 1, 0, 1, 1]]) if case == "masked" else None
-    cache = DynamicCache(config=config) if case == "prompt" else None
-    monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
-    ahead = []
-    monkeypatch.setattr(code, "compile_ahead", lambda kind, device, calls: ahead.append((kind, calls)))
-    with torch.set_grad_enabled(case != "prompt"):
-        # on a CPU the model does not call this itself
-        model.model._compile_ahead(torch.zeros(1, 5, 8), None if mask is None else mask.bool(), cache)
-        ahead[0][1]()
-        prepared = set(triton_launch_rebased._PREPARED)
-        assert {key[0] for key in prepared} == {"conv", "forward"}
-        model(ids, attention_mask=mask, past_key_values=cache, use_cache=case == "prompt")
-    assert set(triton_launch_rebased._PREPARED) == prepared
-
-
 @pytest.mark.parametrize("field", ["residual_dropout", "embedding_dropout"])
 def test_dropout_is_for_training_and_of_the_size_that_is_given(field):
     ids = make_ids()
