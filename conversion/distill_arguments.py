@@ -99,7 +99,7 @@ def read_recipe(path: Path, stage: str | None) -> list[str]:
     if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
         raise ConversionError(f"{path} is no recipe: it must have a section `stages`.")
     sections = content.pop("stages")
-    if stage not in sections:
+    if stage is None or stage not in sections:
         raise ConversionError(f"--stage is {stage}; it must be one of {path}'s stages: {', '.join(sections)}.")
     names = list(sections)
     shared = {"output_dir": "output", **content}

@@ -148,7 +148,7 @@ class DistillTrainer(Trainer):
             states, weight, labels = self.expected
             return logits_loss(hidden_states, head.weight, states, weight, labels, *settings)
 
-        head.forward = forward  # type: ignore[method-assign]
+        head.forward = forward
 
     def _transfer_loss(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

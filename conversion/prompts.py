@@ -55,8 +55,19 @@ REQUESTS = (
     "Write a Python function that has something to do with {0}.",
 )
 
-TOPICS = ("music", "gravity", "bicycles", "vaccines", "volcanoes", "chess", "gardening", "democracy", "dinosaurs")
-TOPICS += ("money", "bridges")
+TOPICS = [
+    "music",
+    "gravity",
+    "bicycles",
+    "vaccines",
+    "volcanoes",
+    "chess",
+    "gardening",
+    "democracy",
+    "dinosaurs",
+    "money",
+    "bridges",
+]
 
 
 def more_prompts() -> dict[str, tuple[str, ...]]:

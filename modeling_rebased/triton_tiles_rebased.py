@@ -19,7 +19,8 @@ The kernels use these compile-time constants. All of them are bound by name (see
     NR              rows of an internal state (see `Layout`)
     H, HKV, G       query heads, key-value heads, and query heads per key-value head
     L               tokens per segment (see triton_plan_rebased.py)
-    BM, BN, C       rows of a tile: of queries or keys, of queries in the narrow tiles of dk and dv, and of a state's sum
+    BM, BN, C       rows of a tile: of queries or keys, of queries in the narrow tiles of dk and dv, and of a state's
+                    sum
     BD              value dims of a tile
     QUAD, LIN,      whether c2, c1 and c0 differ from 0
     CONST

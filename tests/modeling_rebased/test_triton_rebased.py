@@ -247,7 +247,7 @@ def test_half_precision(dtype, final):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(2, 256, 2, 2, 4, 32), (2, 256, 2, 2, 8, 32), (3, 700, 2, 2, 4, 16)])
 def test_small_heads_several_times(shape, dtype):
-    """The first call compiles, and later ones take a shorter way to the same kernels. A call without gradients is first."""
+    """The first call compiles, and later ones take a shorter way to the same kernels."""
     q, k, v = make(*shape, dtype=dtype)
     q, k = (torch.nn.functional.layer_norm(x.float(), x.shape[-1:]).to(dtype) for x in (q, k))
     with torch.no_grad():
