@@ -320,7 +320,7 @@ class ReBasedCausalConv(nn.Module):
         """
         wanted = self.backend == "triton" or (self.backend == "auto" and x.is_cuda)
         wanted = wanted and not torch.compiler.is_compiling()
-        return wanted and self._is_plain() and triton_unavailable_reason(x.device, x.dtype, 1, 1) is None
+        return wanted and self._is_plain() and triton_unavailable_reason(x.device, x.dtype, 16, 16) is None
 
     def _is_plain(self) -> bool:
         """Return whether reading the weights of `conv` does all that calling it would: no adapter, no hooks."""
