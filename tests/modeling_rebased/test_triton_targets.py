@@ -103,12 +103,11 @@ for target in sys.argv[1:]:
 TARGETS = [(80, 99, 16), (90, 227, 16), (100, 227, 32)]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[list[str]]:
-    """What the script has compiled for one kind of GPU after another: (kind, kernel, bytes of shared memory)."""
+def compile_for_targets(cache: Path) -> list[list[str]]:
+    """Return what the script compiles for one kind of GPU after another: (kind, kernel, bytes of shared memory)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = os.pathsep.join(path for path in sys.path if path)
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": paths}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths}
     command = [sys.executable, "-c", SCRIPT, *(f"{capability},{width}" for capability, _, width in TARGETS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -116,16 +115,17 @@ def compiled(tmp_path_factory) -> list[list[str]]:
 
 
 @pytest.mark.skipif(not triton_rebased.HAS_TRITON, reason="needs the package triton")
-@pytest.mark.parametrize(("capability", "shared", "width"), TARGETS)
-def test_kernels_compile(capability, shared, width, compiled):
+def test_kernels_compile(tmp_path):
     """D = 64 in bfloat16, with states: within the shared memory of a block, in KiB (8.6 has less than 8.0)."""
-    found = [(name, int(size)) for kind, name, size in compiled if int(kind) == capability]
-    names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_decode_kernel"}
-    names |= {"_conv_kernel", "_conv_backward_kernel"}
-    names |= {"_scale_kernel", "_gradient_kernel"} if width > 16 else set()
-    names |= {"_low_state_kernel", "_largest_kernel", "_multiply_kernel"} if capability == 90 else set()
-    assert {name for name, _ in found} == names
-    assert max(size for _, size in found) <= shared * 1024
+    compiled = compile_for_targets(tmp_path)
+    for capability, shared, width in TARGETS:
+        found = [(name, int(size)) for kind, name, size in compiled if int(kind) == capability]
+        names = {"_state_kernel", "_scan_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_decode_kernel"}
+        names |= {"_conv_kernel", "_conv_backward_kernel"}
+        names |= {"_scale_kernel", "_gradient_kernel"} if width > 16 else set()
+        names |= {"_low_state_kernel", "_largest_kernel", "_multiply_kernel"} if capability == 90 else set()
+        assert {name for name, _ in found} == names, capability
+        assert max(size for _, size in found) <= shared * 1024, capability
 
 
 def test_without_triton(monkeypatch):

@@ -32,7 +32,8 @@ def attend(attention, rotary, x, decay):
     k = attention.k_norm(attention.k_proj(x).unflatten(-1, (-1, features)))
     v = attention.v_proj(x).unflatten(-1, (-1, width))
     place = torch.arange(x.shape[1], device=x.device)
-    q, k = apply_rotary_pos_emb(q, k, *rotary(x, place[None]), unsqueeze_dim=2)
+    cos, sin = rotary(x, place[None])
+    q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     distance = place[:, None] - place
     seen = torch.where(distance >= 0, torch.exp(-decay * distance), 0.0)
     outputs = []
@@ -81,7 +82,8 @@ def main(teacher_folder, start_folder, train_file, held_out_file):
         for length, decay in SETTINGS:
             start = AutoModelForCausalLM.from_pretrained(start_folder, dtype=torch.float32).to(device)
             attention, rotary = start.model.layers[i].self_attn, start.model.linear_rotary_emb
-            seen = fit(attention, rotary, *fits[length][i], decay)
+            x, target = fits[length][i]
+            seen = fit(attention, rotary, x, target, decay)
             with torch.no_grad():
                 x, target = tests[i]
                 wrong = (attend(attention, rotary, x, decay) - target).square().sum((0, 2))
