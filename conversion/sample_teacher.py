@@ -16,7 +16,7 @@ A row does not stop at the end of a document or turn. The model goes on with wha
 
 Each shard has its own seed and is written whole, so the same command continues a stopped run, with any number of
 processes. A larger --tokens adds shards. Each process takes the GPU of its local rank, in turns if there are more
-processes than GPUs. Several processes per GPU pay for small models, whose steps wait for Python.
+processes than GPUs. Several processes per GPU may pay for small models, whose steps wait for Python.
 """
 
 import argparse

@@ -178,9 +178,10 @@ def small_plan(monkeypatch):
     return set_plan
 
 
-@pytest.mark.parametrize("runs", [(2, 4), (8, 2)])
-@pytest.mark.parametrize(("length", "heads"), [(257, 2), (520, 1)])
-@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize(
+    ("length", "heads", "runs", "state"),
+    [(257, 2, (2, 4), True), (257, 2, (8, 2), False), (520, 1, (2, 4), False), (520, 1, (8, 2), True)],
+)
 def test_runs_of_segments(length, heads, runs, state, small_plan):
     """States summed over several segments by one program: whole runs, one that is cut off, and one that is missing."""
     small_plan(runs=runs)
