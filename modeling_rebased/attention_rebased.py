@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM, n_features
-from .eager_rebased import eager_rebased_attention, eager_rebased_decode
+from .eager_rebased import computation_dtype, eager_rebased_attention, eager_rebased_decode
 from .triton_rebased import triton_rebased_attention, triton_rebased_decode, triton_unavailable_reason
 
 
@@ -128,6 +128,41 @@ def _check_indices(state_indices: torch.Tensor, batch: int, slots: int) -> None:
             )
 
 
+def _check_decay(
+    log_decay: torch.Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    coefficients: tuple[float, ...],
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Return the decay in the dtype of the sums, 0 at padding."""
+    if log_decay is None:
+        return None
+    if coefficients[0] or coefficients[1]:
+        raise ValueError(
+            "`log_decay` needs a kernel of squares alone, such as ReBased's (0, 0, 1), but `coefficients` are "
+            f"{coefficients}."
+        )
+    if log_decay.shape != shape or not log_decay.is_floating_point():
+        raise ValueError(
+            f"`log_decay` must be floating point [batch, tokens, kv heads] = {shape}, but it is {log_decay.dtype} "
+            f"{tuple(log_decay.shape)}."
+        )
+    if _is_readable(log_decay) and not ((log_decay <= 0) & log_decay.isfinite()).all():
+        raise ValueError("`log_decay` must be finite and at most 0 everywhere, but it is not.")
+    log_decay = log_decay.to(dtype)
+    return log_decay if attention_mask is None else log_decay.where(attention_mask[..., None], 0.0)
+
+
+def _backend_of_decay(log_decay: torch.Tensor | None, backend: str) -> str:
+    """Return "eager" where there is a decay, which the kernels do not have."""
+    if log_decay is None:
+        return backend
+    if backend == "triton":
+        raise RuntimeError("`log_decay` needs the eager backend. Use backend='auto' or 'eager'.")
+    return "eager" if backend == "auto" else backend
+
+
 def rebased_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -142,13 +177,18 @@ def rebased_attention(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     normalized: bool = False,
+    log_decay: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""Compute causal linear attention with a kernel of degree two (Aksenov et al., 2024, section 4).
 
     With `s_ij = (q_i . k_j) * scale` and `w_ij = c0 + c1 s_ij + c2 s_ij**2`: `o_i = sum_{j<=i} w_ij v_j / (sum_{j<=i}
     w_ij + eps)`, in time linear in T. Sums and the division are in float32, or in float64 for float64 inputs. The
-    result is differentiable in q, k, v and initial_state.
+    result is differentiable in q, k, v, initial_state and log_decay.
+
+    With `log_decay` older tokens count less: `w_ij` is multiplied by `exp(G_i - G_j)`, where `G_i` is the sum of
+    `log_decay` up to token i. In other words the state is multiplied by `exp(log_decay)` before a token is added to
+    it. Retention and gated linear attention do the same.
 
     Args:
         q (`torch.Tensor`): Queries [B, T, H_q, F]; T >= 1, 1 <= F <= 128, H_q a multiple of H_kv.
@@ -170,6 +210,9 @@ def rebased_attention(
         normalized (`bool`, *optional*, defaults to `False`): Promise that queries and keys are normalised, so that
             `(q . k)**2` is far within the range of float32. The Triton backend then leaves out its passes over queries
             and keys that bring large ones into range. The eager backend needs no promise.
+        log_decay (`torch.Tensor`, *optional*): [B, T, H_kv], finite and at most 0: the logarithm of the factor by
+            which each token multiplies the state before it. Padding has no part in it. It is taken in the dtype of the
+            sums, and needs `coefficients` with c0 = c1 = 0. The default is no decay.
         backend (`str`, *optional*, defaults to `"auto"`): "eager" is PyTorch, on any device. "triton" is the kernels
             for GPUs. "auto" is "triton" on a GPU where the kernels can run, and "eager" elsewhere.
 
@@ -229,7 +272,10 @@ def rebased_attention(
         features = n_features(feature_dim, coefficients)
         _check_state(initial_state, "initial_state", (sequences, k.shape[2], features, v.shape[3] + 1))
 
+    log_decay = _check_decay(log_decay, k.shape[:3], computation_dtype(q), coefficients, attention_mask)
+
     packing = {"cu_seqlens": cu_seqlens}
+    backend = _backend_of_decay(log_decay, backend)
     if segment_ids is not None:
         if cu_seqlens is not None or initial_state is not None or output_final_state:
             raise ValueError("`segment_ids` goes with none of `cu_seqlens`, `initial_state` and `output_final_state`.")
@@ -250,6 +296,7 @@ def rebased_attention(
         attention_mask=attention_mask,
         initial_state=initial_state,
         output_final_state=output_final_state,
+        **({} if log_decay is None else {"log_decay": log_decay}),
         **packing,
     )
 
@@ -265,6 +312,7 @@ def rebased_attention_decode(
     eps: float = 1e-12,
     attention_mask: torch.Tensor | None = None,
     state_indices: torch.Tensor | None = None,
+    log_decay: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Compute one token of generation: `rebased_attention` with T = 1, without gradients. Changes the state in place.
@@ -284,6 +332,7 @@ def rebased_attention_decode(
         state_indices (`torch.Tensor`, *optional*): int32 or int64 [B], the slot of `state` that belongs to each row.
             Slots of different rows must differ, else the result is undefined. A row whose slot is negative is padding:
             it touches no state, and its output is 0.
+        log_decay (`torch.Tensor`, *optional*): [B, 1, H_kv], as in `rebased_attention`.
 
     Returns:
         `torch.Tensor`: [B, 1, H_q, D] in q's dtype.
@@ -305,7 +354,9 @@ def rebased_attention_decode(
         raise ValueError(f"`state` must be float32 or float64, but its dtype is {state.dtype}.")
     if not eps > 0:
         raise ValueError(f"`eps` must be positive, but got {eps}.")
-    return choose_backend(backend, q, v).decode(
+    attention_mask = _check_mask(attention_mask, q.shape[0], 1)
+    log_decay = _check_decay(log_decay, k.shape[:3], state.dtype, coefficients, attention_mask)
+    return choose_backend(_backend_of_decay(log_decay, backend), q, v).decode(
         q,
         k,
         v,
@@ -313,6 +364,7 @@ def rebased_attention_decode(
         coefficients=coefficients,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         eps=eps,
-        attention_mask=_check_mask(attention_mask, q.shape[0], 1),
+        attention_mask=attention_mask,
         state_indices=state_indices,
+        **({} if log_decay is None else {"log_decay": log_decay}),
     )

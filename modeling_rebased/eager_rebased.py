@@ -8,6 +8,9 @@ The kernel is a polynomial of degree two in the scaled dot product (Aksenov et a
 
 `w` is an inner product of feature maps, so the sum over all earlier chunks is one matrix, the state. Only the tokens
 of one chunk meet each other pairwise.
+
+With a decay, w_ij is multiplied by exp(G_i - G_j), where G_i is the sum of `log_decay` up to token i. Only differences
+between a token and an earlier one are exponentiated, so no exponent is positive.
 """
 
 import functools
@@ -138,6 +141,7 @@ def naive_rebased_attention(
     scale: float | None = None,
     eps: float = 1e-12,
     attention_mask: torch.Tensor | None = None,
+    log_decay: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the definition, quadratic in T, with one line per formula: the oracle for every other implementation.
 
@@ -145,7 +149,7 @@ def naive_rebased_attention(
         q (`torch.Tensor`): [B, T, H_q, F].
         k (`torch.Tensor`): [B, T, H_kv, F].
         v (`torch.Tensor`): [B, T, H_kv, D].
-        coefficients, scale, eps, attention_mask: as in `rebased_attention`.
+        coefficients, scale, eps, attention_mask, log_decay: as in `rebased_attention`.
 
     Returns:
         `torch.Tensor`: [B, T, H_q, D] in q's dtype, computed in q's dtype.
@@ -156,6 +160,11 @@ def naive_rebased_attention(
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     s = torch.einsum("bihf,bjhf->bhij", q, k) * scale
     w = (c0 + c1 * s + c2 * s**2).tril()
+    if log_decay is not None:
+        if attention_mask is not None:
+            log_decay = log_decay * attention_mask[..., None].to(log_decay.dtype)
+        total = log_decay.to(w.dtype).cumsum(1).transpose(1, 2).repeat_interleave(groups, dim=1)  # [B, H_q, T]
+        w = w * (total[..., :, None] - total[..., None, :]).clamp_max(0.0).exp()
     if attention_mask is not None:
         w = w * attention_mask[:, None, None, :].to(w.dtype)
     return torch.einsum("bhij,bjhd->bihd", w, v) / (w.sum(-1).transpose(1, 2)[..., None] + eps)
@@ -187,6 +196,7 @@ def eager_rebased_attention(
     segment_ids: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    log_decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute ReBased attention chunk by chunk. The arguments are those of `rebased_attention`, already checked.
 
@@ -200,9 +210,9 @@ def eager_rebased_attention(
             _chunked, coefficients=coefficients, scale=scale, eps=eps, output_final_state=output_final_state
         )
         if cu_seqlens is None:
-            return compute(q, k, v, attention_mask, segment_ids, initial_state)
+            return compute(q, k, v, log_decay, attention_mask, segment_ids, initial_state)
         if initial_state is None and not output_final_state:
-            return compute(q, k, v, attention_mask, segment_ids_of(cu_seqlens, q.shape[1]), None)
+            return compute(q, k, v, log_decay, attention_mask, segment_ids_of(cu_seqlens, q.shape[1]), None)
         # Packed sequences that bring or leave states are computed one after another.
         if initial_state is None:
             shape = (cu_seqlens.shape[0] - 1, k.shape[2], n_features(k.shape[3], coefficients), v.shape[3] + 1)
@@ -212,7 +222,8 @@ def eager_rebased_attention(
             if stop > start:
                 part = slice(start, stop)
                 mask = attention_mask[:, part] if attention_mask is not None else None
-                output, states[i] = compute(q[:, part], k[:, part], v[:, part], mask, None, states[i])
+                decay = log_decay[:, part] if log_decay is not None else None
+                output, states[i] = compute(q[:, part], k[:, part], v[:, part], decay, mask, None, states[i])
                 outputs.append(output)
         return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
 
@@ -227,6 +238,7 @@ def _chunked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    log_decay: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
     initial_state: torch.Tensor | None,
@@ -280,6 +292,7 @@ def _chunked(
             q[:, part],
             k[:, part],
             v[:, part],
+            log_decay[:, part] if log_decay is not None else None,
             coefficients,
             scale,
             eps,
@@ -305,6 +318,7 @@ def _block(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    log_decay: torch.Tensor | None,
     coefficients: tuple[float, float, float],
     scale: float,
     eps: float,
@@ -319,6 +333,7 @@ def _block(
 
     Args:
         q, k, v: [B, T, H_q, F], [B, T, H_kv, F] and [B, T, H_kv, D], where T is at most N * C.
+        log_decay: [B, T, H_kv], or `None`.
         key_factor: [B, H_kv, 1, 1].
         last_segment: [B, 1], the segment that the state belongs to.
         state: [B, H_kv, features, D + 1] before the block, in units of the factor. It is `None` if nothing comes
@@ -372,6 +387,13 @@ def _block(
         w = w + weights[1] * s
     if c0:
         w = w + weights[0]
+    if log_decay is not None:
+        log_decay = chunks(log_decay.to(dtype)[..., None]).squeeze(-1)  # [B, H_kv, N, C]
+        if exporting or n_chunks * chunk > length:
+            log_decay = log_decay * (tokens < length).to(dtype)
+        total = log_decay.cumsum(-1)
+        query_total = total.repeat_interleave(groups, dim=-1)[..., None]  # [B, H_kv, N, C * G, 1]
+        w = w * (query_total - total[..., None, :]).clamp_max(0.0).exp()
     allowed = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     if segment_ids is not None:
         segments = cut(segment_ids)  # [B, N, C]
@@ -389,10 +411,16 @@ def _block(
             adds = v_c * (segments == last[..., None])[:, None, ..., None].to(dtype)
             last = torch.cat([last_segment, last], dim=1)
             before = (before * (last[:, :, None] == last[:, None, :]).to(dtype))[:, None]  # [B, 1, N + 1, N + 1]
+        if log_decay is not None:
+            adds = adds * (total[..., -1:] - total).exp()[..., None]  # what is left at the end of the chunk
+            ends = torch.nn.functional.pad(total[..., -1].cumsum(-1), (1, 0))  # [B, H_kv, N + 1]
+            before = before * (ends[..., :, None] - ends[..., None, :]).clamp_max(0.0).exp()
         update = feature_map(k_c, coefficients).transpose(-1, -2) @ adds  # [B, H_kv, N, features, D + 1]
         states = before @ torch.cat([state[:, :, None], update], dim=2).flatten(3)
         states = states.unflatten(3, update.shape[3:])
         from_state = _query_features(q_c, coefficients, weights) @ states[:, :, :-1]
+        if log_decay is not None:
+            from_state = from_state * query_total.exp()
         if segment_ids is not None:
             reached = (segments == last[:, :-1, None])[:, None, ..., None]  # [B, 1, N, C, 1]
             from_state = from_state * reached.repeat_interleave(groups, dim=-2).to(dtype)
@@ -420,15 +448,18 @@ def eager_rebased_decode(
     eps: float,
     attention_mask: torch.Tensor | None = None,
     state_indices: torch.Tensor | None = None,
+    log_decay: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute one token: the query reads the state and the token itself, then `state += phi(k) [v, 1]^T` in place.
+
+    With a decay the state is multiplied by exp(log_decay) first.
 
     Args:
         q (`torch.Tensor`): [B, 1, H_q, F].
         k (`torch.Tensor`): [B, 1, H_kv, F].
         v (`torch.Tensor`): [B, 1, H_kv, D].
         state (`torch.Tensor`): float32 or float64 [B, H_kv, n_features, D + 1]; changed in place.
-        coefficients, scale, eps, attention_mask, state_indices: as in `rebased_attention_decode`.
+        coefficients, scale, eps, attention_mask, state_indices, log_decay: as in `rebased_attention_decode`.
 
     Returns:
         `torch.Tensor`: [B, 1, H_q, D] in q's dtype.
@@ -454,6 +485,12 @@ def eager_rebased_decode(
         if state_indices is not None:
             slots = state_indices.clamp_min(0).long()  # a row without a slot reads slot 0 and adds nothing to it
             has_slot = state_indices >= 0
+        if log_decay is not None:
+            decay = log_decay[:, 0].to(state.dtype)  # [B, H_kv]
+            if state_indices is not None:  # 0 for the slots of others
+                decay = decay.new_zeros(state.shape[:2]).index_add_(0, slots, decay.where(has_slot[:, None], 0.0))
+            state.mul_(decay.exp()[..., None, None])
+        if state_indices is not None:
             before = state[slots]
         out = _query_features(queries, coefficients, weights) @ before  # [B, H_kv, G, D + 1]
         weight = c2 * s.square()

@@ -1,0 +1,216 @@
+"""The decay of linear attention, in the operator of both backends, against the definition in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from modeling_rebased import rebased_attention
+from modeling_rebased.attention_rebased import rebased_attention_decode
+from modeling_rebased.configuration_rebased import n_features
+from modeling_rebased.eager_rebased import feature_map, naive_rebased_attention
+
+
+BACKENDS = ["eager"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_inputs(batch=2, length=150, q_heads=4, kv_heads=2, feature_dim=8, head_dim=6, dtype=torch.float32):
+    """Return q, k, v and a decay: one head hardly forgets, another within a few tokens, with a few hard cuts."""
+    q = torch.randn(batch, length, q_heads, feature_dim, dtype=dtype)
+    k = torch.randn(batch, length, kv_heads, feature_dim, dtype=dtype)
+    v = torch.randn(batch, length, kv_heads, head_dim, dtype=dtype)
+    half_life = torch.logspace(0, 2.5, kv_heads)
+    log_decay = -torch.rand(batch, length, kv_heads) / half_life
+    log_decay[torch.rand(log_decay.shape) < 0.01] = -30.0
+    return q, k, v, log_decay
+
+
+def error(actual, expected):
+    """Relative Frobenius error; NaN never passes."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def recurrence(q, k, v, log_decay, state):
+    """The rule token by token in float64: decay the state, add the token, read. No cumulative sum is involved."""
+    q, k, v, log_decay, state = (x.double() for x in (q, k, v, log_decay, state))
+    coefficients, groups, outputs = (0.0, 0.0, 1.0), q.shape[2] // k.shape[2], []
+    for t in range(q.shape[1]):
+        values = torch.cat([v[:, t], torch.ones_like(v[:, t, :, :1])], -1)
+        state = state * log_decay[:, t, :, None, None].exp()
+        state = state + feature_map(k[:, t], coefficients)[..., None] * values[:, :, None]
+        read = feature_map(q[:, t] * q.shape[3] ** -0.5, coefficients)[:, :, None] @ state.repeat_interleave(groups, 1)
+        outputs.append(read[:, :, 0, :-1] / (read[:, :, 0, -1:] + 1e-12))
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("length", "feature_dim", "head_dim", "heads"),
+    [(1, 8, 6, (2, 2)), (63, 5, 10, (4, 2)), (150, 16, 21, (2, 1)), (300, 3, 5, (2, 2)), (150, 33, 7, (2, 1))],
+)
+def test_forward_and_backward(length, feature_dim, head_dim, heads, backend):
+    inputs = make_inputs(2, length, *heads, feature_dim, head_dim)
+    mask = torch.rand(2, length) > 0.2
+    mask[:, 0] = True
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    o, _ = rebased_attention(*inputs[:3], log_decay=inputs[3], attention_mask=mask, backend=backend)
+    expected = naive_rebased_attention(*exact[:3], log_decay=exact[3], attention_mask=mask)
+    assert error(o, expected) < 1e-5
+    grad = torch.randn_like(o)
+    o.backward(grad)
+    expected.backward(grad.double())
+    if length == 1:  # the weight of a single key cancels: only the gradient by the value is not 0
+        assert error(inputs[2].grad, exact[2].grad) < 1e-5
+        return
+    for actual, reference in zip(inputs, exact):
+        assert error(actual.grad, reference.grad) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_definition_is_the_recurrence(backend):
+    """States in and out, with their gradients and that of the decay, against autograd of the rule itself."""
+    q, k, v, log_decay = make_inputs(length=150)
+    keys = torch.randn(2, 20, 2, 8)
+    state = feature_map(keys, (0.0, 0.0, 1.0)).transpose(1, 2).transpose(-1, -2) @ torch.cat(
+        [torch.randn(2, 2, 20, 6), torch.ones(2, 2, 20, 1)], -1
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v, log_decay, state)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    o, final = rebased_attention(
+        *inputs[:3], log_decay=inputs[3], initial_state=inputs[4], output_final_state=True, backend=backend
+    )
+    expected, expected_final = recurrence(*exact)
+    assert error(o, expected) < 1e-5
+    assert error(final, expected_final) < 1e-5
+    grads = torch.randn_like(o), torch.randn_like(final) * 0.1
+    torch.autograd.backward((o, final), grads)
+    torch.autograd.backward((expected, expected_final), [x.double() for x in grads])
+    for actual, reference in zip(inputs, exact):
+        assert error(actual.grad, reference.grad) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_states", [False, True])
+def test_packed_sequences_equal_single_ones(with_states, backend):
+    lengths = [1, 70, 0, 129, 64]
+    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    q, k, v, log_decay = (x.requires_grad_() for x in make_inputs(1, sum(lengths)))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, log_decay)]
+    states = torch.rand(len(lengths), 2, n_features(8), 7) if with_states else None
+    o, final = rebased_attention(
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        initial_state=states,
+        output_final_state=with_states,
+        backend=backend,
+    )
+    zero = torch.zeros(1, 2, n_features(8), 7)
+    parts = [
+        recurrence(*(x[:, a:b] for x in exact), zero if states is None else states[i : i + 1])
+        for i, (a, b) in enumerate(itertools.pairwise(bounds))
+        if b > a
+    ]
+    expected = torch.cat([x[0] for x in parts], 1)
+    assert error(o, expected) < 1e-5
+    grad = torch.randn_like(o)
+    loss, reference = (o * grad).sum(), (expected * grad).sum()
+    if with_states:
+        expected_final = torch.cat([x[1] for x in parts])
+        kept = [i for i, n in enumerate(lengths) if n]
+        assert error(final[kept], expected_final) < 1e-5
+        assert torch.equal(final[2], states[2])
+        weights = torch.randn_like(final)
+        loss, reference = loss + (final * weights).sum(), reference + (expected_final * weights[kept]).sum()
+    loss.backward()
+    reference.backward()
+    for actual, other in zip((q, k, v, log_decay), exact):
+        assert error(actual.grad, other.grad) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_slots", [False, True])
+def test_decoding_continues(with_slots, backend):
+    """Tokens one by one, with a row of padding and with slots, against the whole."""
+    q, k, v, log_decay = make_inputs(length=12)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 5] = False
+    expected = naive_rebased_attention(q.double(), k.double(), v.double(), log_decay=log_decay, attention_mask=mask)
+    state = torch.zeros(2, 2, n_features(8), 7)
+    slots = None
+    if with_slots:
+        state, slots = torch.randn(4, 2, n_features(8), 7), torch.tensor([2, 0])
+        state[slots] = 0.0
+        others = state[[1, 3]]
+    for t in range(12):
+        step = slice(t, t + 1)
+        part = [x[:, step] for x in (q, k, v)]
+        o = rebased_attention_decode(
+            *part,
+            state,
+            log_decay=log_decay[:, step],
+            attention_mask=mask[:, step],
+            state_indices=slots,
+            backend=backend,
+        )
+        rows = mask[:, t]
+        assert error(o[rows], expected[rows, step]) < 1e-5
+    if with_slots:
+        assert torch.equal(state[[1, 3]], others)
+        before = state.clone()
+        part = [x[:, :1] for x in (q, k, v)]
+        nobody = torch.tensor([-1, -1])
+        o = rebased_attention_decode(*part, state, log_decay=log_decay[:, :1], state_indices=nobody, backend=backend)
+        assert torch.equal(state, before)
+        assert not o.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, backend):
+    inputs = [*make_inputs(length=200, dtype=dtype)]
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    o, _ = rebased_attention(*inputs[:3], log_decay=inputs[3], backend=backend)
+    expected = naive_rebased_attention(*exact[:3], log_decay=exact[3])
+    assert o.dtype == dtype
+    assert error(o, expected) < 5e-3
+    grad = torch.randn_like(o)
+    o.backward(grad)
+    expected.backward(grad.double())
+    for actual, reference in zip(inputs, exact):
+        assert actual.grad.dtype == actual.dtype
+        assert error(actual.grad, reference.grad) < 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strong_and_absent_decay(backend):
+    """A decay of zero is none, and one that forgets all leaves each token its own value, over any length."""
+    q, k, v, log_decay = make_inputs(length=200)
+    plain, _ = rebased_attention(q, k, v, backend=backend)
+    torch.testing.assert_close(rebased_attention(q, k, v, log_decay=log_decay * 0, backend=backend)[0], plain)
+    alone, _ = rebased_attention(q, k, v, log_decay=torch.full_like(log_decay, -1000.0), backend=backend)
+    assert error(alone, v.repeat_interleave(2, dim=2)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log_decay": torch.zeros(2, 5, 4)}, r"`log_decay` must be floating point \[batch, tokens, kv heads\]"),
+        ({"log_decay": torch.full((2, 5, 2), 0.1)}, "`log_decay` must be finite and at most 0"),
+        ({"log_decay": torch.full((2, 5, 2), -torch.inf)}, "`log_decay` must be finite and at most 0"),
+        ({"coefficients": (1.0, 1.0, 0.5)}, "`log_decay` needs a kernel of squares alone"),
+    ],
+)
+def test_bad_decays_are_refused(changes, message):
+    q, k, v, log_decay = make_inputs(length=5)
+    with pytest.raises(ValueError, match=message):
+        rebased_attention(q, k, v, **{"log_decay": log_decay, **changes})
