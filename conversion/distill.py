@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         distill, arguments = parse_arguments(argv)
         found = run(distill, arguments, typed_command("conversion.distill", argv))
     except (ConversionError, CheckpointError, OSError) as error:
-        print(f"distill: error: {error}", file=sys.stderr)
+        print(f"rebased-distill: error: {error}", file=sys.stderr)
         return 1
     for row in found:
         if "student" in row:  # on the main process

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import yaml
 from transformers import TrainingArguments
 
+from modeling_rebased.training.arguments import command_line
+
 from .report import ConversionError
 
 
@@ -109,5 +111,4 @@ def read_recipe(path: Path, stage: str | None) -> list[str]:
     if before >= 0:
         given["student"] = str(folder / names[before] / "final")
     given |= sections[stage] or {}
-    listed = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
-    return [text for name, values in listed.items() for text in (f"--{name}", *map(str, values))]
+    return command_line(given)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -47,6 +48,9 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
         description=description,
         formatter_class=HelpFormatter,
         epilog="--help-all also shows the other options of transformers' TrainingArguments.",
+        # The library's usage lists every option, with both spellings of each, before each message of an error.
+        usage=f"{program} [RECIPE.yaml] [options]",
+        allow_abbrev=False,  # or a misspelt option counts as the one that it begins
     )
     if "--help-all" in argv or "--help_all" in argv:
         parser.epilog = None
@@ -63,11 +67,25 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
         for action in parser._actions:
             if action.dest not in shown:
                 action.help = argparse.SUPPRESS
-        # Its usage would list every option once more, with both spellings of each.
-        parser.usage = f"{program} [options]"
         parser.print_help()
         sys.exit(0)
-    return parser.parse_args_into_dataclasses(list(argv))
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    except (ValueError, ImportError) as error:  # TrainingArguments checks its values, and looks for accelerate
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; --help-all shows all options")
+    return tuple(parsed)
+
+
+def command_line(content: Mapping[str, Any]) -> list[str]:
+    """Return the fields of a recipe as arguments of a command line. A field without a value is left out."""
+    argv: list[str] = []
+    for name, value in content.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{name}", *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values)]
+    return argv
 
 
 def with_dashes(argv: Sequence[str] | None = None) -> list[str]:
@@ -87,6 +105,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS, "") or "default" in text or not text:
+        if action.default is None or action.default is False or action.default in (argparse.SUPPRESS, ""):
             return text
+        if "default" in text or not text:
+            return text
+        if isinstance(action.default, list):  # as it is typed: the sweeps take values with commas between them
+            return f"{text} (default: {','.join(map(str, action.default))})"
         return f"{text} (default: %(default)s)"

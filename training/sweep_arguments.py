@@ -80,7 +80,10 @@ def _check_writable(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def sweep_parser(program: str, description: str, presets: dict[str, dict[str, Any]]) -> argparse.ArgumentParser:
     """Return a parser with the options that say how runs are computed and where they are written."""
-    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=HelpFormatter)
+    # Without abbreviations, of which `parse_with_preset` would not see one of --preset.
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--preset", choices=presets, help="laptop: a small task that two cores learn in about two minutes")
     add(
@@ -117,7 +120,7 @@ def parse_with_preset(
 ) -> argparse.Namespace:
     """Read a command line whose `--preset` changes the defaults."""
     argv = with_dashes(argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=presets)
     parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     return parser.parse_args(argv)

@@ -111,7 +111,7 @@ class TokenBlocks(torch.utils.data.Dataset):
         identity: hash of the text and the tokenizer.
 
     Raises:
-        ValueError: a file cannot be read, or the files hold less than one block.
+        ValueError: a file cannot be read, the files hold less than one block, or a block is shorter than 2 tokens.
     """
 
     def __init__(
@@ -121,6 +121,8 @@ class TokenBlocks(torch.utils.data.Dataset):
         length: int,
         cache_dir: str | os.PathLike | None = None,
     ) -> None:
+        if length < 2:
+            raise ValueError(f"--context_length is {length}; it must be at least 2: a token, and one to predict")
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         self.num_bytes, identity = 0, hashlib.sha256(tokenizer_identity(tokenizer).encode())
         parts: list[np.ndarray | list[str]] = []

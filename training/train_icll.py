@@ -199,7 +199,12 @@ def parse(argv: list[str] | None = None) -> tuple[list[ICLLRun], Options, argpar
     add("--min-strings", type=count, default=ICLLRun.min_strings, help="of an example")
     add("--max-strings", type=count, default=ICLLRun.max_strings, help="of an example")
     add("--max-length", type=count, default=ICLLRun.max_length, help="symbols in a string")
-    add("--patience", type=int, default=0, help="end a run after so many epochs without a lower validation loss")
+    add(
+        "--patience",
+        type=count,
+        default=0,
+        help="end a run after so many epochs without a lower validation loss; 0 never does",
+    )
     args = parse_with_preset(parser, PRESETS, argv)
     check_models(parser, args)
     if args.test_examples < 2:

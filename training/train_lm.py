@@ -45,7 +45,7 @@ from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration import config_names, config_path
 from modeling_rebased.modeling_rebased import ReBasedRMSNorm
 
-from .arguments import parse_dataclasses
+from .arguments import command_line, parse_dataclasses
 from .byte_tokenizer import byte_tokenizer
 from .card import file_size, hardware, model_card, training_section, typed_command
 from .context_parallel import ContextParallelTrainer
@@ -140,6 +140,22 @@ class LMTrainingArguments(TrainingArguments):
     )
 
 
+def read_recipe(path: Path) -> list[str]:
+    """Return the arguments in a recipe, as on a command line.
+
+    Raises:
+        ValueError: the file holds no arguments.
+        OSError: it cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"the recipe {path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"the recipe {path} must hold lines such as `learning_rate: 1.0e-3`, but holds {content!r}")
+    return command_line(content)
+
+
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, LMTrainingArguments]:
     """Read the recipe, if the first argument is one, then the command line on top of it.
 
@@ -149,11 +165,24 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, LMT
     recipe = ["--bf16", str(torch.cuda.is_available() and torch.cuda.is_bf16_supported())]
     recipe += ["--compile_layers", str(torch.cuda.is_available())]
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        for name, value in yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")).items():
-            recipe += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+        recipe += read_recipe(Path(argv[0]))
         argv = argv[1:]
     classes = (ModelArguments, DataArguments, LMTrainingArguments)
     return parse_dataclasses("rebased-train", __doc__, classes, [*recipe, *argv])
+
+
+def check_paths(data_args: DataArguments, output_dir: str) -> None:
+    """Refuse paths that cannot be read or written.
+
+    Raises:
+        ValueError: a file of --train_file or --eval_file is missing, or --output_dir is a file.
+    """
+    for name in ("train_file", "eval_file"):
+        missing = [file for file in getattr(data_args, name) or [] if not Path(file).exists()]
+        if missing:
+            raise ValueError(f"--{name}: there is no {', '.join(missing)}")
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; it must be a folder, or a new one")
 
 
 # ---------------------------------------------------------------- model and tokenizer
@@ -209,10 +238,14 @@ def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig, length:
     """Return the tokenizer, and put its special tokens into the configuration.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model.
+        ValueError: there is no such tokenizer, or it has more tokens than the model.
     """
     name = model_args.tokenizer or model_args.model or "bytes"
-    tokenizer = byte_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = byte_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        argument = "--model" if model_args.tokenizer is None else "--tokenizer"
+        raise ValueError(f"{argument} {name} gives no tokenizer: {error}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is only {config.vocab_size}")
     if config.vocab_size > 2 * len(tokenizer):
@@ -315,16 +348,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(argv: list[str]) -> None:
-    model_args, data_args, args = parse_arguments(argv)
-    if args.device.type == "cpu":
-        args.dataloader_pin_memory = False  # which would only warn
-    set_seed(args.seed)
     try:
+        model_args, data_args, args = parse_arguments(argv)
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # which would only warn
+        set_seed(args.seed)
+        check_paths(data_args, args.output_dir)
         if args.use_liger_kernel:
             # The library would pass over a model that Liger does not know without a word.
             raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")
         config = load_config(model_args)
-        length = data_args.context_length or _own_length(config)
+        length = _own_length(config) if data_args.context_length is None else data_args.context_length
         tokenizer = load_tokenizer(model_args, config, length)
         with args.main_process_first(desc="tokenizing"):
             train_data = TokenBlocks(data_args.train_file, tokenizer, length, args.output_dir)

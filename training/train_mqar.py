@@ -111,6 +111,8 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
         parser.error(str(error))
     if (too_small := min(args.hidden)) < 12 and models != ["softmax"]:
         parser.error(f"--hidden must be at least 12, since the models have 12 heads, got {too_small}")
+    if args.race is not None and args.race >= args.epochs:
+        parser.error(f"--race is {args.race}, it must be less than --epochs, which is {args.epochs}")
     if args.time_steps and not args.device.startswith("cuda"):
         parser.error(f"--time-steps needs a GPU, --device is {args.device}")
     options = options_of(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
+from modeling_rebased.training.card import file_size
 from modeling_rebased.training.shards import JoinedArrays, compress_shard, read_index, write_index, write_shard
 from modeling_rebased.training.text import TokenBlocks
 
@@ -97,6 +98,12 @@ def test_compressed_shards_are_unpacked_when_they_are_read(folder):
     with pytest.raises(ValueError, match=r"shard-00001\.bin\.xz is damaged"):
         read_index(folder)
     assert not (folder / "shard-00001.bin").exists()
+
+
+def test_a_card_gives_the_size_of_the_text_in_shards(folder):
+    index = read_index(folder)
+    tokens, size = (sum(each[key] for each in index["shards"]) for key in ("tokens", "bytes"))
+    assert file_size(folder) == f"{size:,} bytes of text, {tokens:,} tokens" and tokens > 0
 
 
 def test_the_size_of_the_text_may_be_given(folder):

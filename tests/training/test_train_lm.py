@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training import train_lm
+from modeling_rebased.training.arguments import command_line
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint
 from modeling_rebased.training.text import TokenBlocks, read_documents
@@ -178,6 +179,64 @@ def test_the_command_line_wins_over_the_recipe(recipe, tmp_path):
     assert args.save_steps == 6
     assert args.use_cpu is True
     assert data_args.train_file[0].endswith("train.txt")
+
+
+def test_a_recipe_may_leave_fields_out_and_hold_lists_and_objects():
+    content = {"eval_file": None, "train_file": ["a", "b"], "lr_scheduler_kwargs": {"min_lr": 1e-5}, "bf16": False}
+    assert command_line(content) == [
+        *("--train_file", "a", "b", "--lr_scheduler_kwargs", '{"min_lr": 1e-05}', "--bf16", "False")
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "No such file or directory: '.*recipe.yaml'"),
+        ("", "recipe .*recipe.yaml must hold lines .* but holds None"),
+        ("- learning_rate", "recipe .*recipe.yaml must hold lines"),
+        ("a: [1", "recipe .*recipe.yaml is no YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=f"rebased-train: error: .*{message}"):
+        train_lm.main([str(path), "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--learning_rat", "3"), "unrecognized arguments: --learning_rat 3;"),
+        (("--eval_delayed", "3"), "unrecognized arguments: --eval_delayed 3;"),
+        (("--load_best_model_at_end", "True", "--eval_strategy", "no"), "--load_best_model_at_end requires"),
+    ],
+)
+def test_an_unknown_or_impossible_argument_is_an_error_with_a_short_usage(
+    recipe, tmp_path, capsys, arguments, message
+):
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments([str(recipe), "--output_dir", str(tmp_path), *arguments])
+    usage, error = capsys.readouterr().err.split("\n", 1)
+    assert usage == "usage: rebased-train [RECIPE.yaml] [options]"
+    assert error.startswith("rebased-train: error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--train_file", "nowhere.txt"), "--train_file: there is no nowhere.txt"),
+        (("--eval_file", "nowhere.txt"), "--eval_file: there is no nowhere.txt"),
+        (("--context_length", "0"), "--context_length is 0; it must be at least 2"),
+        (("--tokenizer", "./nowhere"), "--tokenizer ./nowhere gives no tokenizer"),
+        (("--output_dir", __file__), "--output_dir .* is a file"),
+    ],
+)
+def test_a_path_or_length_that_cannot_be_used_is_an_error(recipe, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=f"rebased-train: error: {message}"):
+        train_lm.main([str(recipe), "--output_dir", str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
 
 
 def test_kernels_of_liger_are_refused(recipe, tmp_path):

@@ -330,6 +330,10 @@ def test_the_laptop_preset_is_a_default_that_arguments_change(tmp_path, capsys):
     assert train_mqar.parse(["--preset", "laptop", "--lrs", "1e-3", *output])[0][0].lr == 1e-3
     train_mqar.parse(output)
     assert "This needs a GPU" in capsys.readouterr().err
+    for wrong, message in (("--pres laptop", "unrecognized arguments: --pres"), ("--race 64", "--race is 64")):
+        with pytest.raises(SystemExit, match="2"):
+            train_mqar.parse([*wrong.split(), *output])
+        assert message in capsys.readouterr().err
 
 
 def test_options_are_written_with_dashes_or_underscores(tmp_path, capsys):
