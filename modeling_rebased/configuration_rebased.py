@@ -10,7 +10,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 KERNEL_COEFFICIENTS = {"rebased": (0.0, 0.0, 1.0), "based": (1.0, 1.0, 0.5)}
 LAYER_TYPES = ("conv", "linear_attention", "sliding_attention", "full_attention", "hybrid_sliding")
@@ -19,6 +22,15 @@ SOFTMAX_LAYER_TYPES = ("sliding_attention", "full_attention", "hybrid_sliding")
 RECURRENT_LAYER_TYPES = ("conv", "linear_attention", "hybrid_sliding")  # these carry a state from token to token
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
+# Entries of a config.json that other parts of the library read.
+NOT_OF_THE_MODEL = (
+    "_name_or_path",
+    "auto_map",
+    "custom_pipelines",
+    "distributed_config",
+    "model_type",
+    "quantization_config",
+)
 
 # The type of a field that may be left out, for a value that follows from other fields. In a configuration that is made
 # it is None only where no layer reads it, so a type checker takes the value for granted.
@@ -282,6 +294,12 @@ class ReBasedConfig(PreTrainedConfig):
                 self.mlp_bias = not swiglu
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
+        # What the library takes for itself is no attribute now. The rest it sets as it is, misspelt fields too.
+        unknown = sorted(name for name in kwargs if name in vars(self) and name not in NOT_OF_THE_MODEL)
+        if unknown:
+            logger.warning(
+                f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}; the model ignores it."
+            )
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Leave `rope_parameters` alone where nothing is rotated. The library calls this to initialise them."""

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, configuration_rebased
 from modeling_rebased.configuration_rebased import LAYER_TYPES, RECURRENT_LAYER_TYPES, _check_code, n_features
 
 
@@ -321,6 +321,17 @@ def test_refusals_say_what_was_given_and_what_is_allowed(fields, message):
 )
 def test_what_can_just_work(fields):
     ReBasedConfig(**fields)
+
+
+def test_an_unknown_field_is_named_in_a_warning(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(configuration_rebased.logger, "warning", said.append)
+    ReBasedConfig(featur_dim=8, num_heads=4, num_labels=3, torch_dtype="bfloat16", output_attentions=True)
+    assert said == ["ReBasedConfig has no field 'featur_dim', 'num_heads'; the model ignores it."]
+    ReBasedConfig(position_embedding_type="rope", rope_theta=5.0)  # which the library puts into `rope_parameters`
+    ReBasedConfig(auto_map={}, quantization_config={}, attn_implementation="eager").save_pretrained(tmp_path)
+    ReBasedConfig(**ReBasedConfig.from_pretrained(tmp_path, num_labels=3).to_dict())
+    assert len(said) == 1
 
 
 def test_fields_that_follow_from_others():
