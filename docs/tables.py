@@ -14,9 +14,10 @@ import itertools
 import json
 import re
 import statistics
+import string
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,20 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
+TABLES: dict[str, Callable[[], str]] = {}  # what makes each table, by its name in a page
 
-def table(head: list[str], rows: list[list[Any]], words: int = 1) -> str:
+
+def shown(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Return a decorator that makes a function the one that writes the table NAME."""
+
+    def register(function: Callable[[], str]) -> Callable[[], str]:
+        TABLES[name] = function
+        return function
+
+    return register
+
+
+def table(head: list[Any], rows: list[list[Any]], words: int = 1) -> str:
     """Return a table in Markdown, its first `words` columns flush left and the others flush right."""
     rule = ["---" if i < words else "--:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, rule, *rows])
@@ -63,13 +76,57 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(0, places)}f}"
 
 
+class Cells(string.Formatter):
+    """Format the cells of a table.
+
+    Beside Python's own formats, `{x:3sig}` gives three significant digits, `{x:name}` the name of a model or method,
+    and `{x:yes}` yes or no. A field without a value gives an empty cell.
+    """
+
+    def format_field(self, value: Any, form: str) -> str:
+        """Return the text of one field."""
+        if value is None:
+            return ""
+        if form.endswith("sig"):
+            return number(value, int(form.removesuffix("sig")))
+        if form == "name":
+            return label_of(value)
+        if form == "yes":
+            return "yes" if str(value) == "True" else "no"
+        return super().format_field(value, form)
+
+
+def cells_of(columns: str, rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the rows that `columns` describes: "heading: format of the fields | heading: ..."."""
+    parts = [part.partition(": ") for part in columns.split(" | ")]
+    forms = [form for _, _, form in parts]
+    return [head for head, _, _ in parts], [[Cells().vformat(form, (), row) for form in forms] for row in rows]
+
+
+def down(rows: Iterable[dict[str, Any]], columns: str, words: int = 1) -> str:
+    """Return a table with one line per row of results. `cells_of` explains `columns`, and `table` explains `words`."""
+    return table(*cells_of(columns, rows), words)
+
+
+def across(rows: Iterable[dict[str, Any]], lines: str) -> str:
+    """Return a table with one column per row of results. The first of `lines` is the heading (`cells_of`)."""
+    names, found = cells_of(lines, rows)
+    head, *values = ([name, *row] for name, row in zip(names, zip(*found)))
+    return table(head, values)
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file under eval/results."""
+    return read_csv(RESULTS / name)
+
+
 # ---------------------------------------------------------------- kernels
 
 
 def kernel_times(folder: str, kind: str) -> dict[str, dict[int, float]]:
     """Return milliseconds by method and length; `kind` is "forward" or "training"."""
     times: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in read_csv(RESULTS / "kernels" / folder):
+    for row in results(f"kernels/{folder}"):
         times[row["method"]][row["T"]] = row[f"{kind}_ms"]
     return times
 
@@ -84,11 +141,20 @@ def kernels(folder: str, kind: str, floor: bool = False) -> str:
     lengths = list(times["rebased"])
     rows = [[label_of(name), *(number(found.get(length)) for length in lengths)] for name, found in times.items()]
     if floor:
-        first = read_csv(RESULTS / "kernels" / folder / "kernels.csv")[0][f"floor_{kind}_ms"]
+        first = results(f"kernels/{folder}/kernels.csv")[0][f"floor_{kind}_ms"]
         rows.append(["inputs and outputs moved once", *[number(first)] * len(lengths)])
     return table(["T", *(f"{length:,}" for length in lengths)], rows)
 
 
+TABLES |= {
+    "kernels-forward": lambda: kernels("h100", "forward", floor=True),
+    "kernels-training": lambda: kernels("h100", "training", floor=True),
+    "kernels-64-forward": lambda: kernels("h100-f64", "forward"),
+    "kernels-64-training": lambda: kernels("h100-f64", "training"),
+}
+
+
+@shown("kernels-ratios")
 def kernel_ratios() -> str:
     """Return how many times as fast ReBased is as the others, and its extra memory, for F = 16."""
     rows = []
@@ -98,220 +164,190 @@ def kernel_ratios() -> str:
         for other in ("softmax", "fla parallel_rebased", "fla chunk_simple_gla"):
             ratios = [number(times[other][n] / times["rebased"][n], 2) if n in times[other] else "" for n in lengths]
             rows.append([f"{name}, {label_of(other)}", *ratios])
-    memory = {row["T"]: row["extra_gib"] for row in read_csv(RESULTS / "kernels/h100/kernels.csv")[: len(lengths)]}
+    memory = {row["T"]: row["extra_gib"] for row in results("kernels/h100/kernels.csv")[: len(lengths)]}
     rows.append(["extra memory of ReBased, GiB", *(f"{memory[n]:.2f}" for n in lengths)])
     return table(["T", *(f"{length:,}" for length in lengths)], rows)
 
 
+@shown("kernels-64-memory")
 def extra_memory_64() -> str:
     """Return the extra memory for F = 64."""
-    rows = [row for row in read_csv(RESULTS / "kernels/h100-f64/kernels.csv") if row["method"] == "rebased"]
-    return table(
-        ["T", *(f"{row['T']:,}" for row in rows)],
-        [["extra memory of ReBased, GiB", *(f"{row['extra_gib']:.2f}" for row in rows)]],
-    )
+    rows = (row for row in results("kernels/h100-f64/kernels.csv") if row["method"] == "rebased")
+    return across(rows, "T: {T:,} | extra memory of ReBased, GiB: {extra_gib:.2f}")
 
 
+@shown("decode")
 def decode() -> str:
     """Return the time of one token of one layer."""
-    rows = read_csv(RESULTS / "generation/h100/decode.csv")
-    return table(
-        ["batch", *(row["batch"] for row in rows)],
-        [
-            ["one token, µs", *(f"{row['us']:.1f}" for row in rows)],
-            ["the same, states by slot number, µs", *(f"{row['by_slot_us']:.1f}" for row in rows)],
-            ["reading and writing the state once, µs", *(f"{row['floor_us']:.1f}" for row in rows)],
-        ],
+    return across(
+        results("generation/h100/decode.csv"),
+        "batch: {batch} | one token, µs: {us:.1f} | the same, states by slot number, µs: {by_slot_us:.1f} | "
+        "reading and writing the state once, µs: {floor_us:.1f}",
     )
 
 
 def whole_models(name: str, **where: Any) -> dict[str, dict[str, Any]]:
     """Return the rows of training.csv or generation.csv that have these values, by model without its size."""
-    rows = read_csv(RESULTS / f"generation/h100/{name}.csv")
+    rows = results(f"generation/h100/{name}.csv")
     found = [row for row in rows if all(str(row[key]) == str(value) for key, value in where.items())]
     return {row["model"].removeprefix("150m-"): row for row in found}
 
 
+@shown("models-training")
 def models_training() -> str:
     """Return the training steps of whole models."""
     rows = []
-    kinds = sorted({(row["T"], row["compiled"]) for row in read_csv(RESULTS / "generation/h100/training.csv")})
-    for length, compiled in kinds:
+    for length, compiled in sorted({(row["T"], row["compiled"]) for row in results("generation/h100/training.csv")}):
         found = whole_models("training", T=length, compiled=compiled)
         ours, softmax = found["rebased"], found["softmax"]
-        rows.append([
-            f"{length:,}",
-            "yes" if compiled == "True" else "no",
-            f"{ours['tokens_per_s']:,.0f}",
-            f"{softmax['tokens_per_s']:,.0f}",
-            number(ours["tokens_per_s"] / softmax["tokens_per_s"]),
-            f"{ours['peak_gib']:.1f}",
-            f"{softmax['peak_gib']:.1f}",
-        ])  # fmt: skip
-    head = ["T", "layers compiled", "ReBased", "softmax", "ratio", "ReBased, peak GiB", "softmax, peak GiB"]
-    return table(head, rows)
+        ratio = ours["tokens_per_s"] / softmax["tokens_per_s"]
+        rows.append({"ours": ours, "softmax": softmax, "ratio": ratio})
+    return down(
+        rows,
+        "T: {ours[T]:,} | layers compiled: {ours[compiled]:yes} | ReBased: {ours[tokens_per_s]:,.0f} | "
+        "softmax: {softmax[tokens_per_s]:,.0f} | ratio: {ratio:3sig} | ReBased, peak GiB: {ours[peak_gib]:.1f} | "
+        "softmax, peak GiB: {softmax[peak_gib]:.1f}",
+    )
 
 
+@shown("models-generation")
 def models_generation() -> str:
     """Return `generate()` of whole models."""
     rows = []
-    kinds = [
-        (row["batch"], row["context"], row["cache"])
-        for row in read_csv(RESULTS / "generation/h100/generation.csv")
-        if row["model"] == "150m-rebased"
-    ]
-    for batch, context, cache in kinds:
-        found = whole_models("generation", batch=batch, context=context, cache=cache)
-        ours, softmax = found["rebased"], found.get("softmax", {})
-
-        def of(key: str, digits: int, ours: dict = ours, softmax: dict = softmax) -> list[str]:
-            values = [row.get(key) for row in (ours, softmax)]
-            return ["" if value is None or value != value else f"{value:,.{digits}f}" for value in values]
-
-        rows.append([cache, batch, f"{context:,}", *of("ms_per_token", 2), *of("first_4_ms", 0), *of("peak_gib", 1)])
-    head = [
-        "cache",
-        "batch",
-        "context",
-        "ms per step, ReBased",
-        "softmax",
-        "ms for the context and 4 tokens, ReBased",
-        "softmax",
-    ]
-    return table([*head, "peak GiB, ReBased", "softmax"], rows)
+    for ours in results("generation/h100/generation.csv"):
+        if ours["model"] == "150m-rebased":
+            same = {key: ours[key] for key in ("batch", "context", "cache")}
+            softmax = whole_models("generation", **same).get("softmax", dict.fromkeys(ours))
+            # What is no number there could not be measured.
+            rows.append({"ours": ours, "softmax": {k: None if v != v else v for k, v in softmax.items()}})
+    return down(
+        rows,
+        "cache: {ours[cache]} | batch: {ours[batch]} | context: {ours[context]:,} | "
+        "ms per step, ReBased: {ours[ms_per_token]:,.2f} | softmax: {softmax[ms_per_token]:,.2f} | "
+        "ms for the context and 4 tokens, ReBased: {ours[first_4_ms]:,.0f} | softmax: {softmax[first_4_ms]:,.0f} | "
+        "peak GiB, ReBased: {ours[peak_gib]:,.1f} | softmax: {softmax[peak_gib]:,.1f}",
+    )
 
 
+@shown("convolution")
 def convolution() -> str:
     """Return what the two forms of the short convolution give."""
-    values = [
-        [
-            row["convolution"],
-            "yes" if row["compiled"] == "True" else "no",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['peak_gib']:.1f}",
-            number(row["prefill_ms"]),
-        ]
-        for row in read_csv(RESULTS / "generation/h100/convolution.csv")
-    ]
-    return table(
-        ["convolution", "layers compiled", "tokens per second", "peak GiB", "ms of a prefill"], values, words=2
+    return down(
+        results("generation/h100/convolution.csv"),
+        "convolution: {convolution} | layers compiled: {compiled:yes} | tokens per second: {tokens_per_s:,.0f} | "
+        "peak GiB: {peak_gib:.1f} | ms of a prefill: {prefill_ms:3sig}",
+        words=2,
     )
 
 
+@shown("models-changes")
 def models_changes() -> str:
     """Return what each change of a training step gave."""
-    rows = read_csv(RESULTS / "generation/h100/changes.csv")
-    values = [[row["change"], f"{row['tokens_per_s']:,.0f}", f"{row['peak_gib']:.1f}"] for row in rows]
-    return table(["step", "tokens per second", "peak GiB"], values)
+    columns = "step: {change} | tokens per second: {tokens_per_s:,.0f} | peak GiB: {peak_gib:.1f}"
+    return down(results("generation/h100/changes.csv"), columns)
 
 
+@shown("step")
 def step_parts() -> str:
     """Return the GPU's work in a training step, by what it is for."""
-    rows = read_csv(RESULTS / "generation/h100/step.csv")
-    rows = [row for row in rows if row["part"] != "other"] + [row for row in rows if row["part"] == "other"]
-    keys = ("ms", "ms_in_mixed_precision")
-    values = [[row["part"], *(f"{row[key]:.1f}" if row[key] else "" for key in keys)] for row in rows]
-    values.append(["sum", *(f"{sum(row[key] for row in rows):.1f}" for key in keys)])
-    head = ["part", "bfloat16, forward and backward, ms", "rebased-train in mixed precision before the change, ms"]
-    return table(head, values)
+    rows = sorted(results("generation/h100/step.csv"), key=lambda row: row["part"] == "other")
+    total = {key: sum(row[key] or 0 for row in rows) for key in ("ms", "ms_in_mixed_precision")}
+    return down(
+        [*({key: value or None for key, value in row.items()} for row in rows), {"part": "sum", **total}],
+        "part: {part} | bfloat16, forward and backward, ms: {ms:.1f} | "
+        "rebased-train in mixed precision before the change, ms: {ms_in_mixed_precision:.1f}",
+    )
 
 
+@shown("first")
 def first_calls() -> str:
     """Return the seconds of the first training step and of the first prefill, by version."""
-    rows = read_csv(RESULTS / "generation/h100/first.csv")
-    seconds = {(row["what"], row["version"]): row["first_s"] for row in rows}
-    names = {"step": "first training step, 16,384 tokens", "prefill": "first prefill, 32,768 tokens"}
-    versions = list(dict.fromkeys(row["version"] for row in rows))
-    return table(
-        ["version", *names.values()], [[name, *(number(seconds[what, name]) for what in names)] for name in versions]
+    versions: dict[str, dict[str, Any]] = {}
+    for row in results("generation/h100/first.csv"):
+        versions.setdefault(row["version"], {"version": row["version"]})[row["what"]] = row["first_s"]
+    return down(
+        versions.values(),
+        "version: {version} | first training step, 16,384 tokens: {step:3sig} | "
+        "first prefill, 32,768 tokens: {prefill:3sig}",
     )
 
 
+@shown("range")
 def passes_for_range() -> str:
     """Return the times of attention with and without `normalized=True`, by version."""
-    rows = read_csv(RESULTS / "kernels/h100/range.csv")
-    values = []
-    for kernel, version, normalized in dict.fromkeys((r["kernel"], r["version"], r["normalized"]) for r in rows):
-        found = [r for r in rows if (r["kernel"], r["version"], r["normalized"]) == (kernel, version, normalized)]
-        name = {"rebased": "ReBased", "based": "Based"}[kernel]
-        times = [f"{row[key]:.2f}" for row in found for key in ("forward_ms", "training_ms")]
-        values.append([name, version, "yes" if normalized == "True" else "no", *times])
-    head = [f"{what}, T = {length:,}" for length in (2048, 8192) for what in ("forward", "forward and backward")]
-    return table(["kernel", "version", "`normalized=True`", *head], values, words=3)
-
-
-def train_lm() -> str:
-    """Return the speed of rebased-train."""
-    rows = [
-        [
-            row["model"].removeprefix("150m-").replace("rebased", "ReBased"),
-            row["version"],
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['ms']:.1f}",
-            f"{row['peak_gib']:.1f}",
-        ]
-        for row in read_csv(RESULTS / "generation/h100/train-lm.csv")
-    ]
-    return table(["model", "version", "tokens per second", "ms per step", "peak GiB"], rows, words=2)
-
-
-def loss_chunks() -> str:
-    """Return the time of the loss and its gradients by the size of a chunk."""
-    rows = read_csv(RESULTS / "generation/h100/loss-chunks.csv")
-    return table(
-        ["tokens per chunk", *(f"{row['chunk']:,}" for row in rows)],
-        [["ms", *(f"{row['ms']:.1f}" for row in rows)]],
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in results("kernels/h100/range.csv"):
+        key = row["kernel"], row["version"], row["normalized"]
+        rows.setdefault(key, {**row})[f"at_{row['T']}"] = row
+    return down(
+        rows.values(),
+        "kernel: {kernel:name} | version: {version} | `normalized=True`: {normalized:yes} | "
+        "forward, T = 2,048: {at_2048[forward_ms]:.2f} | "
+        "forward and backward, T = 2,048: {at_2048[training_ms]:.2f} | "
+        "forward, T = 8,192: {at_8192[forward_ms]:.2f} | "
+        "forward and backward, T = 8,192: {at_8192[training_ms]:.2f}",
+        words=3,
     )
 
 
+@shown("train-lm")
+def train_lm() -> str:
+    """Return the speed of rebased-train."""
+    rows = results("generation/h100/train-lm.csv")
+    return down(
+        ({**row, "model": row["model"].removeprefix("150m-")} for row in rows),
+        "model: {model:name} | version: {version} | tokens per second: {tokens_per_s:,.0f} | ms per step: {ms:.1f} | "
+        "peak GiB: {peak_gib:.1f}",
+        words=2,
+    )
+
+
+@shown("loss-chunks")
+def loss_chunks() -> str:
+    """Return the time of the loss and its gradients by the size of a chunk."""
+    return across(results("generation/h100/loss-chunks.csv"), "tokens per chunk: {chunk:,} | ms: {ms:.1f}")
+
+
+@shown("counters")
 def counters() -> str:
     """Return the hardware counters by kernel."""
     names = ["state sums of keys", "scan of key states", "forward", "dq", "state sums of queries"]
     names += ["scan of query states", "dk and dv"]
-    rows = []
-    for name, row in zip(names, read_csv(RESULTS / "kernels/h100/counters.csv"), strict=True):
-        keys = (
-            "us",
-            "l1_pct",
-            "l2_pct",
-            "dram_pct",
-            "matrix_units_pct",
-            "issue_slots_pct",
-            "warps_an_sm",
-            "registers",
-        )
-        rows.append([name, *("" if row[key] is None else f"{row[key]:.0f}" for key in keys)])
-    head = ["kernel", "µs", "shared memory and L1, %", "L2, %", "device memory, %", "matrix units, %"]
-    return table([*head, "issue slots, %", "warps per multiprocessor", "registers per thread"], rows)
+    rows = zip(names, results("kernels/h100/counters.csv"), strict=True)
+    return down(
+        ({**row, "kernel": name} for name, row in rows),
+        "kernel: {kernel} | µs: {us:.0f} | shared memory and L1, %: {l1_pct:.0f} | L2, %: {l2_pct:.0f} | "
+        "device memory, %: {dram_pct:.0f} | matrix units, %: {matrix_units_pct:.0f} | "
+        "issue slots, %: {issue_slots_pct:.0f} | warps per multiprocessor: {warps_an_sm:.0f} | "
+        "registers per thread: {registers:.0f}",
+    )
 
 
+@shown("versions")
 def versions() -> str:
     """Return the time of all kernels of forward and backward together, by version of the kernels."""
     total: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for row in read_csv(RESULTS / "kernels/h100-versions/kernels.csv"):
+    for row in results("kernels/h100-versions/kernels.csv"):
         total[row["version"]][row["T"]] += row["us"]
     rows = [[name, *(f"{found[n]:,.0f}" for n in (2048, 8192, 131072))] for name, found in total.items()]
     return table(["version", "T = 2,048", "8,192", "131,072"], rows)
 
 
+@shown("eager")
 def eager() -> str:
     """Return the times of the PyTorch backend on a CPU."""
-    rows = read_csv(RESULTS / "eager/eager.csv")
-    names = {
-        "chunked": "forward, linear form",
-        "quadratic": "forward, quadratic form",
-        "chunked fwd+bwd": "forward and backward, linear form",
-        "quadratic fwd+bwd": "forward and backward, quadratic form",
-    }
-    return table(
-        ["T", *(f"{row['tokens']:,}" for row in rows)],
-        [[name, *(number(row[key], 2) for row in rows)] for key, name in names.items()],
+    return across(
+        results("eager/eager.csv"),
+        "T: {tokens:,} | forward, linear form: {chunked:2sig} | forward, quadratic form: {quadratic:2sig} | "
+        "forward and backward, linear form: {chunked fwd+bwd:2sig} | "
+        "forward and backward, quadratic form: {quadratic fwd+bwd:2sig}",
     )
 
 
 # ---------------------------------------------------------------- serving
 
 
+@shown("serving-plan")
 def serving_plan() -> str:
     """Return how many requests of pure ReBased models fit into a pool of 60 GiB."""
     rows = []
@@ -321,9 +357,10 @@ def serving_plan() -> str:
     return table(["configuration", "megabytes per request", "requests", "requests with prefix caching"], rows)
 
 
+@shown("serving-memory")
 def serving_memory() -> str:
     """Return the bytes that a request holds in vLLM, by the length of its context."""
-    rows = read_csv(RESULTS / "serving/memory.csv")
+    rows = results("serving/memory.csv")
     lengths = sorted({row["context_tokens"] for row in rows})
 
     def megabytes(model: str, cached: str, length: int) -> str:
@@ -346,21 +383,14 @@ def serving_memory() -> str:
     )
 
 
+@shown("serving-speed")
 def serving_speed() -> str:
     """Return the tokens per second of vLLM and of transformers on a CPU."""
-    rows = read_csv(RESULTS / "serving/speed.csv")
     names = {"vllm": "vLLM", "transformers": "transformers' `generate`, one padded batch"}
-    return table(
-        ["engine", "seconds, best of 3", "seconds, worst of 3", "new tokens per second"],
-        [
-            [
-                names[row["engine"]],
-                number(row["seconds_best_of_3"]),
-                number(row["seconds_worst_of_3"]),
-                number(row["new_tokens_per_second"]),
-            ]
-            for row in rows
-        ],
+    return down(
+        ({**row, "engine": names[row["engine"]]} for row in results("serving/speed.csv")),
+        "engine: {engine} | seconds, best of 3: {seconds_best_of_3:3sig} | "
+        "seconds, worst of 3: {seconds_worst_of_3:3sig} | new tokens per second: {new_tokens_per_second:3sig}",
     )
 
 
@@ -372,6 +402,13 @@ def mqar_runs() -> list[dict[str, Any]]:
     return read_runs(sorted((RESULTS / "mqar").glob("*.jsonl")))
 
 
+TABLES |= {
+    "mqar-cells": lambda: markdown(cells(mqar_runs())),
+    "mqar-differences": lambda: differences(cells(mqar_runs())),
+}
+
+
+@shown("mqar-figure")
 def mqar_figure() -> str:
     """Return the means of the cells of Figure 1, a row per size, with the authors' values and the numbers of seeds."""
     found = {(cell.length, cell.hidden, cell.model): cell for cell in figure_cells(cells(mqar_runs()))}
@@ -392,6 +429,7 @@ def mqar_figure() -> str:
     return table(head, rows)
 
 
+@shown("mqar-rates")
 def mqar_rates() -> str:
     """Return the accuracy of every finished run of the 12-head models where the task is hard, by rate and seed."""
     rows = []
@@ -416,6 +454,7 @@ def mqar_rates() -> str:
     return table(head, rows, 3)
 
 
+@shown("mqar-ablation")
 def mqar_ablation() -> str:
     """Return the ablation of the normalisation beside the paper's Table 1."""
     formulas = {
@@ -436,6 +475,7 @@ def mqar_ablation() -> str:
     return table(["model", "q and k", "seed 0", "seed 1", "mean", "paper, T = 256", "paper, T = 2,048"], rows, 2)
 
 
+@shown("mqar-variants")
 def mqar_variants() -> str:
     """Return the runs with wider heads or another kernel beside those of the paper's model, a row per rate."""
     variants = ("rebased_3_heads", "based_3_heads", "rebased_6_heads", "rebased_head_norm", "rebased_floor")
@@ -461,6 +501,7 @@ def mqar_variants() -> str:
     return table([*head, "lowest to highest seed"], rows, 3)
 
 
+@shown("mqar-speed")
 def mqar_speed() -> str:
     """Return how long whole trainings took, by GPU."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
@@ -483,41 +524,29 @@ def mqar_speed() -> str:
     return table(head, rows)
 
 
+@shown("mqar-steps")
 def mqar_steps() -> str:
     """Return the time of one training step beside its floor."""
     rows = []
-    lines = (RESULTS / "mqar/steps.jsonl").read_text(encoding="utf-8").splitlines()
-    for step in map(json.loads, lines):
+    for step in map(json.loads, (RESULTS / "mqar/steps.jsonl").read_text(encoding="utf-8").splitlines()):
         model, hidden, length = re.match(r"(\w+)-h(\d+)-l(\d+)", step["name"]).groups()
         floor = max(step["floor"]["operations_seconds"], step["floor"]["bytes_seconds"])
-        seconds = step["step_seconds"]
-        rows.append(
-            [
-                label_of(model),
-                f"{int(length):,}",
-                hidden,
-                f"{1e3 * seconds:.1f}",
-                f"{1e3 * floor:.2f}",
-                f"{floor / seconds:.0%}",
-                f"{step['tokens_per_second'] / 1e6:.1f}",
-                f"{64 * 195 * seconds:.0f}",
-            ]
-        )
-    head = ["model", "length", "hidden", "step, ms", "floor, ms", "floor / step", "million tokens per second"]
-    return table([*head, "64 epochs, s"], rows)
+        seconds, rate = step["step_seconds"], step["tokens_per_second"] / 1e6
+        figures = {"ms": 1e3 * seconds, "floor": 1e3 * floor, "share": floor / seconds, "all": 64 * 195 * seconds}
+        rows.append({"model": model, "T": int(length), "hidden": hidden, "rate": rate, **figures})
+    return down(
+        rows,
+        "model: {model:name} | length: {T:,} | hidden: {hidden} | step, ms: {ms:.1f} | floor, ms: {floor:.2f} | "
+        "floor / step: {share:.0%} | million tokens per second: {rate:.1f} | 64 epochs, s: {all:.0f}",
+    )
 
 
+@shown("mqar-checkpoint")
 def mqar_checkpoint() -> str:
     """Return the curve of the run that made checkpoints/mqar-d128."""
     run = json.loads((RESULTS / "mqar/checkpoint.jsonl").read_text(encoding="utf-8"))
     shown = [entry for entry in run["history"] if entry["epoch"] in (1, 5, 6, 7, 8, 9, 10, 12, 17)]
-    return table(
-        ["epoch", *(entry["epoch"] for entry in shown)],
-        [
-            ["loss", *(f"{entry['loss']:.3f}" for entry in shown)],
-            ["accuracy", *(f"{entry['accuracy']:.3f}" for entry in shown)],
-        ],
-    )
+    return across(shown, "epoch: {epoch} | loss: {loss:.3f} | accuracy: {accuracy:.3f}")
 
 
 # ---------------------------------------------------------------- MAD and in-context language learning
@@ -528,6 +557,13 @@ def finished(name: str) -> list[dict[str, Any]]:
     return [run for run in read_runs(sorted((RESULTS / name).glob("*.jsonl"))) if not run.get("stopped")]
 
 
+TABLES |= {
+    "mad-scores": lambda: plot_mad.markdown(finished("mad")),
+    "icll": lambda: plot_icll.markdown(finished("icll")),
+}
+
+
+@shown("mad-fuzzy")
 def mad_fuzzy() -> str:
     """Return the accuracy on fuzzy recall at its best epoch and at the last."""
     rows = []
@@ -543,61 +579,53 @@ def mad_fuzzy() -> str:
 # ---------------------------------------------------------------- language models
 
 
+@shown("small-models")
 def small_models() -> str:
     """Return the figures of the three byte-level models of 6.65 million parameters."""
     figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
     parameters = {"english-6m": figures["parameters"], **figures["twins_parameters"]}
-    rows = []
-    for name, label in (("english-6m", "ReBased"), ("english-6m-based", "Based"), ("english-6m-softmax", "softmax")):
-        found = figures["heldout_english"][name]
-        values = [
-            f"{found['bits_per_byte']:.3f}",
-            f"{found['byte_perplexity']:.3f}",
-            f"{found['word_perplexity']:,.0f}",
-        ]
-        rows.append([label, f"{parameters[name]:,}", *values])
-    return table(["model", "parameters", "bits per byte", "byte perplexity", "word perplexity"], rows)
+    names = {"english-6m": "ReBased", "english-6m-based": "Based", "english-6m-softmax": "softmax"}
+    found = figures["heldout_english"]
+    return down(
+        ({"model": names[name], "parameters": parameters[name], **found[name]} for name in names),
+        "model: {model} | parameters: {parameters:,} | bits per byte: {bits_per_byte:.3f} | "
+        "byte perplexity: {byte_perplexity:.3f} | word perplexity: {word_perplexity:,.0f}",
+    )
 
 
+@shown("stories")
 def stories() -> str:
     """Return the figures of the models of short stories, and of the judge's own stories."""
-    figures = json.loads((ROOT / "checkpoints/stories-12m/training_figures.json").read_text(encoding="utf-8"))
-    labels = {"stories-12m": "ReBased", "stories-12m-based": "Based", "stories-12m-softmax": "softmax"}
-    labels["judge"] = "SmolLM2-135M-Instruct"
-    found = {row["model"]: row for row in read_csv(RESULTS / "stories/stories.csv")}
+    figures = json.loads((ROOT / "checkpoints/stories-12m/training_figures.json").read_text(encoding="utf-8"))[
+        "models"
+    ]
+    names = {"stories-12m": "ReBased", "stories-12m-based": "Based", "stories-12m-softmax": "softmax"}
+    names["judge"] = "SmolLM2-135M-Instruct"
+    judged = {row["model"]: row for row in results("stories/stories.csv")}
     rows = []
-    for name, label in labels.items():
-        own, row = figures["models"].get(name, {}), found.get(name)
-        rows.append([
-            label,
-            f"{own['parameters']:,}" if own else "135 million",
-            f"{own['eval_bits_per_byte']:.4f}" if own else "",
-            *(f"{row[key]:.1%}" if row else "" for key in ("ended", "persons", "repeated")),
-            f"{row['perplexity']:.1f}" if row else "",
-            f"{row['words']:.0f}" if row else "",
-            f"{row['copied']:.0%}" if row else "",
-        ])  # fmt: skip
-    head = ["model", "parameters", "bits per byte, held out", "ended", "persons", "repeated", "perplexity", "words"]
-    return table([*head, "copied"], rows)
+    for name, shown in names.items():
+        own = figures.get(name)
+        size = f"{own['parameters']:,}" if own else "135 million"
+        bits = own["eval_bits_per_byte"] if own else None
+        rows.append({**judged.get(name, dict.fromkeys(judged["judge"])), "model": shown, "size": size, "bits": bits})
+    return down(
+        rows,
+        "model: {model} | parameters: {size} | bits per byte, held out: {bits:.4f} | ended: {ended:.1%} | "
+        "persons: {persons:.1%} | repeated: {repeated:.1%} | perplexity: {perplexity:.1f} | words: {words:.0f} | "
+        "copied: {copied:.0%}",
+    )
 
 
+@shown("slices")
 def slices() -> str:
     """Return the losses by slice."""
     found = json.loads((RESULTS / "recall_slices/slices.json").read_text(encoding="utf-8"))
-    rows = [
-        [
-            label_of(model),
-            row["slice"],
-            f"{row['tokens']:,}",
-            f"{row['share']:.1%}",
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.3f}",
-            f"{row['accuracy']:.1%}",
-        ]
-        for model, slices in found.items()
-        for row in slices["slices"]
-    ]
-    return table(["model", "slice", "bytes", "share", "loss, nats per byte", "perplexity", "accuracy"], rows, 2)
+    return down(
+        ({"model": model, **row} for model, each in found.items() for row in each["slices"]),
+        "model: {model:name} | slice: {slice} | bytes: {tokens:,} | share: {share:.1%} | "
+        "loss, nats per byte: {loss:.4f} | perplexity: {perplexity:.3f} | accuracy: {accuracy:.1%}",
+        words=2,
+    )
 
 
 # ---------------------------------------------------------------- conversion
@@ -614,6 +642,7 @@ def perplexities() -> dict[tuple[str, str, str, int], float]:
     return {(row["model"], row["stage"], row["file"], row["length"]): row["perplexity"] for row in rows}
 
 
+@shown("stages")
 def stages() -> str:
     """Return held-out perplexity by stage at 1,024 tokens."""
     found, training = perplexities(), students()["training"]
@@ -645,6 +674,7 @@ def stages() -> str:
     return table(head, rows)
 
 
+@shown("registers")
 def registers() -> str:
     """Return the finished students' perplexity by text and length, as a multiple of the teacher's."""
     found = perplexities()
@@ -663,33 +693,28 @@ def registers() -> str:
     return table(["model", *(f"{names[file]}, {length:,} tokens" for file, length in columns)], rows)
 
 
+@shown("answers")
 def answers() -> str:
     """Return how the teacher judges the answers."""
-    found = students()["answers"]
-    head = ["model", "teacher's perplexity of the answers", "four-word runs said before"]
-    return table(head, [[name, f"{row['judged']:.1f}", f"{row['repeated']:.1%}"] for name, row in found.items()])
+    return down(
+        ({"model": name, **row} for name, row in students()["answers"].items()),
+        "model: {model} | teacher's perplexity of the answers: {judged:.1f} | "
+        "four-word runs said before: {repeated:.1%}",
+    )
 
 
+@shown("students-decoding")
 def students_decoding() -> str:
     """Return memory and time of decoding after 32,768 tokens."""
-    by_model: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    by_model: dict[str, dict[str, Any]] = defaultdict(dict)
     for row in students()["speed"]:
-        by_model[row["model"]][row["batch"]] = row
-    rows = []
-    for model, found in by_model.items():
-        one, many = found[1], found[32]
-        rows.append(
-            [
-                model,
-                f"{one['cache_mib']:.0f}",
-                f"{many['cache_mib'] / 1024:.1f}",
-                f"{many['peak_gib']:.1f}",
-                f"{one['ms']:.0f}",
-                f"{many['ms']:.0f}",
-            ]
-        )
-    head = ["model", "cache at batch 1, MiB", "cache at batch 32, GiB", "peak at batch 32, GiB"]
-    return table([*head, "ms per step, batch 1", "ms per step, batch 32"], rows)
+        by_model[row["model"]][f"at_{row['batch']}"] = {**row, "cache_gib": row["cache_mib"] / 1024}
+    return down(
+        ({"model": model, **row} for model, row in by_model.items()),
+        "model: {model} | cache at batch 1, MiB: {at_1[cache_mib]:.0f} | "
+        "cache at batch 32, GiB: {at_32[cache_gib]:.1f} | peak at batch 32, GiB: {at_32[peak_gib]:.1f} | "
+        "ms per step, batch 1: {at_1[ms]:.0f} | ms per step, batch 32: {at_32[ms]:.0f}",
+    )
 
 
 # ---------------------------------------------------------------- the README
@@ -701,17 +726,14 @@ def recall_512() -> tuple[Any, Any]:
     return found["rebased", 512, 64], found["based", 512, 64]
 
 
+@shown("overview")
 def overview() -> str:
     """Return the one table of results of the README."""
     training = kernel_times("h100/kernels.csv", "training")
     step = whole_models("generation", batch=1, context=131072, cache="static")
     steps = whole_models("training", T=16384, compiled=True)
     split, ring = (
-        next(
-            x
-            for x in read_csv(RESULTS / "context_parallel/h200" / f"{name}.csv")
-            if (x["gpus"], x["tokens"]) == (4, 131072)
-        )
+        next(x for x in results(f"context_parallel/h200/{name}.csv") if (x["gpus"], x["tokens"]) == (4, 131072))
         for name in ("context_parallel", "ring")
     )
     figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
@@ -775,162 +797,99 @@ def overview() -> str:
     return table(["what was measured", "ReBased", "compared with", "details"], rows, 4)
 
 
+@shown("several-gpus")
 def several_gpus() -> str:
     """Return the speed of `train_lm` by the number of GPUs, against fewer GPUs with as many tokens per GPU."""
-    found = read_csv(RESULTS / "several_gpus/h200/training.csv")
+    launches = {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
     rows = []
-    for row in sorted(found, key=lambda row: (row["parameters"], row["gpus"])):
-        fewest = min((x for x in found if x["parameters"] == row["parameters"]), key=lambda x: x["gpus"])
-        share = row["tokens_per_s"] / row["gpus"] / (fewest["tokens_per_s"] / fewest["gpus"])
-        rows.append([
-            f"{row['parameters'] / 1e6:,.0f}M",
-            {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}[row["launch"]],
-            row["gpus"],
-            f"{row['tokens_per_gpu']:,}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{share:.3f}",
-            f"{row['tflops_per_gpu']:.0f}",
-            f"{row['tflops_per_gpu'] / 790:.0%}",
-            f"{row['peak_gib']:.1f}",
-        ])  # fmt: skip
-    head = ["parameters", "launch", "GPUs", "tokens per GPU and step", "tokens per second", "share per GPU"]
-    return table([*head, "TFLOP/s per GPU", "of 790", "peak GiB per GPU"], rows, 2)
+    fewest: dict[int, float] = {}  # the speed per GPU on the fewest GPUs, by parameters
+    for row in sorted(results("several_gpus/h200/training.csv"), key=lambda row: (row["parameters"], row["gpus"])):
+        per_gpu = row["tokens_per_s"] / row["gpus"]
+        share = per_gpu / fewest.setdefault(row["parameters"], per_gpu)
+        more = {"millions": row["parameters"] / 1e6, "share": share, "peak": row["tflops_per_gpu"] / 790}
+        rows.append({**row, **more, "launch": launches[row["launch"]]})
+    return down(
+        rows,
+        "parameters: {millions:,.0f}M | launch: {launch} | GPUs: {gpus} | "
+        "tokens per GPU and step: {tokens_per_gpu:,} | tokens per second: {tokens_per_s:,.0f} | "
+        "share per GPU: {share:.3f} | TFLOP/s per GPU: {tflops_per_gpu:.0f} | of 790: {peak:.0%} | "
+        "peak GiB per GPU: {peak_gib:.1f}",
+        words=2,
+    )
 
 
+@shown("context-parallel")
 def context_parallel() -> str:
     """Return the training steps whose sequence is split over GPUs, against one GPU with as many tokens per GPU."""
-    found = read_csv(RESULTS / "context_parallel/h200/context_parallel.csv")
-    rows = []
-    for row in sorted(found, key=lambda row: (row["tokens_per_gpu"], row["gpus"])):
-        alone = next(x for x in found if x["gpus"] == 1 and x["tokens_per_gpu"] == row["tokens_per_gpu"])
-        rows.append([
-            f"{row['tokens_per_gpu']:,}",
-            row["gpus"],
-            f"{row['tokens']:,}",
-            "yes" if str(row["checkpointing"]) == "True" else "no",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['tokens_per_s'] / alone['tokens_per_s']:.2f}",
-            f"{row['us_per_token']:.3f}",
-            f"{row['peak_gib']:.1f}",
-        ])  # fmt: skip
-    head = ["tokens per GPU", "GPUs", "tokens per sequence", "checkpointing", "tokens per second", "times one GPU"]
-    return table([*head, "µs per token", "peak GiB per GPU"], rows, 0)
+    found = results("context_parallel/h200/context_parallel.csv")
+    alone = {row["tokens_per_gpu"]: row["tokens_per_s"] for row in found if row["gpus"] == 1}
+    rows = sorted(found, key=lambda row: (row["tokens_per_gpu"], row["gpus"]))
+    return down(
+        ({**row, "times": row["tokens_per_s"] / alone[row["tokens_per_gpu"]]} for row in rows),
+        "tokens per GPU: {tokens_per_gpu:,} | GPUs: {gpus} | tokens per sequence: {tokens:,} | "
+        "checkpointing: {checkpointing:yes} | tokens per second: {tokens_per_s:,.0f} | times one GPU: {times:.2f} | "
+        "µs per token: {us_per_token:.3f} | peak GiB per GPU: {peak_gib:.1f}",
+        words=0,
+    )
 
 
+@shown("context-parallel-ring")
 def context_parallel_ring() -> str:
     """Return the training steps of a softmax model by ring attention, beside ReBased on as many GPUs."""
-    ours = read_csv(RESULTS / "context_parallel/h200/context_parallel.csv")
+    found = results("context_parallel/h200/context_parallel.csv")
+    speeds = {(row["gpus"], row["tokens"]): row["tokens_per_s"] for row in found}
     rows = []
-    for row in read_csv(RESULTS / "context_parallel/h200/ring.csv"):
-        same = [x for x in ours if x["gpus"] == row["gpus"] and x["tokens"] == row["tokens"]]
-        rebased = same[0]["tokens_per_s"] if same else None
-        rows.append([
-            f"{row['tokens']:,}",
-            f"{rebased:,.0f}" if rebased else "not measured",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{rebased / row['tokens_per_s']:.1f}" if rebased else "",
-        ])  # fmt: skip
-    head = ["tokens per sequence", "ReBased, tokens per second", "softmax, tokens per second", "ReBased / softmax"]
-    return table(head, rows, 0)
+    for row in results("context_parallel/h200/ring.csv"):
+        ours = speeds.get((row["gpus"], row["tokens"]))
+        shown, ratio = (f"{ours:,.0f}", ours / row["tokens_per_s"]) if ours else ("not measured", None)
+        rows.append({**row, "ours": shown, "ratio": ratio})
+    return down(
+        rows,
+        "tokens per sequence: {tokens:,} | ReBased, tokens per second: {ours} | "
+        "softmax, tokens per second: {tokens_per_s:,.0f} | ReBased / softmax: {ratio:.1f}",
+        words=0,
+    )
 
 
+@shown("context-parallel-profile")
 def context_parallel_profile() -> str:
     """Return what a step consists of on each GPU, by the profiler."""
-    rows = [
-        [
-            f"{row['tokens_per_gpu']:,}",
-            row["gpus"],
-            row["rank"],
-            *(f"{row[key]:.0f}" for key in ("wall_ms", "host_ms", "compute_ms", "all_gather_ms", "all_reduce_ms")),
-            f"{row['kernels']:,}",
-            f"{row['gap_ms']:.1f}",
-        ]
-        for row in read_csv(RESULTS / "context_parallel/h200/profile.csv")
-        if row["tokens_per_gpu"] != 131072
-    ]
-    head = ["tokens per GPU", "GPUs", "GPU", "step, ms", "host, ms", "compute, ms", "all-gather, ms"]
-    return table([*head, "all-reduce, ms", "kernels", "largest gap, ms"], rows, 0)
+    rows = results("context_parallel/h200/profile.csv")
+    return down(
+        (row for row in rows if row["tokens_per_gpu"] != 131072),
+        "tokens per GPU: {tokens_per_gpu:,} | GPUs: {gpus} | GPU: {rank} | step, ms: {wall_ms:.0f} | "
+        "host, ms: {host_ms:.0f} | compute, ms: {compute_ms:.0f} | all-gather, ms: {all_gather_ms:.0f} | "
+        "all-reduce, ms: {all_reduce_ms:.0f} | kernels: {kernels:,} | largest gap, ms: {gap_ms:.1f}",
+        words=0,
+    )
 
 
+@shown("context-parallel-errors")
 def context_parallel_errors() -> str:
     """Return how far a sequence over several GPUs is from the same on one GPU."""
-    rows = [
-        [row["dtype"], row["gpus"], f"{row['tokens']:,}", f"{row['logits']:.1e}", f"{row['gradients']:.1e}"]
-        for row in read_csv(RESULTS / "context_parallel/h200/errors.csv")
-    ]
-    return table(["dtype", "GPUs", "tokens", "logits", "gradients"], rows)
+    columns = "dtype: {dtype} | GPUs: {gpus} | tokens: {tokens:,} | logits: {logits:.1e} | gradients: {gradients:.1e}"
+    return down(results("context_parallel/h200/errors.csv"), columns)
 
 
+@shown("corpus-domains")
 def corpus_domains() -> str:
     """Return the size of each domain of the mixed corpus, and of its held-out part."""
-    found = read_csv(RESULTS / "corpus/corpus.csv")
-    sums: dict[str, dict[str, Any]] = {}
-    for row in found:
-        sums.setdefault(row["domain"], {})[row["part"]] = row
+    domains: dict[str, dict[str, Any]] = {}
+    for row in results("corpus/corpus.csv"):
+        counts = {f"{row['part']}_{key}": value for key, value in row.items() if isinstance(value, int)}
+        domains.setdefault(row["domain"], {}).update(counts)
+    keys = next(iter(domains.values()))
+    domains["all"] = {key: sum(row[key] for row in domains.values()) for key in keys}
     rows = []
-    for domain, parts in sums.items():
-        trained, held = parts["train"], parts["heldout"]
-        counts = [trained[key] for key in ("packages", "documents", "bytes", "tokens")]
-        rows.append([domain, *counts, held["documents"], held["tokens"]])
-    rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, 7))])
-    shown = [
-        [row[0], row[1], f"{row[2]:,}", f"{row[3] / 1e6:.1f}", f"{row[4] / 1e6:.1f}", f"{row[5]:,}", f"{row[6]:,}"]
-        for row in rows
-    ]
-    head = ["domain", "packages", "documents", "million bytes", "million tokens", "held-out documents"]
-    return table([*head, "held-out tokens"], shown)
-
-
-TABLES: dict[str, Callable[[], str]] = {
-    "overview": overview,
-    "kernels-forward": lambda: kernels("h100", "forward", floor=True),
-    "kernels-training": lambda: kernels("h100", "training", floor=True),
-    "kernels-ratios": kernel_ratios,
-    "kernels-64-forward": lambda: kernels("h100-f64", "forward"),
-    "kernels-64-training": lambda: kernels("h100-f64", "training"),
-    "kernels-64-memory": extra_memory_64,
-    "decode": decode,
-    "models-training": models_training,
-    "models-generation": models_generation,
-    "models-changes": models_changes,
-    "convolution": convolution,
-    "step": step_parts,
-    "first": first_calls,
-    "range": passes_for_range,
-    "loss-chunks": loss_chunks,
-    "train-lm": train_lm,
-    "counters": counters,
-    "versions": versions,
-    "eager": eager,
-    "serving-plan": serving_plan,
-    "serving-memory": serving_memory,
-    "serving-speed": serving_speed,
-    "mqar-figure": mqar_figure,
-    "mqar-cells": lambda: markdown(cells(mqar_runs())),
-    "mqar-differences": lambda: differences(cells(mqar_runs())),
-    "mqar-rates": mqar_rates,
-    "mqar-ablation": mqar_ablation,
-    "mqar-variants": mqar_variants,
-    "mqar-speed": mqar_speed,
-    "mqar-steps": mqar_steps,
-    "mqar-checkpoint": mqar_checkpoint,
-    "mad-scores": lambda: plot_mad.markdown(finished("mad")),
-    "mad-fuzzy": mad_fuzzy,
-    "icll": lambda: plot_icll.markdown(finished("icll")),
-    "small-models": small_models,
-    "corpus-domains": corpus_domains,
-    "stories": stories,
-    "slices": slices,
-    "stages": stages,
-    "registers": registers,
-    "answers": answers,
-    "students-decoding": students_decoding,
-    "several-gpus": several_gpus,
-    "context-parallel": context_parallel,
-    "context-parallel-ring": context_parallel_ring,
-    "context-parallel-profile": context_parallel_profile,
-    "context-parallel-errors": context_parallel_errors,
-}
+    for name, row in domains.items():
+        millions = {"bytes": row["train_bytes"] / 1e6, "tokens": row["train_tokens"] / 1e6}
+        rows.append({"domain": name, **row, **millions})
+    return down(
+        rows,
+        "domain: {domain} | packages: {train_packages} | documents: {train_documents:,} | "
+        "million bytes: {bytes:.1f} | million tokens: {tokens:.1f} | held-out documents: {heldout_documents:,} | "
+        "held-out tokens: {heldout_tokens:,}",
+    )
 
 
 def sentences() -> dict[str, list[str]]:
