@@ -154,15 +154,6 @@ def _check_decay(
     return log_decay if attention_mask is None else log_decay.where(attention_mask[..., None], 0.0)
 
 
-def _backend_of_decay(log_decay: torch.Tensor | None, backend: str) -> str:
-    """Return "eager" where there is a decay, which the kernels do not have."""
-    if log_decay is None:
-        return backend
-    if backend == "triton":
-        raise RuntimeError("`log_decay` needs the eager backend. Use backend='auto' or 'eager'.")
-    return "eager" if backend == "auto" else backend
-
-
 def rebased_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -275,7 +266,6 @@ def rebased_attention(
     log_decay = _check_decay(log_decay, k.shape[:3], computation_dtype(q), coefficients, attention_mask)
 
     packing = {"cu_seqlens": cu_seqlens}
-    backend = _backend_of_decay(log_decay, backend)
     if segment_ids is not None:
         if cu_seqlens is not None or initial_state is not None or output_final_state:
             raise ValueError("`segment_ids` goes with none of `cu_seqlens`, `initial_state` and `output_final_state`.")
@@ -296,7 +286,7 @@ def rebased_attention(
         attention_mask=attention_mask,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        **({} if log_decay is None else {"log_decay": log_decay}),
+        log_decay=log_decay,
         **packing,
     )
 
@@ -356,7 +346,7 @@ def rebased_attention_decode(
         raise ValueError(f"`eps` must be positive, but got {eps}.")
     attention_mask = _check_mask(attention_mask, q.shape[0], 1)
     log_decay = _check_decay(log_decay, k.shape[:3], state.dtype, coefficients, attention_mask)
-    return choose_backend(_backend_of_decay(log_decay, backend), q, v).decode(
+    return choose_backend(backend, q, v).decode(
         q,
         k,
         v,
@@ -366,5 +356,5 @@ def rebased_attention_decode(
         eps=eps,
         attention_mask=attention_mask,
         state_indices=state_indices,
-        **({} if log_decay is None else {"log_decay": log_decay}),
+        log_decay=log_decay,
     )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .configuration_rebased import n_features
+from .triton_decay_rebased import decay_between, decay_gradient, sum_decays
 from .triton_features_rebased import (
     block_selector,
     load_norm_matrix,
@@ -132,16 +133,26 @@ def _scale_kernel(
 
 @triton.jit
 def _dq_tile(
-    acc, xq, grad, delta_rows, keys, vt, rows, cols, minus_half_alpha,
-    QUAD: tl.constexpr, LIN: tl.constexpr, DIAGONAL: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    acc, xq, grad, delta_rows, keys, vt, rows, cols, minus_half_alpha, row_decays, decays,
+    QUAD: tl.constexpr, LIN: tl.constexpr, DIAGONAL: tl.constexpr, HAS_DECAY: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """Add (do / z . v - delta) u'(s) / 2 k of one tile of keys to acc [BM, FP]; where u is linear, u' as it is."""
+    """Add (do / z . v - delta) u'(s) / 2 k of one tile of keys to acc [BM, FP]; where u is linear, u' as it is.
+
+    Decays are as in `_forward_tile`.
+    """
     du = tl.dot(grad, vt, input_precision=PREC) - delta_rows[:, None]
     if QUAD:
         s = tl.dot(xq, tl.trans(keys), input_precision=PREC)
         if LIN:
             s -= minus_half_alpha  # not s += half_alpha: docs/kernels.md, "Limits of the compiler"
         du *= s
+    if HAS_DECAY:
+        if DIAGONAL:
+            col_decays = row_decays
+        else:
+            col_decays = tl.load(decays + cols)
+        du *= decay_between(row_decays[:, None], col_decays[None, :])
     if DIAGONAL:
         du = tl.where(rows[:, None] >= cols[None, :], du, 0.0)
     return tl.dot(du.to(CT), keys, acc, input_precision=PREC)  # a dropped key is 0 here
@@ -149,21 +160,22 @@ def _dq_tile(
 
 @triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _dq_kernel(
-    q, k, v, o, do, inverse_z, scaled_grad, delta, minus_delta, dq, from_state, states, norms, mask, ranges,
-    cu_seqlens, segment_sequence, first_segment, first_slot,
+    q, k, v, o, do, inverse_z, scaled_grad, delta, minus_delta, dq, query_part, from_state, states, norms, mask,
+    ranges, decays, cu_seqlens, segment_sequence, first_segment, first_slot,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_dob, stride_dot, stride_doh, stride_mb,
     T, SLOTS, N, RUN, alpha, half_alpha,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, DV: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr, RUNS: tl.constexpr,
-    HAS_FROM_STATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr, VARLEN: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
+    HAS_FROM_STATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_DECAY: tl.constexpr,
+    VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Compute dq [BM, F] of one block of queries.
 
     The kernel stores scaled_grad, delta and minus_delta on the way. HAS_FROM_STATE says that they are there already,
-    with the state's part of dq in `from_state` (F > 16). Grid: H * blocks of BM queries.
+    with the state's part of dq in `from_state` (F > 16). HAS_DECAY: q . dq / 2 goes to query_part [B, H, T]. Grid: H *
+    blocks of BM queries.
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -189,6 +201,10 @@ def _dq_kernel(
     vector = (b64 * H + h) * T + t64
     if HAS_RANGES:
         half_alpha = (half_alpha * tl.load(ranges + vector + rows, mask=inside, other=1.0))[:, None]
+    row_decays = 0.0
+    if HAS_DECAY:
+        decays += (b64 * (H // G) + hkv) * T + t64
+        row_decays = tl.load(decays + rows, mask=inside, other=0.0)
     xq = load_rows(q, rows, inside, stride_qt, f, F, F == FP, True)
     ok = kept_rows(mask, rows, tokens, HAS_MASK)
     keys = load_rows(k, rows, ok, stride_kt, f, F, F == FP, True)  # [BM, FP]
@@ -219,7 +235,11 @@ def _dq_kernel(
         grad = load_rows(scaled_grad + first * DP, rows, inside, H * DP, d, DP, True, True)
     if FP == 16:
         xq = move_to_registers(xq, xq, CT, PREC)
-    acc = _dq_tile(acc, xq, grad, delta_rows, keys, vt, rows, rows, -half_alpha, QUAD, LIN, True, CT, PREC)
+    if not HAS_DECAY:
+        acc = _dq_tile(
+            acc, xq, grad, delta_rows, keys, vt, rows, rows, -half_alpha, row_decays, decays, QUAD, LIN, True, False,
+            CT, PREC,
+        )  # fmt: skip
     if HAS_STATE:
         if has_whole | has_rest:
             if QUAD:
@@ -230,12 +250,21 @@ def _dq_kernel(
                 acc = low_rows_gradient(
                     acc, grad, -delta_rows, state, norm, half_alpha if QUAD else alpha, FIRST, FP, DP, CT, PREC
                 )  # fmt: skip
+    if HAS_DECAY:  # so far there is what comes from the state
+        left = tl.exp2(row_decays)[:, None]
+        acc = _dq_tile(
+            acc * left, xq, grad, delta_rows, keys, vt, rows, rows, -half_alpha, row_decays, decays, QUAD, LIN, True,
+            True, CT, PREC,
+        )  # fmt: skip
     for j in range(0, row, BM):
         cols = j + block
         ok = kept_rows(mask, cols, tokens, HAS_MASK)
         keys = load_rows(k, cols, ok, stride_kt, f, F, F == FP, HAS_MASK)
         vt = load_columns(v, cols, ok, stride_vt, d, DV, DV == DP, HAS_MASK)
-        acc = _dq_tile(acc, xq, grad, delta_rows, keys, vt, rows, cols, -half_alpha, QUAD, LIN, False, CT, PREC)
+        acc = _dq_tile(
+            acc, xq, grad, delta_rows, keys, vt, rows, cols, -half_alpha, row_decays, decays, QUAD, LIN, False,
+            HAS_DECAY, CT, PREC,
+        )  # fmt: skip
     extra = tl.zeros([BM, FP], tl.float32)
     if HAS_STATE:
         if has_whole | has_rest:
@@ -249,6 +278,10 @@ def _dq_kernel(
         extra -= tl.load(
             from_state + first * FP + rows[:, None] * (H * FP) + f[None, :], mask=inside[:, None], other=0.0
         )
+    if HAS_DECAY:
+        extra *= left
+        part = tl.sum(xq.to(tl.float32) * (acc - extra), 1)
+        tl.store(query_part + vector + rows, part, mask=inside)
     if QUAD:
         acc = 2.0 * (acc - extra)
     elif not LIN:
@@ -258,14 +291,16 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, xk, xv, pick, queries, grad, minus, rows, cols, ranges, at, ok, alpha, half_alpha, beta,
+    dk, dv, xk, xv, pick, queries, grad, minus, rows, cols, ranges, row_decays, decays, at, ok, alpha, half_alpha,
+    beta,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr, HAS_RANGES: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
+    HAS_DECAY: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of queries to dk [BM, FP] and dv [BM, DP]; tiles are transposed, [keys, queries].
 
     -delta reaches all rows through a matrix product, pick [BM, 16] @ minus^T. As a vector along the columns it would
-    take 16 loads per thread. `ranges` has a number for each of the queries `at`, see `in_units`.
+    take 16 loads per thread. `ranges` has a number for each of the queries `at`, see `in_units`; so
+    has `decays`, and those of the keys are `row_decays`.
     """
     if HAS_RANGES:
         alpha, beta, _eps = in_units(ranges, at, ok, alpha, beta, 0.0, QUAD)
@@ -284,6 +319,10 @@ def _dkdv_tile(
         if LIN:
             s += half_alpha
         du *= s
+    if HAS_DECAY:
+        left = decay_between(tl.load(decays + at, mask=ok, other=0.0)[None, :], row_decays[:, None])
+        u *= left
+        du *= left
     if DIAGONAL and (LIN or CONST):
         below = cols[None, :] >= rows[:, None]
         u = tl.where(below, u, 0.0)
@@ -296,7 +335,7 @@ def _dkdv_tile(
 
 @triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _dkdv_kernel(
-    q, k, v, scaled_grad, minus_delta, dk, dv, from_state, states, norms, mask, ranges,
+    q, k, v, scaled_grad, minus_delta, dk, dv, key_part, from_state, states, norms, mask, ranges, decays,
     cu_seqlens, segment_sequence, first_segment, first_slot,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb,
     T, SLOTS, N, RUN, alpha, half_alpha, beta,
@@ -305,12 +344,12 @@ def _dkdv_kernel(
     DV: tl.constexpr, FLAT: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
     RUNS: tl.constexpr, HAS_FROM_STATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr,
-    VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    HAS_DECAY: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Compute dk [BM, F] and dv [BM, D] of one block of keys, summed over the G query heads that share them.
 
-    Tiles are BM keys by BN queries. Later segments come in through the state of later queries. Grid: HKV * blocks of
-    BM keys.
+    Tiles are BM keys by BN queries. Later segments come in through the state of later queries. HAS_DECAY: k . dk / 2
+    goes to key_part [B, HKV, T]. Grid: HKV * blocks of BM keys.
     """
     pid = tl.program_id(0)
     hkv = pid % HKV
@@ -336,6 +375,10 @@ def _dkdv_kernel(
     xv = load_rows(v, rows, ok, stride_vt, d, DV, DV == DP, True)
     if FP == 16 and DP <= 64:
         xv = move_to_registers(xv, xk, CT, PREC)
+    row_decays = 0.0
+    if HAS_DECAY:
+        decays += (b64 * HKV + hkv) * T + t64
+        row_decays = tl.load(decays + rows, mask=inside, other=0.0)
     pick = tl.where((f16 < 2)[None, :], rows[:, None] * 0 + 1.0, 0.0).to(CT)
     acc_k = tl.zeros([BM, FP], tl.float32)
     acc_v = tl.zeros([BM, DP], tl.float32)
@@ -375,6 +418,10 @@ def _dkdv_kernel(
                     acc_k = low_rows_gradient(
                         acc_k, xv, ones, state, norm, 0.5 if QUAD else 1.0, FIRST, FP, DP, CT, PREC
                     )  # fmt: skip
+            if HAS_DECAY:
+                left = tl.exp2(tl.load(decays + tokens - 1) - row_decays)[:, None]
+                acc_k *= left
+                acc_v *= left
     for g in range(G):
         h = hkv * G + g
         first = (b64 * T + t64) * (HKV * G) + h
@@ -384,15 +431,14 @@ def _dkdv_kernel(
         rg = ranges
         if HAS_RANGES:
             rg += (b64 * (HKV * G) + h) * T + t64
-        later = tl.full([BN], True, tl.int1)
         full = row + BM
         if BM == BN:
             queries = load_rows(qg, rows, inside, stride_qt, f, F, F == FP, True)  # [BM, FP]
             grad = load_rows(dg, rows, inside, HKV * G * DP, d, DP, True, True)  # [BM, DP]
             minus = load_rows(ag, rows, inside, HKV * G * 16, f16, 16, True, True)  # [BM, 16]
             acc_k, acc_v = _dkdv_tile(
-                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, rows, inside, alpha, half_alpha,
-                beta, QUAD, LIN, CONST, True, HAS_RANGES, CT, PREC,
+                acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, row_decays, decays, rows,
+                inside, alpha, half_alpha, beta, QUAD, LIN, CONST, True, HAS_RANGES, HAS_DECAY, CT, PREC,
             )  # fmt: skip
         else:
             # A block has several narrow tiles on its diagonal, and a loop keeps their loads ahead. The last tile of
@@ -406,8 +452,8 @@ def _dkdv_kernel(
                 grad = load_rows(dg, cols, later, HKV * G * DP, d, DP, True, True)
                 minus = load_rows(ag, cols, later, HKV * G * 16, f16, 16, True, True)
                 acc_k, acc_v = _dkdv_tile(
-                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, cols, rg, cols, later, alpha, half_alpha,
-                    beta, QUAD, LIN, CONST, True, HAS_RANGES, CT, PREC,
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, cols, rg, row_decays, decays, cols,
+                    later, alpha, half_alpha, beta, QUAD, LIN, CONST, True, HAS_RANGES, HAS_DECAY, CT, PREC,
                 )  # fmt: skip
                 acc_k = wait_for_sum(acc_k, CT)
                 acc_v = wait_for_sum(acc_v, CT)
@@ -419,6 +465,7 @@ def _dkdv_kernel(
             # Full tiles need no mask, and with pointers that walk an address is a sum of two numbers.
             if BM == BN:
                 full += tl.maximum(tokens - row - BM, 0) // BN * BN
+            later = tl.full([BN], True, tl.int1)
             for step in range(row + BM, full, BN):
                 queries = load_rows(qg, block, later, stride_qt, f, F, F == FP, False)
                 grad = load_rows(dg, block, later, HKV * G * DP, d, DP, True, False)
@@ -427,8 +474,9 @@ def _dkdv_kernel(
                 dg += BN * HKV * G * DP
                 ag += BN * HKV * G * 16
                 acc_k, acc_v = _dkdv_tile(
-                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, step + block, later, alpha,
-                    half_alpha, beta, QUAD, LIN, CONST, False, HAS_RANGES, CT, PREC,
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, row_decays, decays,
+                    step + block, later, alpha, half_alpha, beta, QUAD, LIN, CONST, False, HAS_RANGES, HAS_DECAY, CT,
+                    PREC,
                 )  # fmt: skip
                 if BM != BN:
                     acc_k = wait_for_sum(acc_k, CT)
@@ -440,9 +488,13 @@ def _dkdv_kernel(
                 grad = load_rows(dg, i - full + block, later, HKV * G * DP, d, DP, True, True)
                 minus = load_rows(ag, i - full + block, later, HKV * G * 16, f16, 16, True, True)
                 acc_k, acc_v = _dkdv_tile(
-                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, i + block, later, alpha,
-                    half_alpha, beta, QUAD, LIN, CONST, False, HAS_RANGES, CT, PREC,
+                    acc_k, acc_v, xk, xv, pick, queries, grad, minus, rows, rows, rg, row_decays, decays,
+                    i + block, later, alpha, half_alpha, beta, QUAD, LIN, CONST, False, HAS_RANGES, HAS_DECAY, CT,
+                    PREC,
                 )  # fmt: skip
+    if HAS_DECAY:
+        part = tl.sum(xk.to(tl.float32) * acc_k, 1)
+        tl.store(key_part + (b64 * HKV + hkv) * T + t64 + rows, part, mask=inside)
     if QUAD:
         acc_k *= 2.0
     if HAS_MASK:
@@ -592,11 +644,12 @@ def _gradient_through_state(
 def query_gradient(
     prepared: PreparedCall, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inverse_z: Tensor,
     states: Tensor, norms: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool, has_last: bool,
-    ranges: Tensor | None,
+    ranges: Tensor | None, log_decay: Tensor | None = None, query_part: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, and scaled_grad, delta and minus_delta, which the gradients of keys and values need.
 
     v comes from `pad_rows` and mask from `mask_as_bytes`; the others are as in `backward_pass`, with unit strides.
+    With `log_decay`, q . dq / 2 is stored in query_part, fp32 [B, H_q, T].
     """
     layout, plan = prepared.layout, prepared.plan
     _, length, heads, _ = q.shape
@@ -605,6 +658,7 @@ def query_gradient(
     # Beyond 16 dims the state's part of a gradient has a kernel of its own.
     separate = layout.quad and layout.blocks > 2
     cut = cut_into_segments(prepared, q, kv_heads, has_initial, has_last, cu_seqlens)
+    decays = sum_decays(log_decay, cut)
     dq = q.new_empty(q.shape)
     scaled_grad, delta, minus_delta = allocate_scaled(grad, inverse_z, layout.d)
     has_state = cut.packed or has_initial or length > cut.length
@@ -620,12 +674,13 @@ def query_gradient(
             "half_alpha": layout.alpha / 2 if layout.quad else 0.0, "DV": v.shape[-1], "H": heads, "G": group,
             "QUAD": layout.quad, "LIN": layout.lin, "HAS_STATE": has_state, "HAS_INIT": int(has_initial),
             "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
-            "HAS_RANGES": ranges is not None, **plan.options("dq"),
+            "HAS_RANGES": ranges is not None, "HAS_DECAY": decays is not None, **plan.options("dq"),
         }  # fmt: skip
 
     tensors = {
         "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
-        "ranges": ranges, **cut.tables, "o": o, "do": grad, "inverse_z": inverse_z, "delta": delta, "dq": dq,
+        "ranges": ranges, "decays": decays, "query_part": query_part, **cut.tables, "o": o, "do": grad,
+        "inverse_z": inverse_z, "delta": delta, "dq": dq,
         "from_state": from_state, "states": states, "norms": norms,
     }  # fmt: skip
     launch(prepared, "dq", _dq_kernel, tensors, complete)
@@ -635,9 +690,12 @@ def query_gradient(
 def key_gradients(
     prepared: PreparedCall, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, dv: Tensor,
     scaled_grad: Tensor, delta: Tensor, minus_delta: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-    grad_initial: bool, ranges: Tensor | None,
+    grad_initial: bool, ranges: Tensor | None, log_decay: Tensor | None = None, key_part: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return dk and the gradient of the initial state, which is empty if it is not asked for, and fill dv."""
+    """Return dk and the gradient of the initial state, which is empty if it is not asked for, and fill dv.
+
+    With `log_decay`, k . dk / 2 is stored in key_part, fp32 [B, H_kv, T].
+    """
     layout, plan = prepared.layout, prepared.plan
     _, length, heads, feature_dim = q.shape
     kv_heads, head_dim = dv.shape[2:]
@@ -645,6 +703,7 @@ def key_gradients(
     separate = layout.quad and layout.blocks > 2
     # The state is that of later queries. Its first slot is the gradient of the final state.
     cut = cut_into_segments(prepared, q, kv_heads, final, grad_initial, cu_seqlens, reverse=True)
+    decays = sum_decays(log_decay, cut)
     has_state = cut.packed or final or length > cut.length
     dk = k.new_empty(k.shape)
     later, later_norms = allocate_states(q, cut.total, kv_heads, layout, grad_initial)
@@ -652,7 +711,7 @@ def key_gradients(
     if cut.total > 0 or grad_initial:
         totals = sum_states(
             q, scaled_grad, later, later_norms, cut, prepared, None, kv_heads, head_dim, grad_final, grad_initial,
-            delta, minus_delta, ranges,
+            delta, minus_delta, ranges, decays,
         )  # fmt: skip
     from_state = None
     if separate and has_state:
@@ -666,12 +725,13 @@ def key_gradients(
             "HKV": kv_heads, "G": heads // kv_heads, "FLAT": plan.flat, "BN": plan.narrow or plan.dkdv[0],
             "QUAD": layout.quad, "LIN": layout.lin, "CONST": layout.const, "HAS_STATE": has_state,
             "HAS_INIT": int(final), "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
-            "HAS_RANGES": ranges is not None, **plan.options("dkdv"),
+            "HAS_RANGES": ranges is not None, "HAS_DECAY": decays is not None, **plan.options("dkdv"),
         }  # fmt: skip
 
     tensors = {
         "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
-        "ranges": ranges, **cut.tables, "dk": dk, "dv": dv, "from_state": from_state, "states": later,
+        "ranges": ranges, "decays": decays, "key_part": key_part, **cut.tables, "dk": dk, "dv": dv,
+        "from_state": from_state, "states": later,
         "norms": later_norms,
     }  # fmt: skip
     launch(prepared, "dkdv", _dkdv_kernel, tensors, complete)
@@ -682,52 +742,65 @@ def backward_pass(
     grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inverse_z: Tensor,
     states: Tensor, norms: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool,
     has_last: bool, grad_initial: bool, c0: float, c1: float, c2: float, scale: float, ranges: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dq, dk, dv and the gradient of the initial state, which is empty if it is not asked for.
+    log_decay: Tensor | None = None, final: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k, v, the initial state and log_decay; the last two are empty if not asked for.
 
     Args:
         grad: the gradient of o. grad_final: that of the final state, or None.
         o, inverse_z, states, norms: what `forward` returned.
         has_initial, has_last: whether there was an initial state, and whether the final state was asked for.
         grad_initial: whether the gradient of the initial state is wanted.
-        ranges: what `forward` was given.
+        ranges, log_decay: what `forward` was given.
+        final: the final state, if there are a decay and a `grad_final`.
     """
     if computes_in_float32(q.dtype):
-        dq, dk, dv, d_initial = backward_pass(
+        dq, dk, dv, *others = backward_pass(
             grad.float(), grad_final, q.float(), k.float(), v.float(), o.float(), inverse_z, states, norms,
-            attention_mask, cu_seqlens, has_initial, has_last, grad_initial, c0, c1, c2, scale, ranges,
+            attention_mask, cu_seqlens, has_initial, has_last, grad_initial, c0, c1, c2, scale, ranges, log_decay,
+            final,
         )  # fmt: skip
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_initial
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *others
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     grad, o = with_unit_stride(grad), o.contiguous()
     mask = mask_as_bytes(attention_mask)
     prepared = prepare(
-        "backward", (q, k, v, mask, cu_seqlens, grad, grad_final, o, inverse_z, states, norms, ranges),
+        "backward", (q, k, v, mask, cu_seqlens, grad, grad_final, o, inverse_z, states, norms, ranges, log_decay),
         (c0, c1, c2, scale), has_initial, has_last, grad_initial, packed=cu_seqlens is not None,
+        one_run=log_decay is not None,
     )  # fmt: skip
     if is_first(prepared, q.device):
         with on_gpu_of(q), compiling_only():
             backward_pass(
                 grad, grad_final, q, k, v, o, inverse_z, states, norms, attention_mask, cu_seqlens, has_initial,
-                has_last, grad_initial, c0, c1, c2, scale, ranges,
+                has_last, grad_initial, c0, c1, c2, scale, ranges, log_decay, final,
             )  # fmt: skip
     with on_gpu_of(q):
         dv = v.new_empty(v.shape)
         v = pad_rows(v, prepared)
+        query_part = key_part = None
+        d_log_decay = inverse_z.new_empty(0)
+        if log_decay is not None:
+            query_part = torch.empty_like(inverse_z)
+            key_part = query_part.new_empty(k.shape[0], k.shape[2], k.shape[1])
         dq, *scaled = query_gradient(
-            prepared, grad, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, has_initial, has_last, ranges
-        )
+            prepared, grad, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, has_initial, has_last, ranges,
+            log_decay, query_part,
+        )  # fmt: skip
         dk, d_initial = key_gradients(
-            prepared, grad_final, q, k, v, dv, *scaled, mask, cu_seqlens, grad_initial, ranges
+            prepared, grad_final, q, k, v, dv, *scaled, mask, cu_seqlens, grad_initial, ranges, log_decay, key_part
         )
-    return dq, dk, dv, d_initial
+        if query_part is not None and key_part is not None:
+            d_log_decay = decay_gradient(query_part, key_part, cu_seqlens, final, grad_final)
+    return dq, dk, dv, d_initial, d_log_decay
 
 
 def backward_fake(
     grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inverse_z: Tensor,
     states: Tensor, norms: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool,
     has_last: bool, grad_initial: bool, c0: float, c1: float, c2: float, scale: float, ranges: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    log_decay: Tensor | None = None, final: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return empty tensors of the sizes that `backward_pass` returns."""
     batch, _, _, feature_dim = q.shape
     if grad_initial:
@@ -736,4 +809,5 @@ def backward_fake(
         d_initial = inverse_z.new_empty(rows, v.shape[2], features, v.shape[3] + 1)
     else:
         d_initial = inverse_z.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_initial
+    d_log_decay = inverse_z.new_empty(0 if log_decay is None else log_decay.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_initial, d_log_decay

@@ -24,13 +24,13 @@ from .triton_tiles_rebased import store_rows
 
 @triton.jit
 def _decode_kernel(
-    q, k, v, state, o, mask, state_indices,
+    q, k, v, state, o, mask, state_indices, log_decay,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_sb, stride_sh, stride_sf, stride_sd,
     stride_mb,
     alpha, beta, eps,
     F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NF: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BF: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_INDICES: tl.constexpr, BARRIER: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_DECAY: tl.constexpr, BARRIER: tl.constexpr,
 ):  # fmt: skip
     """Add phi(k) [v, 1] to state [NF, D + 1] in place, then read o of the G query heads from it, all in fp32.
 
@@ -40,7 +40,7 @@ def _decode_kernel(
     [GP, BD], where GP is G padded to a power of 2.
 
     HAS_INDICES: `state` has slots instead of batch rows, and state_indices [B] says each row's slot. A row whose slot
-    is negative gets 0.
+    is negative gets 0. HAS_DECAY: the state is multiplied by exp(log_decay [B, H // G]) first.
     """
     pid = tl.program_id(0)
     b = pid // (H // G)
@@ -85,6 +85,8 @@ def _decode_kernel(
     shrink = (shrink.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     PAIRS: tl.constexpr = F * (F + 1) // 2 if QUAD else 0
     ROOT2: tl.constexpr = 1.4142135623730951
+    if HAS_DECAY:
+        left = tl.exp(tl.load(log_decay + b64 * (H // G) + hkv))
     for start in range(0, NF, BF):
         n = start + tl.arange(0, BF)
         exists = n < NF
@@ -111,6 +113,9 @@ def _decode_kernel(
         x = tl.where(kept > 0, x * factor, 0.0)
         if BARRIER:
             tl.debug_barrier()
+        if HAS_DECAY:
+            tile *= left
+            total *= left
         tile += x[:, None] * value[None, :]
         total += x * kept
         tl.store(rows[:, None] + d[None, :] * stride_sd, tile, mask=exists[:, None] & (d < D)[None, :])
@@ -160,7 +165,7 @@ def _tile_size(layout: Layout, heads: int) -> tuple[int, int]:
 
 def decode_token(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None, state_indices: Tensor | None,
-    c0: float, c1: float, c2: float, scale: float, eps: float,
+    c0: float, c1: float, c2: float, scale: float, eps: float, log_decay: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return o [B, 1, H_q, D] for one token per row, and change the state in place; see `triton_rebased_decode`."""
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
@@ -169,7 +174,9 @@ def decode_token(
     mask = mask_as_bytes(attention_mask)
     if state_indices is not None:
         state_indices = state_indices.contiguous()
-    prepared = prepare("decode", (q, k, v, state, mask, state_indices), (c0, c1, c2, scale), eps)
+    if log_decay is not None:
+        log_decay = log_decay.contiguous()
+    prepared = prepare("decode", (q, k, v, state, mask, state_indices, log_decay), (c0, c1, c2, scale), eps)
     o = q.new_empty(batch, 1, heads, head_dim)
 
     def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -185,18 +192,22 @@ def decode_token(
             "beta": layout.beta, "eps": eps / layout.factor, "F": feature_dim, "FP": layout.f, "D": head_dim,
             "BD": layout.d, "NF": layout.features, "H": heads, "G": group, "GP": padded_group, "BF": features,
             "QUAD": layout.quad, "LIN": layout.lin, "CONST": layout.const, "HAS_MASK": mask is not None,
-            "HAS_INDICES": state_indices is not None, "BARRIER": warps > 1, "num_warps": warps,
+            "HAS_INDICES": state_indices is not None, "HAS_DECAY": log_decay is not None,
+            "BARRIER": warps > 1, "num_warps": warps,
         }  # fmt: skip
 
     with on_gpu_of(q):
-        tensors = {"q": q, "k": k, "v": v, "state": state, "o": o, "mask": mask, "state_indices": state_indices}
+        tensors = {
+            "q": q, "k": k, "v": v, "state": state, "o": o, "mask": mask, "state_indices": state_indices,
+            "log_decay": log_decay,
+        }  # fmt: skip
         launch(prepared, "decode", _decode_kernel, tensors, complete)
     return o
 
 
 def decode_fake(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, attention_mask: Tensor | None, state_indices: Tensor | None,
-    c0: float, c1: float, c2: float, scale: float, eps: float,
+    c0: float, c1: float, c2: float, scale: float, eps: float, log_decay: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return an empty tensor of the size that `decode_token` returns."""
     return q.new_empty(q.shape[0], 1, q.shape[2], v.shape[3])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .triton_decay_rebased import decay_between, sum_decays
 from .triton_features_rebased import (
     load_norm_matrix,
     load_state_rows,
@@ -49,13 +50,22 @@ from .triton_tiles_rebased import (
 
 @triton.jit
 def _forward_tile(
-    acc, z, xq, kt, values, rows, cols, ok, alpha, beta,
+    acc, z, xq, kt, values, rows, cols, ok, alpha, beta, row_decays, decays,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, DIAGONAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
+    HAS_DECAY: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of keys, kt [FP, BM] and values [BM, BD], to acc [BM, BD] and z [BM]."""
+    """Add one tile of keys, kt [FP, BM] and values [BM, BD], to acc [BM, BD] and z [BM].
+
+    `row_decays` [BM] and those of the keys, at `decays`, are there if HAS_DECAY.
+    """
     s = tl.dot(xq, kt, input_precision=PREC)
     u = weight_polynomial(s, alpha, beta, QUAD, LIN, CONST)
+    if HAS_DECAY:
+        if DIAGONAL:
+            col_decays = row_decays
+        else:
+            col_decays = tl.load(decays + cols)
+        u *= decay_between(row_decays[:, None], col_decays[None, :])
     if DIAGONAL:
         u = tl.where(rows[:, None] >= cols[None, :], u, 0.0)
     if HAS_MASK and CONST:
@@ -67,15 +77,16 @@ def _forward_tile(
 
 @triton.jit(do_not_specialize=["T", "SLOTS", "N", "RUN"])
 def _forward_kernel(
-    q, k, v, o, inverse_z, states, norms, mask, ranges, cu_seqlens, segment_sequence, first_segment, first_slot,
+    q, k, v, o, inverse_z, states, norms, mask, ranges, decays, cu_seqlens, segment_sequence, first_segment,
+    first_slot,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb,
     T, SLOTS, N, RUN, alpha, beta, eps,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
     NR: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
     DV: tl.constexpr, FLAT: tl.constexpr,
     QUAD: tl.constexpr, LIN: tl.constexpr, CONST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INIT: tl.constexpr,
-    RUNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr,
-    PREC: tl.constexpr,
+    RUNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_DECAY: tl.constexpr,
+    VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Compute o [BM, BD] of one block of queries and one head, and inverse_z = 1 / (normaliser + eps).
 
@@ -108,6 +119,10 @@ def _forward_kernel(
         alpha, beta, eps = in_units(ranges + (b64 * H + h) * T + t64, rows, inside, alpha, beta, eps, QUAD)  # [BM]
         alpha, beta = alpha[:, None], beta[:, None]
     xq = load_rows(q, rows, inside, stride_qt, f, F, F == FP, True)  # [BM, FP]
+    row_decays = 0.0
+    if HAS_DECAY:
+        decays += (b64 * (H // G) + hkv) * T + t64
+        row_decays = tl.load(decays + rows, mask=inside, other=0.0)
     ok = kept_rows(mask, rows, tokens, HAS_MASK)
     kt = load_columns(k, rows, ok, stride_kt, f, F, F == FP, True)  # [FP, BM]
     values = load_rows(v, rows, ok, stride_vt, d_cols, DV, DV == DP, True)  # [BM, BD]
@@ -137,9 +152,11 @@ def _forward_kernel(
         xq = move_to_registers(xq, xq, CT, PREC)
     acc = tl.zeros([BM, BD], tl.float32)
     z = tl.zeros([BM], tl.float32)
-    acc, z = _forward_tile(
-        acc, z, xq, kt, values, rows, rows, ok, alpha, beta, QUAD, LIN, CONST, True, HAS_MASK, CT, PREC
-    )
+    if not HAS_DECAY:
+        acc, z = _forward_tile(
+            acc, z, xq, kt, values, rows, rows, ok, alpha, beta, row_decays, decays, QUAD, LIN, CONST, True, HAS_MASK,
+            False, CT, PREC,
+        )  # fmt: skip
     if HAS_STATE:
         if has_whole | has_rest:
             if QUAD:
@@ -157,14 +174,23 @@ def _forward_kernel(
                 acc, z = query_low_rows(
                     acc, z, xq, state, norm, d_cols, alpha, beta, FP, DP, FIRST, LIN, CONST, True, HAS_RANGES, CT, PREC
                 )
+    if HAS_DECAY:  # so far there is what comes from the state
+        left = tl.exp2(row_decays)
+        acc *= left[:, None]
+        z *= left
+        acc, z = _forward_tile(
+            acc, z, xq, kt, values, rows, rows, ok, alpha, beta, row_decays, decays, QUAD, LIN, CONST, True, HAS_MASK,
+            True, CT, PREC,
+        )  # fmt: skip
     for j in range(0, row, BM):
         cols = j + block
         ok = kept_rows(mask, cols, tokens, HAS_MASK)
         kt = load_columns(k, cols, ok, stride_kt, f, F, F == FP, HAS_MASK)
         values = load_rows(v, cols, ok, stride_vt, d_cols, DV, DV == DP, HAS_MASK)
         acc, z = _forward_tile(
-            acc, z, xq, kt, values, rows, cols, ok, alpha, beta, QUAD, LIN, CONST, False, HAS_MASK, CT, PREC
-        )
+            acc, z, xq, kt, values, rows, cols, ok, alpha, beta, row_decays, decays, QUAD, LIN, CONST, False, HAS_MASK,
+            HAS_DECAY, CT, PREC,
+        )  # fmt: skip
     z += eps
     inverse = tl.where(z == 0.0, 0.0, 1.0 / z)
     o += ((b64 * T + t64) * H + h) * D
@@ -175,7 +201,7 @@ def _forward_kernel(
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
     initial_state: Tensor | None, c0: float, c1: float, c2: float, scale: float, eps: float, output_final_state: bool,
-    ranges: Tensor | None = None,
+    ranges: Tensor | None = None, log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return o, the final state, and what the backward pass reads: inverse_z [B, H, T], states and norms.
 
@@ -183,8 +209,8 @@ def forward_pass(
     Other arguments as in `triton_rebased_attention`.
     """
     if computes_in_float32(q.dtype):
-        arguments = (attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state, ranges)
-        o, *rest = forward_pass(q.float(), k.float(), v.float(), *arguments)
+        arguments = (attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state)
+        o, *rest = forward_pass(q.float(), k.float(), v.float(), *arguments, ranges, log_decay)
         return o.to(q.dtype), *rest
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     batch, length, heads, feature_dim = q.shape
@@ -192,18 +218,20 @@ def forward_pass(
     mask = mask_as_bytes(attention_mask)
     initial = initial_state is not None
     prepared = prepare(
-        "forward", (q, k, v, mask, cu_seqlens, initial_state, ranges), (c0, c1, c2, scale), eps, output_final_state,
-        packed=cu_seqlens is not None,
+        "forward", (q, k, v, mask, cu_seqlens, initial_state, ranges, log_decay), (c0, c1, c2, scale), eps,
+        output_final_state, packed=cu_seqlens is not None, one_run=log_decay is not None,
     )  # fmt: skip
     if is_first(prepared, q.device):
         with on_gpu_of(q), compiling_only():
             forward_pass(
-                q, k, v, attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state, ranges
-            )
+                q, k, v, attention_mask, cu_seqlens, initial_state, c0, c1, c2, scale, eps, output_final_state, ranges,
+                log_decay,
+            )  # fmt: skip
     layout, plan = prepared.layout, prepared.plan
     with on_gpu_of(q):
         v = pad_rows(v, prepared)
         cut = cut_into_segments(prepared, q, kv_heads, initial, output_final_state, cu_seqlens)
+        decays = sum_decays(log_decay, cut)
         o = q.new_empty(batch, length, heads, head_dim)
         inverse_z = q.new_empty(batch, heads, length, dtype=torch.float32)
         # As many slots as the fake implementation says. A sequence that is one segment leaves some unused.
@@ -213,8 +241,9 @@ def forward_pass(
         totals = None
         if cut.total > 0 or output_final_state:
             totals = sum_states(
-                k, v, states, norms, cut, prepared, mask, kv_heads, head_dim, initial_state, output_final_state
-            )
+                k, v, states, norms, cut, prepared, mask, kv_heads, head_dim, initial_state, output_final_state,
+                decays=decays,
+            )  # fmt: skip
 
         def complete() -> tuple[tuple[int, ...], dict[str, Any]]:
             rows, warps, stages = plan.forward
@@ -229,13 +258,14 @@ def forward_pass(
                 "LIN": layout.lin, "CONST": layout.const,
                 "HAS_STATE": cut.packed or initial or length > cut.length, "HAS_INIT": int(initial),
                 "RUNS": max(plan.runs) > 1, "HAS_MASK": mask is not None, "HAS_RANGES": ranges is not None,
-                "VARLEN": cut.packed, "CT": compute_type(q.dtype), "PREC": product_precision(q.dtype),
-                "num_warps": warps, "num_stages": stages, **plan.options("forward"),
+                "HAS_DECAY": decays is not None, "VARLEN": cut.packed, "CT": compute_type(q.dtype),
+                "PREC": product_precision(q.dtype), "num_warps": warps, "num_stages": stages,
+                **plan.options("forward"),
             }  # fmt: skip
 
         tensors = {
             "q": q, "k": k, "v": v, "o": o, "inverse_z": inverse_z, "states": states, "norms": norms, "mask": mask,
-            "ranges": ranges, **cut.tables,
+            "ranges": ranges, "decays": decays, **cut.tables,
         }  # fmt: skip
         launch(prepared, "forward", _forward_kernel, tensors, complete)
         final = to_public(*totals, feature_dim, head_dim, layout) if output_final_state else norms.new_empty(0)
@@ -245,7 +275,7 @@ def forward_pass(
 def forward_fake(
     q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
     initial_state: Tensor | None, c0: float, c1: float, c2: float, scale: float, eps: float, output_final_state: bool,
-    ranges: Tensor | None = None,
+    ranges: Tensor | None = None, log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return empty tensors of the sizes that `forward_pass` returns."""
     batch, length, heads, feature_dim = q.shape

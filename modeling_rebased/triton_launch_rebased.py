@@ -81,12 +81,14 @@ def count_variants() -> int:
 
 
 def prepare(
-    name: str, tensors: tuple[Tensor | None, ...], coefficients: tuple[float, ...], *options, packed: bool = False
-) -> PreparedCall:
+    name: str, tensors: tuple[Tensor | None, ...], coefficients: tuple[float, ...], *options, packed: bool = False,
+    one_run: bool = False,
+) -> PreparedCall:  # fmt: skip
     """Return what calls of the pass `name` ("forward", "backward" or "decode") over such inputs share.
 
     The first tensor is q and the third v; coefficients are (c0, c1, c2, scale). `options` are all other numbers that
-    the arguments of the kernels follow from. `packed` says that cu_seqlens is among the tensors.
+    the arguments of the kernels follow from. `packed` says that cu_seqlens is among the tensors, and `one_run`
+    that runs are of one segment.
 
     The key holds whatever Triton compiles for: dtype, alignment, shape and strides of each tensor, and the options.
     All other tensors and the grids follow from these, because what torch allocates is aligned.
@@ -97,6 +99,8 @@ def prepare(
     prepared = _PREPARED.get(key)
     if prepared is None:
         layout, plan = choose_sizes(q.shape[3], v.shape[3], coefficients[:3], coefficients[3], q.dtype, q.device)
+        if one_run:
+            plan = plan._replace(runs=(1, 1))
         segment = plan.segment if packed or q.shape[1] > plan.alone else plan.alone
         heads = tuple(x.shape[2:] for x in tensors[:3] if x is not None)
         given = tuple(x is None for x in tensors)

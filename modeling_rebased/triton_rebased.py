@@ -25,6 +25,7 @@ Each file has one subject. From the ground up:
     triton_launch_rebased       prepared calls, and launches with arguments bound by name
     triton_inputs_rebased       the caller's tensors in the form that kernels read
     triton_segments_rebased     how tokens are cut, and where states are stored
+    triton_decay_rebased        what is left of older tokens, and the gradient of their decay
     triton_states_rebased       kernels that sum states
     triton_forward_rebased      the forward pass
     triton_backward_rebased     the backward pass
@@ -71,11 +72,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, mask, cu_seqlens, initial, c0, c1, c2, scale, _, last, ranges = inputs
-    o, _final, inverse_z, states, norms = output
+    q, k, v, mask, cu_seqlens, initial, c0, c1, c2, scale, _, last, ranges, log_decay = inputs
+    o, final, inverse_z, states, norms = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(inverse_z, states, norms)
-    ctx.save_for_backward(q, k, v, mask, cu_seqlens, o, inverse_z, states, norms, ranges)
+    # The final state matters to the gradient of the decay alone.
+    kept_final = final if last and log_decay is not None else None
+    ctx.save_for_backward(
+        q, k, v, mask, cu_seqlens, o, inverse_z, states, norms, ranges, log_decay, kept_final
+    )  # fmt: skip
     ctx.coefficients = (c0, c1, c2, scale)
     ctx.has_initial = initial is not None
     ctx.has_last = last
@@ -85,32 +90,32 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _make_autograd(backward_op):
     def autograd(ctx, grad, grad_final, *_):
-        q, k, v, mask, cu_seqlens, o, inverse_z, states, norms, ranges = ctx.saved_tensors
+        q, k, v, mask, cu_seqlens, o, inverse_z, states, norms, ranges, log_decay, final = ctx.saved_tensors
         if grad is None and grad_final is None:
-            return (None,) * 13
+            return (None,) * 14
         if grad is None:
             grad = torch.zeros_like(o)
         if not ctx.has_last:
             grad_final = None
-        dq, dk, dv, d_initial = backward_op(
+        dq, dk, dv, d_initial, d_log_decay = backward_op(
             grad, grad_final, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, ctx.has_initial, ctx.has_last,
-            ctx.grad_initial, *ctx.coefficients, ranges,
+            ctx.grad_initial, *ctx.coefficients, ranges, log_decay, final,
         )  # fmt: skip
         d_initial = d_initial.to(ctx.initial_dtype) if ctx.grad_initial else None
-        return dq, dk, dv, None, None, d_initial, *[None] * 7
+        return dq, dk, dv, None, None, d_initial, *[None] * 7, None if log_decay is None else d_log_decay
 
     return autograd
 
 
 def _compile_backward(ctx, inputs, output) -> None:
     """Compile the kernels of the backward pass in the background, while the model goes on with its forward pass."""
-    q, k, v, mask, cu_seqlens, *_, ranges = inputs
+    q, k, v, mask, cu_seqlens, *_, ranges, log_decay = inputs
     o, final, inverse_z, states, norms = output
     grad_final = final if ctx.has_last else None
     with on_gpu_of(q), compiling_only():
         backward_pass(
             o, grad_final, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, ctx.has_initial, ctx.has_last,
-            ctx.grad_initial, *ctx.coefficients, ranges,
+            ctx.grad_initial, *ctx.coefficients, ranges, log_decay, final,
         )  # fmt: skip
 
 
@@ -187,13 +192,14 @@ class _Range(torch.autograd.Function):
 _COEFFICIENTS = "float c0, float c1, float c2, float scale"
 _SCHEMAS = {
     "forward": "(Tensor q, Tensor k, Tensor v, Tensor? attention_mask, Tensor? cu_seqlens, Tensor? initial_state, "
-    f"{_COEFFICIENTS}, float eps, bool output_final_state, Tensor? ranges=None) "
+    f"{_COEFFICIENTS}, float eps, bool output_final_state, Tensor? ranges=None, Tensor? log_decay=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "backward": "(Tensor grad, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor o, Tensor inverse_z, "
     "Tensor states, Tensor norms, Tensor? attention_mask, Tensor? cu_seqlens, bool has_initial, bool has_last, "
-    f"bool grad_initial, {_COEFFICIENTS}, Tensor? ranges=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bool grad_initial, {_COEFFICIENTS}, Tensor? ranges=None, Tensor? log_decay=None, Tensor? final=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "decode": "(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? attention_mask, Tensor? state_indices, "
-    f"{_COEFFICIENTS}, float eps) -> Tensor",
+    f"{_COEFFICIENTS}, float eps, Tensor? log_decay=None) -> Tensor",
     "conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) -> Tensor",
     "conv_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? segment_ids) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -345,6 +351,7 @@ def triton_rebased_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     normalized: bool = True,
+    log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """ReBased attention with Triton kernels; arguments are taken as checked (`rebased_attention` does that).
 
@@ -360,6 +367,7 @@ def triton_rebased_attention(
         output_final_state: also return the state after the last token.
         normalized: (q . k)**2 is far within float32's range; otherwise q and k are brought there, which takes passes
             over both.
+        log_decay: fp32 [B, T, H_kv], at most 0, and 0 at padding; or None. It needs c0 = c1 = 0.
 
     Returns:
         o [B, T, H_q, D] in q's dtype, and the final state, fp32 like the initial one, or None. A row whose normaliser
@@ -375,10 +383,10 @@ def triton_rebased_attention(
             q, k, (c0, c1, c2), attention_mask, initial_state, output_final_state
         )
     inputs = (q, k, v, attention_mask, cu_seqlens, initial_state)
-    options = (c0, c1, c2, float(scale), float(eps), output_final_state, ranges)
-    if not is_plain(*inputs):
+    options = (c0, c1, c2, float(scale), float(eps), output_final_state, ranges, log_decay)
+    if not is_plain(*inputs, log_decay):
         o, final, _, _, _ = OPS.forward(*inputs, *options)
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, log_decay)):
         o, final, _, _, _ = _Attention.apply(*inputs, *options)
     else:
         o, final, _, _, _ = forward_pass(*inputs, *options)
@@ -398,6 +406,7 @@ def triton_rebased_decode(
     eps: float,
     attention_mask: Tensor | None = None,
     state_indices: Tensor | None = None,
+    log_decay: Tensor | None = None,
 ) -> Tensor:
     """Add one token per row of a batch to `state` in place, and return o [B, 1, H_q, D]. There are no gradients.
 
@@ -410,11 +419,12 @@ def triton_rebased_decode(
         attention_mask: bool [B, 1]; a row that is False leaves its state as it was.
         state_indices: int32 or int64 [B], the slot of each row's state; no slot may come twice. A row whose slot is
             negative touches no state and gets 0.
+        log_decay: fp32 [B, 1, H_kv], at most 0; or None. The state is multiplied by its exponential first.
     """
     c0, c1, c2 = (float(c) for c in coefficients)
     inputs = (q, k, v, state, attention_mask, state_indices)
-    decode = decode_token if is_plain(*inputs) else OPS.decode
-    return decode(*inputs, c0, c1, c2, float(scale), float(eps))
+    decode = decode_token if is_plain(*inputs, log_decay) else OPS.decode
+    return decode(*inputs, c0, c1, c2, float(scale), float(eps), log_decay)
 
 
 def triton_short_conv(

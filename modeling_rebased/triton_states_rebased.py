@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .triton_decay_rebased import decay_across
 from .triton_features_rebased import block_selector, blocks_of_tile, count_tiles, shift_matrix
 from .triton_language_rebased import tl, triton
 from .triton_launch_rebased import PreparedCall, grid_of_rows, launch, strides_of
@@ -41,11 +42,16 @@ def _tile_features(outer, inner, x, rows, ok, stride, i, j, F: tl.constexpr, PRE
 
 
 @triton.jit
-def _add_to_tile(acc, z, phi, values, minus_delta_rows, REVERSE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+def _add_to_tile(
+    acc, z, phi, values, minus_delta_rows, left, REVERSE: tl.constexpr, HAS_DECAY: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
     """Add phi [64, C] @ values to acc [64, BD], and to z [64] the sum of phi.
 
-    REVERSE: phi @ minus_delta_rows, to z [64, 16].
+    REVERSE: phi @ minus_delta_rows, to z [64, 16]. HAS_DECAY: phi is multiplied by `left` [C] first.
     """
+    if HAS_DECAY:
+        phi *= left[None, :]
     acc = tl.dot(phi.to(CT), values, acc, input_precision=PREC)
     if REVERSE:
         z = tl.dot(phi.to(CT), minus_delta_rows, z, input_precision=PREC)
@@ -97,13 +103,13 @@ def _store_tiles(
 
 @triton.jit(do_not_specialize=["T", "SEGMENTS", "SLOTS", "N", "RUN"])
 def _state_kernel(
-    x, y, minus_delta, states, norms, mask, cu_seqlens, segment_sequence, first_segment, first_slot,
+    x, y, minus_delta, states, norms, mask, decays, cu_seqlens, segment_sequence, first_segment, first_slot,
     stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_mb,
     T, SEGMENTS, SLOTS, N, RUN,
     F: tl.constexpr, D: tl.constexpr, FP: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr,
     NR: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, L: tl.constexpr, C: tl.constexpr, TG: tl.constexpr,
     REVERSE: tl.constexpr, LAST: tl.constexpr, HAS_INIT: tl.constexpr, RUNS: tl.constexpr,
-    HAS_MASK: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_DECAY: tl.constexpr, VARLEN: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Sum the quadratic rows of the states of a run's segments, each of them from the start of the run on.
 
@@ -111,7 +117,7 @@ def _state_kernel(
 
     REVERSE: x and y are q and do / z, runs go towards the start of the sequence, the norms weigh each row with its
     -delta, which comes as `minus_delta` [B, T, H, 16] (see `as_columns`), and the heads of a group are summed. Without
-    RUNS a run is one segment.
+    RUNS a run is one segment, as it is if HAS_DECAY.
 
     Grid: groups of TG tiles * blocks of BD value dims * HKV * runs. Packed sequences have a program for every segment,
     of which the first of a run works. All products are [64, C] x [C, BD].
@@ -162,6 +168,9 @@ def _state_kernel(
         mask += b64 * stride_mb + start
     if REVERSE:
         minus_delta += ((b64 * T + start) * (HKV * G) + hkv * G) * 16
+    if HAS_DECAY:
+        decays += (b64 * HKV + hkv) * T + start
+        segment_decay = tl.load(decays + tl.minimum(left, L) - 1)
 
     n = tl.arange(0, 64)
     f = tl.arange(0, 16)
@@ -189,6 +198,12 @@ def _state_kernel(
             rows = begin + (step - g * steps) * C + tl.arange(0, C)
             ok = kept_rows(mask, rows, left, HAS_MASK)
             xg = x + g * stride_xh
+            token_decays = 0.0
+            if HAS_DECAY:
+                token_decays = tl.load(decays + rows, mask=ok, other=0.0)
+                if not REVERSE:
+                    token_decays = segment_decay - token_decays
+                token_decays = tl.exp2(token_decays)
             minus_delta_rows = 0.0
             values = load_rows(y + g * stride_yh, rows, ok, stride_yt, d_cols, D, D == DP, True)  # [C, BD]
             if REVERSE:
@@ -199,26 +214,38 @@ def _state_kernel(
                 xt = load_columns(xg, rows, ok, stride_xt, f, F, F == 16, True)  # [16, C]
                 repeated = tl.dot((n[:, None] % 16 == f[None, :]).to(xt.dtype), xt, input_precision=PREC)  # [64, C]
                 phi = repeated * tl.dot(tl.trans(shift_matrix(0, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
-                acc0, z0 = _add_to_tile(acc0, z0, phi, values, minus_delta_rows, REVERSE, CT, PREC)
+                acc0, z0 = _add_to_tile(
+                    acc0, z0, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                )
                 phi = repeated * tl.dot(tl.trans(shift_matrix(4, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
-                acc1, z1 = _add_to_tile(acc1, z1, phi, values, minus_delta_rows, REVERSE, CT, PREC)
+                acc1, z1 = _add_to_tile(
+                    acc1, z1, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                )
                 if NB == 2:
                     # Of these 64 rows the first 16 are used, those of shift 8. Products of 16 rows were slower.
                     phi = repeated * tl.dot(
                         tl.trans(shift_matrix(8, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC
                     )
-                    acc2, z2 = _add_to_tile(acc2, z2, phi, values, minus_delta_rows, REVERSE, CT, PREC)
+                    acc2, z2 = _add_to_tile(
+                        acc2, z2, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                    )
             else:
                 outer_selector = block_selector(True, True, x.dtype.element_ty)
                 inner_selector = block_selector(False, True, x.dtype.element_ty)
                 phi = _tile_features(outer_selector, inner_selector, xg, rows, ok, stride_xt, i0, j0, F, PREC)
-                acc0, z0 = _add_to_tile(acc0, z0, phi, values, minus_delta_rows, REVERSE, CT, PREC)
+                acc0, z0 = _add_to_tile(
+                    acc0, z0, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                )
                 if TG > 1:
                     phi = _tile_features(outer_selector, inner_selector, xg, rows, ok, stride_xt, i1, j1, F, PREC)
-                    acc1, z1 = _add_to_tile(acc1, z1, phi, values, minus_delta_rows, REVERSE, CT, PREC)
+                    acc1, z1 = _add_to_tile(
+                        acc1, z1, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                    )
                 if TG > 2:
                     phi = _tile_features(outer_selector, inner_selector, xg, rows, ok, stride_xt, i2, j2, F, PREC)
-                    acc2, z2 = _add_to_tile(acc2, z2, phi, values, minus_delta_rows, REVERSE, CT, PREC)
+                    acc2, z2 = _add_to_tile(
+                        acc2, z2, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                    )
         _store_tiles(
             states, norms, slot + segment, hkv, t0, d_cols, first, acc0, acc1, acc2, z0, z1, z2, NB, NR, DP, HKV, TG,
             REVERSE,
@@ -324,11 +351,13 @@ def _low_state_kernel(
 
 @triton.jit
 def _scan_slots(
-    data, last, base, final, e, ok_e, slots, step, rest, U: tl.constexpr, BE: tl.constexpr, KEEP_LAST: tl.constexpr
+    data, last, base, final, e, ok_e, slots, step, rest, decays, count, tokens, U: tl.constexpr, BE: tl.constexpr,
+    KEEP_LAST: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DECAY: tl.constexpr, REVERSE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Turn elements e of every `step`-th number from `base` on into running sums, in place.
 
     KEEP_LAST: store their total at `final` of `last`, with the numbers that lie `rest` behind the last of them.
+    HAS_DECAY: each number comes to what `decay_across` leaves of the sum before it.
     """
     u = tl.arange(0, U)
     carry = tl.zeros([BE], tl.float32)
@@ -340,9 +369,18 @@ def _scan_slots(
         ok_later = ((i + U + u) < slots)[:, None] & ok_e[None, :]
         ahead = tl.load(later, mask=ok_later, other=0.0)  # loaded while the others are summed
         part = part.to(tl.float32)
-        total = tl.cumsum(part, 0) + carry[None, :]
+        if HAS_DECAY:
+            left = decay_across(decays, i + u - HAS_INIT, count, tokens, L, REVERSE)
+            total = part
+            for i_u in tl.static_range(U):  # a thread holds its elements of all U
+                now = u == i_u
+                carry = carry * tl.sum(tl.where(now, left, 0.0), 0) + tl.sum(tl.where(now[:, None], part, 0.0), 0)
+                total = tl.where(now[:, None], carry[None, :], total)
+        else:
+            total = tl.cumsum(part, 0) + carry[None, :]
         tl.store(pointers, total.to(data.dtype.element_ty), mask=ok)
-        carry += tl.sum(part, 0)
+        if not HAS_DECAY:
+            carry += tl.sum(part, 0)
         pointers, ok, part = later, ok_later, ahead
     if KEEP_LAST:
         pointers = data + base + (slots - 1).to(tl.int64) * step + rest + e
@@ -352,15 +390,16 @@ def _scan_slots(
 
 @triton.jit(do_not_specialize=["SLOTS", "RUN"])
 def _scan_kernel(
-    states, norms, last_states, last_norms, first_slot, SLOTS, RUN,
+    states, norms, last_states, last_norms, first_slot, decays, cu_seqlens, SLOTS, RUN, T,
     E: tl.constexpr, NR: tl.constexpr, HKV: tl.constexpr, U: tl.constexpr, BE: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_INIT: tl.constexpr, KEEP_LAST: tl.constexpr,
+    HAS_INIT: tl.constexpr, KEEP_LAST: tl.constexpr, HAS_DECAY: tl.constexpr, REVERSE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Turn the last slot of each whole run of a sequence into a running sum, in place, from the initial state on.
 
     states are [slots, HKV, E], norms [slots, HKV, NR]. KEEP_LAST: the totals in fp32, with what follows the last whole
     run, go to `last_states` and `last_norms`. Grid: (sequences * HKV, blocks of states, then of norms). U slots are
     loaded at once, so that the waits for them overlap.
+    `decays`, `cu_seqlens` and T are None unless HAS_DECAY.
     """
     pid = tl.program_id(0)
     hkv = pid % HKV
@@ -376,13 +415,26 @@ def _scan_kernel(
     row = (first + (RUN - 1) * (1 - HAS_INIT)).to(tl.int64) * HKV + hkv
     step = RUN.to(tl.int64) * HKV
     p64 = pid.to(tl.int64)
+    count = 0
+    tokens = 0
+    if HAS_DECAY:
+        if VARLEN:
+            start = tl.load(cu_seqlens + seq)
+            tokens = tl.load(cu_seqlens + seq + 1) - start
+            decays += hkv.to(tl.int64) * T + start
+        else:
+            tokens = T
+            decays += p64 * T
+        count = (tokens + L - 1) // L
     BLOCKS: tl.constexpr = (E + BE - 1) // BE
     if tl.program_id(1) < BLOCKS:
         e = tl.program_id(1) * BE + tl.arange(0, BE)
-        _scan_slots(states, last_states, row * E, p64 * E, e, e < E, slots, step * E, rest * E, U, BE, KEEP_LAST)
+        _scan_slots(states, last_states, row * E, p64 * E, e, e < E, slots, step * E, rest * E, decays, count,
+                    tokens, U, BE, KEEP_LAST, HAS_INIT, HAS_DECAY, REVERSE, L)  # fmt: skip
     else:
         e = (tl.program_id(1) - BLOCKS) * BE + tl.arange(0, BE)
-        _scan_slots(norms, last_norms, row * NR, p64 * NR, e, e < NR, slots, step * NR, rest * NR, U, BE, KEEP_LAST)
+        _scan_slots(norms, last_norms, row * NR, p64 * NR, e, e < NR, slots, step * NR, rest * NR, decays,
+                    count, tokens, U, BE, KEEP_LAST, HAS_INIT, HAS_DECAY, REVERSE, L)  # fmt: skip
 
 
 def _store_initial(
@@ -415,8 +467,9 @@ def _store_initial(
 
 
 def _scan(
-    states: Tensor, norms: Tensor, cut: Segments, prepared: PreparedCall, kv_heads: int, has_initial: int, last: bool
-) -> tuple[Tensor, Tensor] | None:
+    states: Tensor, norms: Tensor, cut: Segments, prepared: PreparedCall, kv_heads: int, has_initial: int, last: bool,
+    decays: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Turn the sums of whole runs into running sums, and return the totals in fp32 if `last`."""
     layout = prepared.layout
     sums = (cut.slots - has_initial) // cut.run + has_initial
@@ -437,12 +490,14 @@ def _scan(
         return (cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block)), {
             "SLOTS": cut.slots, "RUN": cut.run, "E": elements, "NR": layout.rows, "HKV": kv_heads,
             "U": 8 if cut.packed else min(8, power_of_2(max(sums, 1), 2)), "BE": block, "VARLEN": cut.packed,
-            "HAS_INIT": has_initial, "KEEP_LAST": last, "num_warps": 4,
+            "HAS_INIT": has_initial, "KEEP_LAST": last, "HAS_DECAY": decays is not None, "REVERSE": reverse,
+            "L": cut.length, "T": None if decays is None else decays.shape[2], "num_warps": 4,
         }  # fmt: skip
 
     tensors = {
         "states": states, "norms": norms, "last_states": totals[0], "last_norms": totals[1],
-        "first_slot": cut.tables["first_slot"],
+        "first_slot": cut.tables["first_slot"], "decays": decays,
+        "cu_seqlens": None if decays is None else cut.tables["cu_seqlens"],
     }  # fmt: skip
     launch(prepared, "scan", _scan_kernel, tensors, complete)
     return totals if last else None
@@ -451,7 +506,7 @@ def _scan(
 def sum_states(
     x: Tensor, y: Tensor, states: Tensor, norms: Tensor, cut: Segments, prepared: PreparedCall, mask: Tensor | None,
     kv_heads: int, head_dim: int, initial: Tensor | None, last: bool, delta: Tensor | None = None,
-    minus_delta: Tensor | None = None, ranges: Tensor | None = None,
+    minus_delta: Tensor | None = None, ranges: Tensor | None = None, decays: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Fill `states` and `norms` with running sums over the slots, and return the totals in fp32 if `last`.
 
@@ -465,6 +520,7 @@ def sum_states(
         last: whether the states after the last token are wanted.
         delta, minus_delta: [B, H, T] and [B, T, H, 16] come with queries and weigh their norms.
         ranges: [B, H, T], comes with queries from `bring_into_range`, or None.
+        decays: [B, H_kv, T], from `sum_decays`, or None.
     """
     batch, length, heads, feature_dim = x.shape
     layout, plan = prepared.layout, prepared.plan
@@ -493,8 +549,8 @@ def sum_states(
         group = min(layout.tiles, 3)
         _, _, stages = plan.later if reverse else plan.state
         return grid_of_rows(-(-layout.tiles // group) * programs, batch_rows), {
-            **shared(), "RUN": cut.run, "RUNS": max(plan.runs) > 1, "NB": layout.blocks, "TG": group,
-            "num_stages": stages, **plan.options("later" if reverse else "state"),
+            **shared(), "RUN": cut.run, "RUNS": max(plan.runs) > 1, "HAS_DECAY": decays is not None,
+            "NB": layout.blocks, "TG": group, "num_stages": stages, **plan.options("later" if reverse else "state"),
         }  # fmt: skip
 
     def complete_low() -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -506,7 +562,13 @@ def sum_states(
         }  # fmt: skip
 
     if programs > 0 and layout.quad:
-        launch(prepared, "state", _state_kernel, {**tensors, "minus_delta": minus_delta}, complete_quadratic)
+        launch(
+            prepared,
+            "state",
+            _state_kernel,
+            {**tensors, "minus_delta": minus_delta, "decays": decays},
+            complete_quadratic,
+        )
     if programs > 0 and (layout.lin or layout.const):
         launch(prepared, "low state", _low_state_kernel, {**tensors, "delta": delta, "ranges": ranges}, complete_low)
-    return _scan(states, norms, cut, prepared, kv_heads, has_initial, last)
+    return _scan(states, norms, cut, prepared, kv_heads, has_initial, last, decays, reverse)

@@ -25,6 +25,7 @@ The kernels use these compile-time constants. All of them are bound by name (see
     QUAD, LIN,      whether c2, c1 and c0 differ from 0
     CONST
     HAS_MASK        whether there is an attention mask
+    HAS_DECAY       whether older tokens count less (see triton_decay_rebased.py)
     HAS_INIT        whether slot 0 of each sequence holds an initial state: 0 or 1, so that it can be added to a slot
     VARLEN          whether packed sequences are told apart by cu_seqlens
     CT, PREC        the type in which matrix products take their operands, and the precision of fp32 products

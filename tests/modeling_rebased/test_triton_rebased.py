@@ -549,7 +549,8 @@ def test_extreme_inputs_stay_finite():
 @pytest.mark.parametrize(
     ("shape", "coefficients"),
     [
-        *(((1, 70, 2, 1, 9, 6), c) for c in (REBASED, BASED, (0.0, 2.0, 0.0), (0.5, 0.0, 1.0))),
+        *(((1, 70, 2, 1, 9, 6), c) for c in (REBASED, (0.0, 2.0, 0.0), (0.5, 0.0, 1.0))),
+        ((1, 121, 2, 1, 9, 6), BASED),  # the last segment ends with a tile that is not full, after one that is
         ((1, 70, 1, 1, 20, 5), BASED),
     ],
 )
@@ -682,12 +683,14 @@ def test_operators_are_well_formed():
     op = triton_rebased.OPS.forward.default
     initial = torch.rand(1, 1, 10, 5, device=DEVICE, requires_grad=True)
     torch.library.opcheck(op, (q, k, v, None, None, None, 0.0, 0.0, 1.0, 0.5, 1e-3, False), test_utils=tests)
-    torch.library.opcheck(op, (q, k, v, None, None, initial, 0.0, 0.0, 1.0, 0.5, 1e-3, True), test_utils=tests)
+    decay = -torch.rand(1, 70, 1, device=DEVICE)
+    arguments = (q, k, v, None, None, initial, 0.0, 0.0, 1.0, 0.5, 1e-3, True, None, decay.requires_grad_())
+    torch.library.opcheck(op, arguments, test_utils=tests)
     torch.library.opcheck(triton_rebased.OPS.range.default, (q, k, None, None), test_utils=tests)
     state = torch.rand(1, 1, 10, 5, device=DEVICE)
     one = [x[:, :1].detach() for x in (q, k, v)]
-    for indices in (None, torch.tensor([0], device=DEVICE)):
-        arguments = (*one, state, None, indices, 0.0, 0.0, 1.0, 0.5, 1e-3)
+    for indices, first in ((None, None), (torch.tensor([0], device=DEVICE), decay[:, :1].detach())):
+        arguments = (*one, state, None, indices, 0.0, 0.0, 1.0, 0.5, 1e-3, first)
         torch.library.opcheck(triton_rebased.OPS.decode.default, arguments, test_utils=tests)
 
 
@@ -708,16 +711,20 @@ def test_export_with_any_length():
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_compiles_without_graph_breaks(normalized):
-    """torch.compile(fullgraph=True) over forward and backward, and over decoding, whose state changes in place."""
+    """torch.compile(fullgraph=True) over forward and backward, and over decoding, whose state changes in place.
+
+    One of the two cases has a decay too.
+    """
     arguments = {"coefficients": REBASED, "scale": 0.5, "eps": 1e-6}
     q, k, v = (x.requires_grad_() for x in make(1, 70, 1, 1, 4, 4))
+    decay = (-torch.rand(1, 70, 1, device=DEVICE)).requires_grad_()
 
-    def loss(q, k, v):
-        options = {**arguments, "normalized": normalized}
-        return triton_rebased.triton_rebased_attention(q * 1.0, k, v, **options)[0].sum()
+    def loss(q, k, v, decay):
+        options = {**arguments, "normalized": normalized, "log_decay": decay if normalized else None}
+        return triton_rebased.triton_rebased_attention(q * 1.0, k, v, **options)[0].sum() + decay.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    plain, traced = (torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (loss, compiled))
+    plain, traced = (torch.autograd.grad(f(q, k, v, decay), (q, k, v, decay)) for f in (loss, compiled))
     assert all(torch.equal(a, b) for a, b in zip(plain, traced))
 
     def step(q, k, v, state):

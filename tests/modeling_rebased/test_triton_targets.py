@@ -45,11 +45,11 @@ triton_plan_rebased._is_blackwell = lambda device: capability == 100
 def launch(feature_dim, head_dim, length):
     q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
-    rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None)
+    rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None, None)
     triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
     if capability == 90:  # every weight has units of its own
         ranges = torch.ones(1, 2, length)
-        based = (1.0, 1.0, 0.5, 0.25, 1e-12, False, ranges)
+        based = (1.0, 1.0, 0.5, 0.25, 1e-12, False, ranges, None)
         triton_rebased._Attention.apply(q, k, v, None, None, None, *based)[0].sum().backward()
         mask = torch.ones(1, length, dtype=torch.bool)
         within, others, *_ = triton_rebased.bring_into_range(q, k, (0.0, 0.0, 1.0), mask, None)

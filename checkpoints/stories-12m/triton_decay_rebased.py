@@ -1,0 +1,1 @@
+../../modeling_rebased/triton_decay_rebased.py

@@ -1,0 +1,99 @@
+# Copyright 2026 The ReBased for Hugging Face authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+"""The decay of older tokens: its sums, what kernels make of them, and its gradient.
+
+With `log_decay` the weight of key j for query i is multiplied by exp(G_i - G_j), where G_i is the sum of `log_decay`
+up to token i. The kernels read `decays`, fp32 [B, H_kv, T]: such sums from the start of each segment on, as logarithms
+to base 2. No exponent is ever positive:
+
+    a query and a key of one segment     decays_i - decays_j
+    a query and the state before         decays_i
+    a key and the state after            decays_last - decays_j, where last is the last token of the segment
+    the state across a segment           decays_last
+
+The state of later queries works the other way round: a query is added with the second factor, and a key reads with the
+third. The gradient needs no kernel of its own. w is of degree two in q_i and in k_j, so by Euler's theorem
+
+    dL/dG_i = sum_j w_ij dL/dw_ij - sum_l w_li dL/dw_li = (q_i . dq_i - k_i . dk_i) / 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .triton_language_rebased import tl, triton
+from .triton_segments_rebased import Segments
+
+
+@triton.jit
+def decay_between(later, earlier):
+    """Return exp(G_i - G_j), from `decays` of i and of j; 1 where i comes before j, for pairs that are dropped."""
+    return tl.exp2(tl.minimum(later - earlier, 0.0))
+
+
+@triton.jit
+def decay_across(decays, order, count, tokens, L: tl.constexpr, REVERSE: tl.constexpr):
+    """Return what is left of the state across the segments that are number `order` of a sequence.
+
+    They are counted from the end if REVERSE. The sequence has `count` segments and `tokens` tokens, the first of which
+    is at `decays`. It is 1 for a number that no segment has.
+    """
+    index = order
+    if REVERSE:
+        index = count - 1 - order
+    last = tl.minimum((index + 1) * L, tokens) - 1
+    return tl.exp2(tl.load(decays + last, mask=(index >= 0) & (index < count), other=0.0))
+
+
+def _sequence_of_tokens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers of `length` tokens, int64, and that of the packed sequence of each."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    return tokens, torch.searchsorted(cu_seqlens[1:].long().contiguous(), tokens, right=True)
+
+
+def sum_decays(log_decay: Tensor | None, cut: Segments) -> Tensor | None:
+    """Return `decays`, fp32 [B, H_kv, T], of log_decay [B, T, H_kv]."""
+    if log_decay is None:
+        return None
+    length = log_decay.shape[1]
+    bounds = cut.tables["cu_seqlens"]
+    if bounds is not None:
+        tokens, sequence = _sequence_of_tokens(bounds, length)
+        first = bounds.long()[sequence]
+        start = first + (tokens - first) // cut.length * cut.length
+    else:
+        tokens = torch.arange(length, device=log_decay.device)
+        start = tokens // cut.length * cut.length
+    steps = log_decay.detach().transpose(1, 2).double() / math.log(2)  # sums over all tokens are exact enough in fp64
+    total = steps.cumsum(-1)
+    return (total - (total - steps)[..., start]).float().contiguous()
+
+
+def decay_gradient(
+    query_part: Tensor, key_part: Tensor, cu_seqlens: Tensor | None, final: Tensor | None, grad_final: Tensor | None
+) -> Tensor:
+    """Return the gradient by log_decay, fp32 [B, T, H_kv]: the sum of dL/dG over the tokens from each one on.
+
+    Args:
+        query_part: q . dq / 2, fp32 [B, H_q, T]; key_part: k . dk / 2, fp32 [B, H_kv, T].
+        cu_seqlens: the bounds of packed sequences, or None.
+        final, grad_final: the final state, all of which decays with the last G, and its gradient; or None.
+    """
+    by_sum = (query_part.unflatten(1, (key_part.shape[1], -1)).sum(2) - key_part).double()
+    total = by_sum.cumsum(-1)
+    if cu_seqlens is None:
+        gradient = total[..., -1:] - total + by_sum
+    else:
+        _, sequence = _sequence_of_tokens(cu_seqlens, by_sum.shape[-1])
+        gradient = total[..., cu_seqlens.long()[1:][sequence] - 1] - total + by_sum
+    if final is not None and grad_final is not None:
+        by_last = (final * grad_final).sum((2, 3))  # [B or N, H_kv]
+        gradient += by_last[..., None] if cu_seqlens is None else by_last[sequence].T
+    return gradient.transpose(1, 2).float()
