@@ -85,7 +85,7 @@ def sweep_parser(program: str, description: str, presets: dict[str, dict[str, An
         prog=program, description=description, formatter_class=HelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--preset", choices=presets, help="laptop: a small task that two cores learn in about two minutes")
+    add("--preset", choices=presets, help="laptop: a small task that two cores learn in about a minute")
     add(
         "--output",
         default=f"output/{program.removeprefix('rebased-')}.jsonl",

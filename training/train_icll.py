@@ -1,7 +1,7 @@
 """Train small models on in-context language learning (icll.py): one run, or a sweep over models, sizes and rates.
 
     rebased-icll --models rebased,based,softmax --hidden 128 --lrs 2.5e-4,5e-4 --output output/icll.jsonl    # on a GPU
-    rebased-icll --preset laptop                                                # two minutes on two cores
+    rebased-icll --preset laptop                                                # a minute on two cores
 
 `rebased-icll` is `python -m modeling_rebased.training.train_icll`. The recipe is that of the authors of ICLL: 5,000
 automata, one example of each, 200 epochs of batch 32, and AdamW with weight decay 0.1. The learning rate rises from
@@ -39,7 +39,7 @@ from .sweep_arguments import count, list_of, options_of, parse_with_preset, swee
 from .token_task import TokenRun, TokenTask, add_run_options, check_models, fields_of, new_model, save_model
 
 
-# A task that two cores of a laptop learn to some degree within two minutes.
+# A task that two cores of a laptop learn to some degree in about a minute.
 PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {
         "symbols": 6,

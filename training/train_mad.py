@@ -2,7 +2,7 @@
 
     rebased-mad --models rebased,based,softmax --output output/mad.jsonl     # the base sizes, on a GPU
     rebased-mad --vary --models rebased                                      # and all variations of the authors
-    rebased-mad --preset laptop                                              # recall, small: two minutes on two cores
+    rebased-mad --preset laptop                                              # recall, small: a minute on two cores
 
 `rebased-mad` is `python -m modeling_rebased.training.train_mad`. The recipe is that of MAD's authors: 12,800 examples
 (256 of memorization), 200 epochs of batch 128, width 128, AdamW, and a learning rate that falls along a cosine to
@@ -37,7 +37,7 @@ from .sweep_arguments import count, fraction, list_of, options_of, parse_with_pr
 from .token_task import TokenRun, TokenTask, add_run_options, check_models, fields_of, new_model, save_model
 
 
-# A task that two cores of a laptop learn within two minutes.
+# A task that two cores of a laptop learn in about a minute.
 PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {
         "tasks": ["recall"],

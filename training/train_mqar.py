@@ -2,7 +2,7 @@
 
     rebased-mqar --models rebased,based --hidden 64 --lengths 1024 --lrs 1e-3,3e-3 --seeds 0,1 \\
         --output output/mqar.jsonl          # the paper's task, on a GPU
-    rebased-mqar --preset laptop            # a small task: 0.99 on two cores in about two minutes
+    rebased-mqar --preset laptop            # a small task: 0.99 on two cores in about a minute
 
 `rebased-mqar` is `python -m modeling_rebased.training.train_mqar`. The recipe is the authors' (ReBased, section 5.1):
 100,000 examples, 64 epochs, batch 512, and AdamW with weight decay 0.1 on every parameter. The learning rate falls
@@ -36,7 +36,7 @@ from .sweep import sweep
 from .sweep_arguments import count, fraction, integer, list_of, options_of, parse_with_preset, positive, sweep_parser
 
 
-# A task that two cores of a laptop learn to 0.99 within two minutes.
+# A task that two cores of a laptop learn to 0.99 in about a minute.
 PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {
         "lengths": [32],
