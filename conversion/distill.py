@@ -46,7 +46,7 @@ from transformers import (
 
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.training.arguments import parse_dataclasses
-from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command
+from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from modeling_rebased.training.folders import gathered_model, save_model, written
 from modeling_rebased.training.resume import (
     CheckpointError,
@@ -322,7 +322,7 @@ def _card(
         ("tokens per example", f"{distill.context_length:,}"),
         ("tokens", f"{said['tokens']:,}"),
         ("learning rate", f"{arguments.learning_rate:g}"),
-        ("warm-up", f"{arguments.warmup_steps:g} steps"),
+        ("warm-up", warm_up(arguments.warmup_steps)),
         ("precision", "bfloat16, mixed" if arguments.bf16 else "float32"),
         ("seed", arguments.seed),
     ]

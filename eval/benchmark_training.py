@@ -43,6 +43,11 @@ class StepClock(TrainerCallback):
         self.skip, self.table = skip, table
         self.start = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that there are steps to measure."""
+        if not 0 < self.skip < state.max_steps:
+            raise SystemExit(f"--skip is {self.skip}; it must be at least 1 and less than the {state.max_steps} steps")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, or stop it and write the row."""
         if state.global_step not in (self.skip, state.max_steps):

@@ -156,7 +156,12 @@ def hardware(device: torch.device, processes: int = 1) -> str:
     """Return what a run was computed on, in words."""
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads in each of {processes} processes"
+    return f"{platform.machine()} CPU, processes: {processes}, threads of each: {torch.get_num_threads()}"
+
+
+def warm_up(steps: float) -> str:
+    """Return the Trainer's `warmup_steps` in words: a number of steps, or below 1 a share of all."""
+    return "none" if steps == 0 else f"{steps:g} steps" if steps >= 1 else f"{steps:.3g} of all steps"
 
 
 def file_size(path: str | os.PathLike) -> str:

@@ -76,10 +76,17 @@ def read_list(path: Path) -> list[Source]:
     """Read the list of packages: domains, each with a list of sources.
 
     Raises:
-        ValueError: a field is unknown or missing. The message names the domain and the line.
+        ValueError: the file is no such list, or a field is unknown or missing. The message names the domain and the
+            line.
     """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(entries, list) for entries in content.values()):
+        raise ValueError(f"{path} must hold domains, each with a list of sources")
     sources: list[Source] = []
-    for domain, entries in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    for domain, entries in content.items():
         for entry in entries:
             kinds = [kind for kind in KINDS if kind in entry]
             unknown = set(entry) - set(KINDS) - {"files", "without", "inside", "megabytes", "code"}
@@ -109,7 +116,10 @@ def download(source: Source, folder: Path) -> Path:
     }[source.kind]
     with written(target) as unfinished:
         unfinished.mkdir()
-        ran = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, check=False)
+        try:
+            ran = subprocess.run(command, cwd=unfinished, capture_output=True, text=True, check=False)
+        except OSError as error:  # there is no such program here
+            raise RuntimeError(f"{' '.join(command)} failed: {error}") from error
         if ran.returncode or not any(unfinished.iterdir()):
             raise RuntimeError(f"{' '.join(command)} failed: {ran.stderr.strip()[-400:]}")
     return next(target.iterdir())

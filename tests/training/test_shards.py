@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
-from modeling_rebased.training.card import file_size
+from modeling_rebased.training.card import file_size, warm_up
 from modeling_rebased.training.shards import JoinedArrays, compress_shard, read_index, write_index, write_shard
 from modeling_rebased.training.text import TokenBlocks
 
@@ -98,6 +98,10 @@ def test_compressed_shards_are_unpacked_when_they_are_read(folder):
     with pytest.raises(ValueError, match=r"shard-00001\.bin\.xz is damaged"):
         read_index(folder)
     assert not (folder / "shard-00001.bin").exists()
+
+
+def test_a_card_gives_the_warm_up_as_steps_or_as_a_share():
+    assert [warm_up(steps) for steps in (0, 0.05, 1, 30.0)] == ["none", "0.05 of all steps", "1 steps", "30 steps"]
 
 
 def test_a_card_gives_the_size_of_the_text_in_shards(folder):
