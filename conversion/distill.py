@@ -135,6 +135,12 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
     """
     if distill.max_seconds is not None and distill.max_seconds <= 0:
         raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
+    if distill.temperature <= 0:
+        raise ConversionError(f"--temperature is {distill.temperature}; it must be positive.")
+    if not 0 <= distill.text_weight <= 1:
+        raise ConversionError(f"--text_weight is {distill.text_weight}; it must be 0 to 1.")
+    if distill.lora_rank < 0:
+        raise ConversionError(f"--lora_rank is {distill.lora_rank}; it must be at least 0, which trains all weights.")
     if distill.stage == "transfer" and distill.lora_rank:
         raise ConversionError("--lora_rank is for stage logits; stage transfer trains few weights as it is.")
     if distill.stage == "transfer" and arguments.gradient_checkpointing:

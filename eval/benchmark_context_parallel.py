@@ -1,5 +1,3 @@
-# Copyright 2026 The ReBased for Hugging Face authors
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Time a training step whose one sequence is split over GPUs, and compare its result with one GPU.
 
     torchrun --nproc-per-node 2 -m modeling_rebased.eval.benchmark_context_parallel --output output/context_parallel
@@ -45,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, shard_sequence
 from modeling_rebased.configuration import config_path
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
 from .plots import plot_context_parallel
 from .timing import write_csv
@@ -286,23 +285,23 @@ def time_ring(name: str, length: int, checkpointing: bool, repeats: int) -> dict
 
 def main(argv: list[str] | None = None) -> None:
     """Make both tables and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--config", default="150m-rebased")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder for the results")
+    parser.add_argument("--config", default="150m-rebased", help="configuration of the model")
     parser.add_argument("--shards", type=int, nargs="*", default=[131072], help="tokens per GPU")
     parser.add_argument("--gpus", type=int, nargs="*", help="numbers of GPUs; by default 1, 2, 4, ... and all")
     parser.add_argument("--profile", action="store_true", help="also profile one step of each kind")
     parser.add_argument("--ring", type=int, nargs="*", default=[], help="tokens per sequence, for ring attention")
-    parser.add_argument("--ring-config", default="150m-softmax")
+    parser.add_argument("--ring-config", default="150m-softmax", help="configuration of the softmax model")
     parser.add_argument(
         "--checked-length", type=int, default=5001, help="tokens of the comparison with one GPU, 0 for none"
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls")
     parser.add_argument("--compile", type=int, default=1, help="0 leaves the layers as they are")
     parser.add_argument(
         "--checkpoint-from", type=int, default=65536, help="tokens per GPU with activation checkpointing"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(with_dashes(argv))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -18,6 +18,7 @@ import torch
 
 from modeling_rebased import rebased_attention
 from modeling_rebased.eager_rebased import naive_rebased_attention
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
 from .plots import plot_eager
 from .timing import median_ms, write_csv
@@ -81,15 +82,15 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Time every length, and write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--feature_dim", type=int, default=16)
-    parser.add_argument("--head_dim", type=int, default=64)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--heads", type=int, default=12, help="attention heads")
+    parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
+    parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sequence")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     parser.add_argument("--output", type=Path, default=None, help="folder for the CSV and the plot")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(with_dashes())
 
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)

@@ -1,5 +1,3 @@
-# Copyright 2026 The ReBased for Hugging Face authors
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Time training and generation of whole models by the calls that users make, beside the softmax twin.
 
     python -m modeling_rebased.eval.benchmark_generation --output eval/results/generation/h100
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
 from .plots import plot_models
 from .timing import median_ms, write_csv
@@ -167,16 +166,18 @@ def generation_table(rows: list[dict], batch: int, contexts: list[int], steps: i
 
 def main() -> None:
     """Make the three tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder for the results")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a training step")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 16384])
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 16384], help="tokens of a sequence")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64], help="sequences that are generated at once")
     parser.add_argument("--contexts", type=int, nargs="*", default=[128, 2048, 32768, 131072], help="of batch 1")
     parser.add_argument("--batch-contexts", type=int, nargs="*", default=[128, 2048], help="of larger batches")
-    parser.add_argument("--caches", nargs="*", default=["static", "dynamic"], choices=["static", "dynamic"])
+    parser.add_argument(
+        "--caches", nargs="*", default=["static", "dynamic"], choices=["static", "dynamic"], help="kinds of cache"
+    )
     parser.add_argument("--steps", type=int, default=128, help="tokens that generate() writes")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(with_dashes())
     if not torch.cuda.is_available():
         sys.exit("This benchmark is for GPUs, and torch sees none here.")
     torch.manual_seed(0)

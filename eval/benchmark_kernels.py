@@ -1,5 +1,3 @@
-# Copyright 2026 The ReBased for Hugging Face authors
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Time the Triton kernels on this machine's GPU beside softmax and the other libraries that are installed.
 
     python -m modeling_rebased.eval.benchmark_kernels --output eval/results/kernels/h100
@@ -39,6 +37,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
 from .plots import kernels_title, plot_kernels
 from .timing import write_csv
@@ -271,15 +271,15 @@ def profile(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Check every method against the definition, time it, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for kernels.csv, machine.json and kernels.png")
-    parser.add_argument("--feature-dim", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
+    parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")
+    parser.add_argument("--heads", type=int, default=12, help="attention heads")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of all sequences together")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sequence")
     parser.add_argument("--profile", type=int, metavar="T", help="time nothing, run once at length T for a profiler")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(with_dashes())
     if not torch.cuda.is_available():
         sys.exit("The kernels are for GPUs, and torch sees none here; benchmark_eager.py times the CPU.")
     torch.manual_seed(0)

@@ -1,5 +1,3 @@
-# Copyright 2026 The ReBased for Hugging Face authors
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Time the steps of `train_lm` on any number of GPUs, started as a user starts it.
 
     python -m modeling_rebased.eval.benchmark_training --table output/training.csv --config 150m-rebased ...
@@ -32,6 +30,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from modeling_rebased.training import train_lm
+from modeling_rebased.training.arguments import HelpFormatter
 
 from .timing import write_csv
 
@@ -97,9 +96,7 @@ class StepClock(TrainerCallback):
 
 def main(argv: list[str] | None = None) -> None:
     """Train, and add a row to the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--table", type=Path, required=True, help="CSV to which a row is added")
     parser.add_argument("--skip", type=int, default=10, help="steps before the measured ones")
     own, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

@@ -1,5 +1,3 @@
-# Copyright 2026 The ReBased for Hugging Face authors
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Time versions of the Triton kernels against one another, in one run on this machine's GPU.
 
     git worktree add /tmp/before main
@@ -25,6 +23,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
 from .benchmark_kernels import BAR, LENGTHS, compare, linear, make_inputs, time_ms, train
 from .timing import write_csv
@@ -102,15 +102,15 @@ def run(arguments: argparse.Namespace, rows: list[dict], kernels: list[dict]) ->
 
 def main() -> None:
     """Check and time every version at every length, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("versions", type=Path, nargs="+", help="folders like modeling_rebased")
     parser.add_argument("--output", type=Path, help="folder for comparison.csv and kernels.csv")
-    parser.add_argument("--feature-dim", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
+    parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")
+    parser.add_argument("--heads", type=int, default=12, help="attention heads")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of all sequences together")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    arguments = parser.parse_args()
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sequence")
+    arguments = parser.parse_args(with_dashes())
     if missing := [str(path) for path in arguments.versions if not (path / "triton_rebased.py").is_file()]:
         parser.error(f"versions: no triton_rebased.py in {', '.join(missing)}")
     if not torch.cuda.is_available():

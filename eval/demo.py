@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
-from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
 from .tasks import tasks_path
 
@@ -95,12 +95,12 @@ def score(checkpoint: Path, task: str, *options: str) -> dict[str, float]:
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / "stories-12m")
-    parser.add_argument("--task", default="heldout_stories", help="lm-eval task to score the model on (%(default)s)")
-    parser.add_argument("--prompt", nargs="*", default=list(PROMPTS))
-    parser.add_argument("--new-tokens", type=int, default=300)
-    parser.add_argument("--limit", type=int, default=100, help="documents to score (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / "stories-12m", help="folder of the model")
+    parser.add_argument("--task", default="heldout_stories", help="lm-eval task to score the model on")
+    parser.add_argument("--prompt", nargs="*", default=list(PROMPTS), help="beginnings of the stories")
+    parser.add_argument("--new-tokens", type=int, default=300, help="most tokens of a story")
+    parser.add_argument("--limit", type=int, default=100, help="documents to score")
     args = parser.parse_args(with_dashes())
     for folder in (args.checkpoint, CHECKPOINTS / "mqar-d128"):
         if not (folder / "config.json").is_file():

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.folders import written
 from modeling_rebased.training.sampling import chat, sample
 from modeling_rebased.training.text import read_documents
@@ -173,12 +173,12 @@ def for_a_reader(name: str, continuations: list[list[str]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--judge", type=Path, required=True, help="folder of an instruct model")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER; may be repeated")
     parser.add_argument("--train-file", type=Path, help="the training text, to see how much is copied from it")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="stories per beginning (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=350, help="most tokens of a continuation (%(default)s)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="stories per beginning")
+    parser.add_argument("--new-tokens", type=int, default=350, help="most tokens of a continuation")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     args = parser.parse_args(with_dashes(argv))
     if any("=" not in each for each in args.model):

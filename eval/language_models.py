@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.folders import written
 from modeling_rebased.training.shards import map_shards, read_index
 from modeling_rebased.training.text import encode_all, read_documents
@@ -284,7 +284,7 @@ def load(folder: str, device: str) -> tuple[Any, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure each model and write its file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=DIR", help="finished models, such as output/x/final")
     add("--heldout", type=Path, required=True, metavar="FOLDER", help="DOMAIN.jsonl of each domain")
@@ -294,8 +294,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--max-tokens", type=int, help="take no more documents of a domain once it has so many")
     add("--tokens-at-once", type=int, default=65536, help="tokens of a batch")
     add("--speed", action="store_true", help="also measure speed and memory, on a GPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, required=True, metavar="FOLDER")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     args = parser.parse_args(with_dashes(argv))
     if args.context < 2 or min(args.lengths, default=2) < 2:
         parser.error("--context and --lengths must be at least 2")

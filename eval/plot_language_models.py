@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
 from .plot_style import color_of, label_lines, label_of, new_figure, plain_log_axis, save
 
@@ -162,8 +162,8 @@ def plot_curves(models: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the tables and the pictures of a folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the files that language_models wrote")
     args = parser.parse_args(with_dashes(argv))
     models = read_models(args.folder)
     if not models:

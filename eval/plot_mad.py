@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.mad import TASKS
 
 from .plot_mqar import read_runs
@@ -120,11 +121,14 @@ def write_report(
         markdown, plot: make the table and the picture.
         argv: the command line.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("results", nargs="+", metavar="JSONL", help=f"what rebased-{task} wrote")
     parser.add_argument("--output", default=".", metavar="DIR", help="for the picture and the table")
-    args = parser.parse_args(argv)
-    runs = usable([run for run in read_runs(args.results) if not run.get("stopped")])
+    args = parser.parse_args(with_dashes(argv))
+    try:
+        runs = usable([run for run in read_runs(args.results) if not run.get("stopped")])
+    except OSError as error:
+        parser.error(str(error))
     if not runs:
         parser.error(f"no finished run in {', '.join(args.results)}")
     folder = Path(args.output)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.peers import PEERS
 
 from .plot_style import color_of, label_of, new_figure, save
@@ -385,11 +386,14 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the runs and write the tables and the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("results", nargs="+", metavar="JSONL", help="what train_mqar wrote")
     parser.add_argument("--output", default=".", metavar="DIR", help="for the pictures and the tables")
-    args = parser.parse_args(argv)
-    runs = read_runs(args.results)
+    args = parser.parse_args(with_dashes(argv))
+    try:
+        runs = read_runs(args.results)
+    except OSError as error:
+        parser.error(str(error))
     found = cells(runs)
     if not found:
         parser.error(f"no finished run in {', '.join(args.results)}")

@@ -1,5 +1,3 @@
-# Copyright 2026 The ReBased for Hugging Face authors
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Draw the pictures of results, and redraw all of them from the files under eval/results.
 
     python -m modeling_rebased.eval.plots eval/results
@@ -17,6 +15,8 @@ import json
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
 from . import plot_icll, plot_language_models, plot_mad, plot_mqar
 from .plot_style import OTHERS, color_of, label_lines, label_of, new_figure, plain_log_axis, save
@@ -321,9 +321,9 @@ def redraw(folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """Redraw every picture under a folder of results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("eval/results"), help="default: eval/results")
-    for path in redraw(parser.parse_args(argv).folder):
+    for path in redraw(parser.parse_args(with_dashes(argv)).folder):
         print(path)
 
 

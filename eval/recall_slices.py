@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.text import encode, read_documents
 
 from .plots import plot_slices
@@ -246,7 +246,7 @@ def markdown(results: dict[str, Slices]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Score the models, and write the table, the numbers and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add(
         "--models",
@@ -266,10 +266,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--context", type=int, default=2048, help="tokens of a window")
     add("--chunk", type=int, default=512, help="tokens whose logits exist at once")
-    add("--batch-size", type=int, default=1)
-    add("--mode", choices=("auto", "cache", "hidden"), default="auto")
+    add("--batch-size", type=int, default=1, help="windows scored at once")
+    add("--mode", choices=("auto", "cache", "hidden"), default="auto", help="how a window is scored")
     add("--max-tokens", type=int, help="stop reading a document here")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     add("--trust-remote-code", action="store_true", help="run the code that lies in a checkpoint's folder")
     add("--output", metavar="DIR", help="write slices.json, slices.md and slices.png there")

@@ -105,10 +105,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        if action.default is None or action.default is False or action.default in (argparse.SUPPRESS, ""):
+        empty = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
+        if empty or "default" in text:
             return text
-        if "default" in text or not text:
-            return text
-        if isinstance(action.default, list):  # as it is typed: the sweeps take values with commas between them
-            return f"{text} (default: {','.join(map(str, action.default))})"
+        if isinstance(action.default, (list, tuple)):  # as it is typed
+            return f"{text} (default: {(' ' if action.nargs else ',').join(map(str, action.default))})"
         return f"{text} (default: %(default)s)"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .arguments import HelpFormatter
 from .random_numbers import GOLDEN, below, example_rows, mix, numbers, uniform
 
 
@@ -383,13 +384,15 @@ def to_text(token_ids: list[int]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Make the examples, time their generation, and print what was asked for."""
-    parser = argparse.ArgumentParser(description="Generate MQAR data, time it, and look for leakage.")
-    parser.add_argument("--length", type=int, default=2048)
+    parser = argparse.ArgumentParser(
+        description="Generate MQAR data, time it, and look for leakage.", formatter_class=HelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--pairs", type=int, help="default: Figure 1's number for the length")
-    parser.add_argument("--examples", type=int, default=100_000)
-    parser.add_argument("--test-examples", type=int, default=3_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--examples", type=int, default=100_000, help="examples to generate")
+    parser.add_argument("--test-examples", type=int, default=3_000, help="examples of the test set")
+    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument("--device", default="cpu", help="where to compute")
     parser.add_argument("--leakage", action="store_true", help="compare with the test set")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N sequences and labels")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .arguments import with_dashes
+from .arguments import HelpFormatter, with_dashes
 from .corpus_duplicates import QUOTE, Passages, hash_of, near_copies, quoted_share, shingle_hashes, signature
 from .corpus_packages import Origin, Source, download, read_list, read_package
 from .corpus_text import is_english_text, to_text
@@ -361,16 +361,16 @@ def finish(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the three steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--packages", type=Path, default=Path(__file__).with_name("corpus_packages.yaml"), help="the list")
     add("--text", type=Path, help="folder, zip or tar archive of .txt files, for the entries `text:` of the list")
     add("--tokenizer", help="folder of a tokenizer, or a .gguf file (default: SmolLM2's, fetched)")
     add("--held-out-tokens", type=int, default=400_000, help="of each domain")
-    add("--tokens-per-shard", type=int, default=1 << 23)
+    add("--tokens-per-shard", type=int, default=1 << 23, help="of the training part")
     add("--seed", type=int, default=0, help="decides the order of the documents")
     add("--skip-missing", action="store_true", help="go on without packages that cannot be fetched, and name them")
-    add("--output-dir", type=Path, required=True)
+    add("--output-dir", type=Path, required=True, help="folder for the files")
     args = parser.parse_args(with_dashes(argv))
     try:
         sources = read_list(args.packages)

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from .arguments import with_dashes
+from .arguments import HelpFormatter, with_dashes
 from .corpus_text import decode
 from .folders import written
 from .text import END_OF_TEXT
@@ -138,12 +138,12 @@ def read_dictionary(path: Path) -> Iterator[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the sources named on the command line and write the three files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder, zip or tar archive of .txt files")
     parser.add_argument("--bible", type=Path, help="output of `bible -f 'gen1:1-rev22:21'`")
     parser.add_argument("--dictionary", type=Path, help="gcide.dict.dz")
     parser.add_argument("--held-out", nargs="*", default=list(HELD_OUT), help="names (without .txt) to hold out")
-    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the files")
     args = parser.parse_args(with_dashes(argv))
 
     try:

@@ -31,7 +31,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .arguments import with_dashes
+from .arguments import HelpFormatter, with_dashes
 from .byte_tokenizer import PAD
 from .folders import written
 from .text import END_OF_TEXT
@@ -198,12 +198,12 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=800_000, help="stories, with the held-out ones (%(default)s)")
-    parser.add_argument("--held-out", type=int, default=2_000, help="most stories to hold out (%(default)s)")
-    parser.add_argument("--repository-bytes", type=int, default=200_000, help="size of heldout.jsonl (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the files")
+    parser.add_argument("--count", type=int, default=800_000, help="stories, with the held-out ones")
+    parser.add_argument("--held-out", type=int, default=2_000, help="most stories to hold out")
+    parser.add_argument("--repository-bytes", type=int, default=200_000, help="size of heldout.jsonl")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer")
     args = parser.parse_args(with_dashes(argv))
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -312,6 +312,9 @@ def test_wrong_arguments(folder, tmp_path, capsys):
     assert "--lora_rank is for stage logits" in capsys.readouterr().err
     assert main(command(folder, "logits", tmp_path / "out", "--context_length", "99999")) == 1
     assert "--context_length is 99999" in capsys.readouterr().err
+    for name, value in (("temperature", "0"), ("text_weight", "1.5"), ("lora_rank", "-1")):
+        assert main(command(folder, "logits", tmp_path / "out", f"--{name}", value)) == 1
+        assert f"rebased-distill: error: --{name} is " in capsys.readouterr().err
     for name in ("teacher", "student"):
         arguments = command(folder, "logits", tmp_path / "out")
         arguments[arguments.index(f"--{name}") + 1] = str(tmp_path / "nowhere")

@@ -77,3 +77,6 @@ def test_pictures_are_drawn(tmp_path, figures, capsys):
         with pytest.raises(SystemExit):
             command.main([str(tmp_path / "none.jsonl")])
         assert "no finished run in" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            command.main([str(tmp_path / "missing.jsonl")])
+        assert "missing.jsonl" in capsys.readouterr().err

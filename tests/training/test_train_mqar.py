@@ -330,6 +330,10 @@ def test_the_laptop_preset_is_a_default_that_arguments_change(tmp_path, capsys):
     assert train_mqar.parse(["--preset", "laptop", "--lrs", "1e-3", *output])[0][0].lr == 1e-3
     train_mqar.parse(output)
     assert "This needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        train_mqar.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of the data (default: 0)" in said and "rates (default: 0.0005,0.001,0.003,0.01)" in said
     for wrong, message in (("--pres laptop", "unrecognized arguments: --pres"), ("--race 64", "--race is 64")):
         with pytest.raises(SystemExit, match="2"):
             train_mqar.parse([*wrong.split(), *output])
