@@ -37,6 +37,11 @@ if not _has_gpu():
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.interpreter import prepare_interpreter  # noqa: E402
+
+
+prepare_interpreter()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` or `multi_gpu`, with the reason, where torch sees no GPU or only one."""

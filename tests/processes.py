@@ -4,6 +4,7 @@ A new process takes five seconds to import torch and transformers. The processes
 imported both and nothing of this repository, so they start at once.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -11,7 +12,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
+from collections.abc import Iterator
+from multiprocessing.connection import Listener
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -48,6 +52,42 @@ def run_python(
     with tempfile.TemporaryDirectory() as output:
         process = start_python(*arguments, folder=folder, environment=environment, output=Path(output))
         return _wait(process, Path(output))
+
+
+COMMAND = """#!{python} -SE
+import os
+import sys
+from multiprocessing.connection import Client
+
+with Client({address!r}) as caller:
+    caller.send(([*{first!r}, *sys.argv[1:]], os.getcwd(), dict(os.environ)))
+    status, stdout, stderr = caller.recv()
+sys.stdout.write(stdout)
+sys.stderr.write(stderr)
+sys.exit(status)
+"""
+
+
+@contextlib.contextmanager
+def commands_for_scripts(commands: dict[str, list[str]]) -> Iterator[Path]:
+    """Make a folder of commands for a shell script that run as `run_python` does: NAME does `python ARGUMENTS ...`."""
+    with tempfile.TemporaryDirectory(prefix="commands-") as name, Listener(f"{name}/socket") as listener:
+        folder = Path(name)
+        for command, first in commands.items():
+            text = COMMAND.format(python=sys.executable, address=listener.address, first=first)
+            (folder / command).write_text(text, encoding="utf-8")
+            (folder / command).chmod(0o700)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # until the listener is closed
+                while True:
+                    with listener.accept() as caller:
+                        arguments, where, environment = caller.recv()
+                        done = run_python(*arguments, folder=Path(where), environment=environment)
+                        caller.send((done.returncode, done.stdout, done.stderr))
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield folder
 
 
 def run_with_two_processes(script: Path, *arguments: object) -> str:

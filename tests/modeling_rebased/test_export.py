@@ -22,15 +22,30 @@ def make_mask(ids):
     return mask
 
 
-@pytest.mark.parametrize(("name", "masked"), [("mqar", False), ("based", False), ("every_type", True)])
-def test_export_with_a_dynamic_batch_and_length(name, masked):
-    model, ids = make_model(name), make_ids()
+# All kinds of layer and of position, in few layers: each of them takes seconds.
+CASES = [
+    ("every_type", {"layer_types": ["conv", "hybrid_sliding", "full_attention"], "num_hidden_layers": 3}, True),
+    (
+        "based",
+        {
+            "layer_types": ["conv", "linear_attention"],
+            "num_hidden_layers": 2,
+            "position_embedding_type": "learned",
+            "max_position_embeddings": 300,
+            "mlp_type": "none",
+        },
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "masked"), CASES)
+def test_export_with_a_dynamic_batch_and_length(name, changes, masked):
+    model, ids = make_model(name, **changes), make_ids()
     shape = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     inputs = {"input_ids": ids} | ({"attention_mask": make_mask(ids)} if masked else {})
     exported = torch.export.export(Logits(model), (), inputs, dynamic_shapes=dict.fromkeys(inputs, shape)).module()
     for batch, length in ((3, 1), (5, 40), (1, 300)):
-        if length > model.config.max_position_embeddings and model.config.position_embedding_type == "learned":
-            continue
         ids = torch.randint(1, 50, (batch, length))
         inputs = {"input_ids": ids} | ({"attention_mask": make_mask(ids)} if masked else {})
         kept = inputs.get("attention_mask", torch.ones_like(ids)).bool()
@@ -39,11 +54,11 @@ def test_export_with_a_dynamic_batch_and_length(name, masked):
         assert (actual - expected).norm() / expected.norm() < 1e-5
 
 
-@pytest.mark.parametrize(("name", "masked"), [("based", False), ("every_type", True)])
-def test_onnx_with_a_dynamic_batch_and_length(tmp_path, name, masked):
+@pytest.mark.parametrize(("name", "changes", "masked"), CASES)
+def test_onnx_with_a_dynamic_batch_and_length(tmp_path, name, changes, masked):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model, ids = make_model(name), make_ids()
+    model, ids = make_model(name, **changes), make_ids()
     shape = {0: Dim("batch"), 1: Dim("length")}
     inputs = {"input_ids": ids} | ({"attention_mask": make_mask(ids)} if masked else {})
     shapes = dict.fromkeys(inputs, shape)

@@ -35,12 +35,12 @@ sys.meta_path.insert(0, Blocker())
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] in ABSENT else find_spec(name, *args)
 
+import multiprocessing
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-folder, first, second, *names = sys.argv[1:]
-for name in names:
-    source, destination = (f"{folder}/{stage}/{name}" for stage in (first, second))
+
+def load_train_and_save(source, destination):
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
     ids = torch.load(source + "/ids.pt", weights_only=True)
@@ -63,6 +63,20 @@ for name in names:
     assert classifier.config.num_labels == 3
     torch.save(out, destination + "/out.pt")
     torch.save(ids, destination + "/ids.pt")
+
+
+def be_a_stranger(folder, first, second, names):
+    for name in names:
+        load_train_and_save(f"{folder}/{first}/{name}", f"{folder}/{second}/{name}")
+
+
+folder, *names = sys.argv[1:]
+for stages in (("source", "first"), ("first", "second")):
+    # A process of its own, which has imported what stands above and nothing else.
+    stranger = multiprocessing.get_context("fork").Process(target=be_a_stranger, args=(folder, *stages, names))
+    stranger.start()
+    stranger.join()
+    assert stranger.exitcode == 0, stages
 """
 
 
@@ -86,11 +100,10 @@ def strangers_work(tmp_path_factory):
     (folder / "stranger.py").write_text(STRANGER)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     environment["HF_MODULES_CACHE"] = str(folder / "modules")
-    for stages in (("source", "first"), ("first", "second")):
-        # A new interpreter: a forked process has imported what is to be absent.
-        command = [sys.executable, "stranger.py", str(folder), *stages, *STRANGERS_MODELS]
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-4000:]
+    # A new interpreter: what `run_python` forks has imported what is to be absent.
+    command = [sys.executable, "stranger.py", str(folder), *STRANGERS_MODELS]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
