@@ -159,12 +159,12 @@ def count_bytes(name: str, device: str, group: dist.ProcessGroup) -> dict[str, i
 KINDS = {"all_gather_ms": "AllGather", "all_reduce_ms": "AllReduce", "copy_ms": "Mem"}
 
 
-def profile_row(step: Callable[[], None], trace: Path | None) -> dict[str, Any]:
+def profile_row(step: Callable[[], None]) -> dict[str, Any]:
     """Return what a step consists of on this GPU, in milliseconds, by torch.profiler.
 
     `busy_ms` is the time in which at least one kernel runs, `compute_ms` that in which one other than a collective
     does. A collective also waits for the slower GPUs. `gap_ms` is the largest time without a kernel, and `gap_before`
-    the kernel that ends it. `trace` is where to write a trace for a browser.
+    the kernel that ends it.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -174,8 +174,6 @@ def profile_row(step: Callable[[], None], trace: Path | None) -> dict[str, Any]:
         host = 1e3 * (time.perf_counter() - start)
         torch.cuda.synchronize()
         wall = 1e3 * (time.perf_counter() - start)
-    if trace is not None:
-        profiler.export_chrome_trace(str(trace))
     kernels = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
@@ -237,7 +235,7 @@ def time_step(
         if profiled and on_gpu:
             if group is not None:
                 dist.barrier(group)
-            row = profile_row(step, None)
+            row = profile_row(step)
     figures = torch.tensor([statistics.median(times[2:]), statistics.median(of_host[2:]), gib], device=model.device)
     if group is not None:
         dist.all_reduce(figures, dist.ReduceOp.MAX, group=group)
@@ -283,8 +281,50 @@ def time_ring(name: str, length: int, checkpointing: bool, repeats: int) -> dict
     }
 
 
+def measure(
+    arguments: argparse.Namespace, gpus: int, shard: int, group: dist.ProcessGroup | None, received: dict[str, int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the rows of context_parallel.csv and profile.csv of a step with `shard` tokens on each of some GPUs.
+
+    Args:
+        arguments: the command line.
+        gpus, shard: numbers of GPUs, and of tokens per GPU.
+        group: these GPUs, `None` for one.
+        received: the bytes that a GPU receives (`count_bytes`).
+    """
+    on_gpu = torch.cuda.is_available()
+    checkpointing = shard >= arguments.checkpoint_from
+    model = load(arguments.config, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if arguments.compile:
+        torch.compiler.reset()
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    figures, profiled = time_step(model, gpus * shard, group, arguments.repeats, arguments.profile)
+    ms = figures["ms"]
+    row = {
+        "gpu": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "gpus": gpus,
+        "tokens_per_gpu": shard,
+        "tokens": gpus * shard,
+        "checkpointing": checkpointing,
+        "ms": ms,
+        "host_ms": figures["host_ms"],
+        "tokens_per_s": gpus * shard / ms * 1e3,
+        "us_per_token": 1e3 * ms / (gpus * shard),
+        "peak_gib": figures["peak_gib"],
+        **{key: received.get(key, 0) for key in ("state_bytes", "halo_bytes", "step_bytes")},
+    }
+    del model
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return row, profiled
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Make both tables and the picture."""
+    """Make the tables and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for the results")
     parser.add_argument("--config", default="150m-rebased", help="configuration of the model")
@@ -307,86 +347,46 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
-    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     rows: list[dict[str, Any]] = []
-
-    def write(table: list[dict[str, Any]], file: str) -> None:
-        if rank == 0 and arguments.output is not None:
-            write_csv(table, arguments.output / file)
-
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     profiles: list[dict[str, Any]] = []
+
+    def write(table: list[dict[str, Any]], file: str, new: list[dict[str, Any]]) -> None:
+        if rank == 0:
+            if arguments.output is not None:
+                write_csv(table, arguments.output / file)
+            for row in new:
+                print(
+                    "  ".join(f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                    flush=True,
+                )
+
     groups = {gpus: dist.new_group(range(gpus)) for gpus in arguments.gpus or _powers_of_two(processes)}
     for gpus, group in groups.items():
-        received: dict[str, int] = {}
-        if gpus > 1 and rank < gpus:
-            received = count_bytes(arguments.config, device, group)
+        received = count_bytes(arguments.config, device, group) if gpus > 1 and rank < gpus else {}
         for shard in arguments.shards:
             if rank < gpus:
-                model = load(arguments.config, device, dtype).train()
-                if shard >= arguments.checkpoint_from:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
-                if arguments.compile:
-                    torch.compiler.reset()
-                    for layer in model.model.layers:
-                        layer.compile(dynamic=False)
-                figures, profiled = time_step(
-                    model, gpus * shard, group if gpus > 1 else None, arguments.repeats, arguments.profile
-                )
-                ms = figures["ms"]
-                alone = next((row["ms"] for row in rows if row["tokens_per_gpu"] == shard), ms)
-                row = {
-                    "gpu": machine,
-                    "gpus": gpus,
-                    "tokens_per_gpu": shard,
-                    "tokens": gpus * shard,
-                    "checkpointing": shard >= arguments.checkpoint_from,
-                    "ms": ms,
-                    "host_ms": figures["host_ms"],
-                    "tokens_per_s": gpus * shard / ms * 1e3,
-                    "us_per_token": 1e3 * ms / (gpus * shard),
-                    "efficiency": alone / ms,
-                    "peak_gib": figures["peak_gib"],
-                    **{key: received.get(key, 0) for key in ("state_bytes", "halo_bytes", "step_bytes")},
-                }
-                rows.append(row)
-                write(rows, "context_parallel.csv")
-                if rank == 0:
-                    show(row)
+                row, profiled = measure(arguments, gpus, shard, group if gpus > 1 else None, received)
+                alone = next((other["ms"] for other in rows if other["tokens_per_gpu"] == shard), row["ms"])
+                rows.append({**row, "efficiency": alone / row["ms"]})
+                write(rows, "context_parallel.csv", rows[-1:])
                 if profiled:
                     every: list[Any] = [None] * gpus
-                    dist.all_gather_object(
-                        every, {"tokens_per_gpu": shard, "gpus": gpus, "rank": rank, **profiled}, group
-                    )
+                    own = {"tokens_per_gpu": shard, "gpus": gpus, "rank": rank, **profiled}
+                    dist.all_gather_object(every, own, group)
                     profiles += every
-                    write(profiles, "profile.csv")
-                    for row in every if rank == 0 else []:
-                        show(row)
-                del model
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
+                    write(profiles, "profile.csv", every)
             dist.barrier()
     rings: list[dict[str, Any]] = []
     for length in arguments.ring:
         checkpointing = length // processes >= arguments.checkpoint_from
         rings.append(time_ring(arguments.ring_config, length, checkpointing, repeats=1 if length <= 262144 else 0))
-        write(rings, "ring.csv")
-        if rank == 0:
-            show(rings[-1])
+        write(rings, "ring.csv", rings[-1:])
     if processes > 1 and arguments.checked_length:
         errors = error_rows(arguments.config, device, arguments.checked_length, dist.group.WORLD)
-        write(errors, "errors.csv")
-        for row in errors if rank == 0 else []:
-            show(row)
+        write(errors, "errors.csv", errors)
     if rank == 0 and arguments.output is not None and rows:
         plot_context_parallel(rows, rings, arguments.output / "context_parallel.png")
     dist.destroy_process_group()
-
-
-def show(row: dict[str, Any]) -> None:
-    """Print a row."""
-    print("  ".join(f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
 
 def _powers_of_two(most: int) -> list[int]:
