@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from modeling_rebased.triton_rebased import triton_unavailable_reason
+
 from .arguments import HelpFormatter, with_dashes
 from .recipe import Options
 
@@ -138,6 +140,10 @@ def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, exampl
     on_gpu = args.device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch finds no GPU here, --device cpu is possible")
+    if args.kernel_backend == "triton":
+        reason = triton_unavailable_reason(torch.device(args.device), torch.float32, 16, 16)
+        if reason is not None:
+            parser.error(f"--kernel-backend triton cannot run on --device {args.device}: {reason}")
     if args.batch_size > examples:
         parser.error(f"--batch-size {args.batch_size} is larger than --train-examples {examples}")
     _check_writable(parser, args)

@@ -44,6 +44,7 @@ from transformers.utils import logging
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.configuration import config_names, config_path
 from modeling_rebased.modeling_rebased import ReBasedRMSNorm
+from modeling_rebased.triton_rebased import triton_unavailable_reason
 
 from .arguments import command_line, parse_dataclasses
 from .byte_tokenizer import byte_tokenizer
@@ -234,6 +235,19 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
     return config
 
 
+def check_kernels(config: PreTrainedConfig, args: TrainingArguments) -> None:
+    """Refuse Triton's kernels where they cannot run, before anything is written.
+
+    Raises:
+        ValueError: the configuration's kernel_backend is "triton", which cannot run here.
+    """
+    if getattr(config, "kernel_backend", None) == "triton":
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        reason = triton_unavailable_reason(args.device, dtype, config.feature_dim, config.head_dim)
+        if reason is not None:
+            raise ValueError(f"--kernel_backend triton cannot run here: {reason}; auto or eager can")
+
+
 def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig, length: int) -> PreTrainedTokenizerBase:
     """Return the tokenizer, and put its special tokens into the configuration.
 
@@ -358,6 +372,7 @@ def _main(argv: list[str]) -> None:
             # The library would pass over a model that Liger does not know without a word.
             raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")
         config = load_config(model_args)
+        check_kernels(config, args)
         length = _own_length(config) if data_args.context_length is None else data_args.context_length
         tokenizer = load_tokenizer(model_args, config, length)
         with args.main_process_first(desc="tokenizing"):

@@ -231,9 +231,11 @@ def test_an_unknown_or_impossible_argument_is_an_error_with_a_short_usage(
         (("--context_length", "0"), "--context_length is 0; it must be at least 2"),
         (("--tokenizer", "./nowhere"), "--tokenizer ./nowhere gives no tokenizer"),
         (("--output_dir", __file__), "--output_dir .* is a file"),
+        (("--kernel_backend", "triton"), "--kernel_backend triton cannot run here: no GPU"),
     ],
 )
-def test_a_path_or_length_that_cannot_be_used_is_an_error(recipe, tmp_path, arguments, message):
+def test_a_path_length_or_backend_that_cannot_be_used_is_an_error(recipe, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(train_lm, "triton_unavailable_reason", lambda *given: "no GPU")
     with pytest.raises(SystemExit, match=f"rebased-train: error: {message}"):
         train_lm.main([str(recipe), "--output_dir", str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()

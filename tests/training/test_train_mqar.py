@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modeling_rebased.eval.tasks import tasks_path
-from modeling_rebased.training import fast_loop, mqar, mqar_checkpoint, mqar_speed, train_mqar
+from modeling_rebased.training import fast_loop, mqar, mqar_checkpoint, mqar_speed, sweep_arguments, train_mqar
 from modeling_rebased.training import sweep as sweep_module
 from modeling_rebased.training.arguments import with_dashes
 from modeling_rebased.training.fast_loop import FastTrainer
@@ -322,7 +322,7 @@ def test_floor_counts_a_layer_by_hand():
     assert floor["bytes"] == 10 * 32 * (5 * 24 + 384 + 2 * inner)
 
 
-def test_the_laptop_preset_is_a_default_that_arguments_change(tmp_path, capsys):
+def test_the_laptop_preset_is_a_default_that_arguments_change(tmp_path, capsys, monkeypatch):
     output = ["--output", str(tmp_path / "r.jsonl"), "--device", "cpu"]
     (run,), _, _ = train_mqar.parse(["--preset", "laptop", *output])
     assert (run.length, run.pairs, run.vocab_size, run.lr, run.batch_size, run.stop_at) == (32, 4, 128, 1e-2, 64, 0.99)
@@ -334,6 +334,10 @@ def test_the_laptop_preset_is_a_default_that_arguments_change(tmp_path, capsys):
         train_mqar.parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "of the data (default: 0)" in said and "rates (default: 0.0005,0.001,0.003,0.01)" in said
+    monkeypatch.setattr(sweep_arguments, "triton_unavailable_reason", lambda *given: "no GPU")
+    with pytest.raises(SystemExit, match="2"):
+        train_mqar.parse(["--kernel-backend", "triton", *output])
+    assert "--kernel-backend triton cannot run on --device cpu: no GPU" in capsys.readouterr().err
     for wrong, message in (("--pres laptop", "unrecognized arguments: --pres"), ("--race 64", "--race is 64")):
         with pytest.raises(SystemExit, match="2"):
             train_mqar.parse([*wrong.split(), *output])
