@@ -44,7 +44,11 @@ prepare_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` or `multi_gpu`, with the reason, where torch sees no GPU or only one."""
+    """Skip tests marked `gpu` or `multi_gpu`, with the reason, where torch sees no GPU or only one.
+
+    The longest test goes first: as the last one, it would keep one process busy while the others have ended.
+    """
+    items.sort(key=lambda item: item.name != "test_kernels_compile")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for mark, least, reason in (
         ("gpu", 1, "needs an NVIDIA GPU, torch.cuda.is_available() is False"),

@@ -22,31 +22,34 @@ class Blocker:
         if name.split(".")[0] in ("modeling_rebased", "transformers", "huggingface_hub"):
             raise ModuleNotFoundError(name)
 
-folder, inputs, outputs, how = sys.argv[1:]
-if how == "kernels":
+folder, inputs, outputs, *names = sys.argv[1:]
+packages = []
+if names == ["kernels"]:
     from pathlib import Path
 
     import kernels
 
     sys.meta_path.insert(0, Blocker())
-    package = kernels.get_local_kernel(Path(folder))
+    packages.append(kernels.get_local_kernel(Path(folder)))
 else:
     sys.meta_path.insert(0, Blocker())
     import importlib.util
 
-    path = f"{folder}/build/torch-{how}/__init__.py"
-    spec = importlib.util.spec_from_file_location("rebased_test", path)
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["rebased_test"] = package
-    spec.loader.exec_module(package)
+    for name in names:
+        path = f"{folder}/build/torch-{name}/__init__.py"
+        spec = importlib.util.spec_from_file_location(f"rebased_{name}", path)
+        packages.append(importlib.util.module_from_spec(spec))
+        sys.modules[f"rebased_{name}"] = packages[-1]
+        spec.loader.exec_module(packages[-1])
 
 import torch
 
 found = []
-for q, k, v, options in torch.load(inputs):
-    o, state = package.rebased_attention(q[:, :-1], k[:, :-1], v[:, :-1], output_final_state=True, **options)
-    last = package.rebased_attention_decode(q[:, -1:], k[:, -1:], v[:, -1:], state, **options)
-    found.append((o, last, state))
+for package in packages:
+    for q, k, v, options in torch.load(inputs):
+        o, state = package.rebased_attention(q[:, :-1], k[:, :-1], v[:, :-1], output_final_state=True, **options)
+        last = package.rebased_attention_decode(q[:, -1:], k[:, -1:], v[:, -1:], state, **options)
+        found.append((o, last, state))
 torch.save(found, outputs)
 """
 
@@ -58,20 +61,20 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("how", [*BACKENDS, "kernels"])
-def test_same_numbers_without_this_package(how, folder, tmp_path):
-    if how == "kernels":
+@pytest.mark.parametrize("names", [list(BACKENDS), ["kernels"]], ids=["as it is", "by the library"])
+def test_same_numbers_without_this_package(names, folder, tmp_path):
+    if names == ["kernels"]:
         pytest.importorskip("kernels", reason="the kernels library is not installed")
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 30, 4, 5), torch.randn(2, 30, 2, 5), torch.randn(2, 30, 2, 10)
     kernels = [{"coefficients": coefficients, "backend": "eager"} for coefficients in ((0, 0, 1), (1, 1, 0.5))]
     torch.save([(q, k, v, options) for options in kernels], tmp_path / "inputs.pt")
-    arguments = [str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt"), how]
+    arguments = [str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt"), *names]
     done = subprocess.run(
         [sys.executable, "-c", LOAD, *arguments], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for options, (o, last, state) in zip(kernels, torch.load(tmp_path / "outputs.pt"), strict=True):
+    for options, (o, last, state) in zip(kernels * len(names), torch.load(tmp_path / "outputs.pt"), strict=True):
         before, token = [x[:, :-1] for x in (q, k, v)], [x[:, -1:] for x in (q, k, v)]
         expected, expected_state = rebased_attention(*before, output_final_state=True, **options)
         expected_last = rebased_attention_decode(*token, expected_state, **options)

@@ -13,7 +13,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "eval" / "results"
 
 
 def tick_labels(figure) -> list[str]:
-    figure.canvas.draw()
+    """The labels of a figure that has been saved, and so drawn."""
     lines = [line for axis in figure.axes for line in (axis.xaxis, axis.yaxis)]
     return [label.get_text() for line in lines for label in line.get_ticklabels(which="both") if label.get_text()]
 
