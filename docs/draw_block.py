@@ -15,7 +15,7 @@ COLORS = {"plain": "#f5f7fa", "norm": "#e3e8ef", "mixer": "#ffe3c2", "mlp": "#d5
 
 
 class Column:
-    """A column of boxes, bottom to top, in the order data flows. Heights count from `bottom`."""
+    """Draw a column of boxes, bottom to top, in the order data flows. Heights count from `bottom`."""
 
     def __init__(self, ax: plt.Axes, x: float, bottom: float, title: str, remark: str = "") -> None:
         self.ax, self.x, self.bottom = ax, x, bottom

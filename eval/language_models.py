@@ -69,7 +69,7 @@ def count_in_shards(shards: Iterable[np.ndarray], bigrams: np.ndarray, vocab_siz
 
 
 class Domains:
-    """The held-out documents of each domain, as tokens.
+    """Hold the held-out documents of each domain, as tokens.
 
     Args:
         folder: holds DOMAIN.jsonl for each domain.

@@ -65,7 +65,7 @@ PAPER_GOAL = 0.99  # the accuracy at which the authors stop a run
 
 @dataclass
 class Cell:
-    """The results of one model at one length and hidden size."""
+    """Hold the results of one model at one length and hidden size."""
 
     model: str
     length: int
@@ -200,7 +200,7 @@ def markdown(found: list[Cell]) -> str:
 
 @dataclass
 class Difference:
-    """The mean of one sample less that of another, with Welch's 95% interval and the p value of no difference."""
+    """Hold the mean of one sample less that of another, with Welch's 95% interval and the p value of no difference."""
 
     mean: float
     low: float

@@ -15,7 +15,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "proj", "in_proj", "out_proj"
 
 
 class Blocks(Dataset):
-    """A text as blocks of `length` tokens, which are also their own labels: the model shifts them by itself."""
+    """Cut a text into blocks of `length` tokens, which are also their own labels: the model shifts them."""
 
     def __init__(self, token_ids: list[int], length: int):
         self.rows = [token_ids[i : i + length] for i in range(0, len(token_ids) - length + 1, length)]

@@ -33,13 +33,13 @@ POOL_GIB = 4
 
 
 def make_prompts(requests: int, longest: int) -> list[list[int]]:
-    """Random bytes of printable ASCII, of lengths between 1 and `longest` tokens."""
+    """Return random bytes of printable ASCII, of lengths between 1 and `longest` tokens."""
     rng = random.Random(0)
     return [[rng.randrange(32, 127) for _ in range(rng.randint(1, longest))] for _ in range(requests)]
 
 
 def run_vllm(model: str, prompts: list[list[int]], new_tokens: int) -> list[float]:
-    """Seconds of three runs of all prompts, after one that is not counted."""
+    """Return the seconds of three runs of all prompts, after one that is not counted."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(model, dtype="float32", enforce_eager=True, enable_prefix_caching=False, max_num_seqs=len(prompts))
@@ -55,7 +55,7 @@ def run_vllm(model: str, prompts: list[list[int]], new_tokens: int) -> list[floa
 
 
 def run_transformers(model: str, prompts: list[list[int]], new_tokens: int) -> list[float]:
-    """Seconds of three runs of all prompts as one batch, padded on the left, after one that is not counted."""
+    """Return the seconds of three runs of all prompts as one left-padded batch, after one that is not counted."""
     import torch
 
     from modeling_rebased import ReBasedForCausalLM
@@ -75,7 +75,7 @@ def run_transformers(model: str, prompts: list[list[int]], new_tokens: int) -> l
 
 
 def in_process(function: str, *arguments: Any, pool_gib: int = 1, threads: int = 1) -> Any:
-    """The result of a function of this file in a process of its own."""
+    """Return the result of a function of this file, called in a process of its own."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_KVCACHE_SPACE": str(pool_gib),
@@ -124,7 +124,7 @@ def speed(arguments: argparse.Namespace) -> None:
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -132,7 +132,7 @@ def cpu_name() -> str:
 
 
 def concurrencies(pool_gib: int) -> list[dict[str, Any]]:
-    """How many requests of each length fit into the pool, as vLLM logs it when it starts."""
+    """Return how many requests of each length fit into the pool, as vLLM logs it when it starts."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

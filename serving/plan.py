@@ -1,4 +1,4 @@
-"""What a request keeps in memory while it is served, as shapes and in bytes. Needs no vLLM.
+"""Say what a request keeps in memory while it is served, as shapes and in bytes. This needs no vLLM.
 
 vLLM gives every layer with a memory pages of one size. A convolution's memory is some hundred times smaller than that
 of a linear layer, so a page of its own would be nearly empty. Here each linear layer's page also holds the memories of
@@ -15,7 +15,7 @@ from modeling_rebased.configuration_rebased import ReBasedConfig
 
 @dataclass(frozen=True)
 class StatePages:
-    """Where the layers keep their states.
+    """Say where the layers keep their states.
 
     Args:
         owners (`list[int]`): the index of the layer that names each page.

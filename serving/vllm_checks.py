@@ -1,4 +1,4 @@
-"""What vLLM cannot serve, refused by name before anything is loaded."""
+"""Refuse by name what vLLM cannot serve, before anything is loaded."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those of which vLLM and 
 
 
 class ReBasedServingChecks(VerifyAndUpdateConfig):
-    """vLLM's hooks on the configuration of a model of ours."""
+    """Check the configuration of a model of this package where vLLM asks for it."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:

@@ -51,19 +51,19 @@ from .vllm_states import (
 
 
 def build_norm(config: ReBasedConfig) -> nn.Module:
-    """The norm of the residual stream."""
+    """Return a norm of the residual stream."""
     norm = nn.LayerNorm if config.norm_type == "layernorm" else RMSNorm
     return norm(config.hidden_size, eps=config.norm_eps)
 
 
 def own_share(x: torch.Tensor) -> torch.Tensor:
-    """This process' part of the last dimension."""
+    """Return this process' part of the last dimension."""
     size = x.shape[-1] // get_tensor_model_parallel_world_size()
     return x.narrow(-1, get_tensor_model_parallel_rank() * size, size)
 
 
 class ReBasedShortConv(nn.Module):
-    """conv(u) * (W u + b) + u, by channels."""
+    """Compute conv(u) * (W u + b) + u, by channels."""
 
     def __init__(self, vllm_config: VllmConfig, page: StatePage, place: int, prefix: str):
         super().__init__()
@@ -83,7 +83,7 @@ class ReBasedShortConv(nn.Module):
 
 
 class ReBasedGatedConv(nn.Module):
-    """W_o (silu(conv(u_1)) * u_2) + b_o with u_1, u_2 = W_i u + b_i."""
+    """Compute W_o (silu(conv(u_1)) * u_2) + b_o with u_1, u_2 = W_i u + b_i."""
 
     def __init__(self, vllm_config: VllmConfig, page: StatePage, place: int, prefix: str):
         super().__init__()
@@ -115,7 +115,7 @@ def build_conv(size: int, config: ReBasedConfig, page: StatePage, place: int, pr
 
 
 class ReBasedLinearAttention(nn.Module):
-    """Linear attention with the configured kernel: ReBased's or Based's."""
+    """Compute linear attention with the configured kernel: ReBased's or Based's."""
 
     def __init__(self, vllm_config: VllmConfig, page: StatePage, layer_idx: int, prefix: str):
         super().__init__()
@@ -179,7 +179,7 @@ class ReBasedLinearAttention(nn.Module):
 
 
 class ReBasedSoftmaxCore(nn.Module):
-    """What softmax layers and softmax windows share: norms and rotation of queries and keys, and vLLM's attention."""
+    """Hold what softmax layers and windows share: norms and rotation of queries and keys, and vLLM's attention."""
 
     def __init__(self, vllm_config: VllmConfig, heads: int, kv_heads: int, window: int | None, prefix: str):
         super().__init__()
@@ -226,7 +226,7 @@ def build_softmax_qk_norms(config: ReBasedConfig) -> tuple[nn.Module | None, nn.
 
 
 class ReBasedSoftmaxAttention(nn.Module):
-    """Softmax attention, over all tokens or over a window."""
+    """Compute softmax attention, over all tokens or over a window."""
 
     def __init__(self, vllm_config: VllmConfig, layer_idx: int, prefix: str):
         super().__init__()
@@ -262,7 +262,7 @@ class ReBasedSoftmaxAttention(nn.Module):
 
 
 class ReBasedHybridAttention(ReBasedLinearAttention):
-    """ReBased over the whole past and softmax over a window, of the same values, mixed head by head."""
+    """Mix ReBased over the whole past and softmax over a window, of the same values, head by head."""
 
     def __init__(self, vllm_config: VllmConfig, page: StatePage, layer_idx: int, prefix: str):
         super().__init__(vllm_config, page, layer_idx, prefix)
@@ -293,7 +293,7 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
 
 
 class ReBasedMLP(nn.Module):
-    """down(act(up(x))), or with `mlp_type="swiglu"` down(act(gate(x)) * up(x))."""
+    """Compute down(act(up(x))), or with `mlp_type="swiglu"` down(act(gate(x)) * up(x))."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -329,7 +329,7 @@ class ReBasedMLP(nn.Module):
 
 
 class ReBasedDecoderLayer(nn.Module):
-    """x = x + mixer(norm(x)); x = x + mlp(norm(x)). With mlp_type "none" the latter is x + norm(x)."""
+    """Compute x = x + mixer(norm(x)); x = x + mlp(norm(x)). With mlp_type "none" the latter is x + norm(x)."""
 
     def __init__(self, vllm_config: VllmConfig, pages: list[StatePage], layer_idx: int, prefix: str):
         super().__init__()
@@ -358,7 +358,7 @@ class ReBasedDecoderLayer(nn.Module):
 
 @support_torch_compile
 class ReBasedModel(nn.Module):
-    """Token ids to the last hidden states."""
+    """Map token ids to the last hidden states."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -395,7 +395,7 @@ class ReBasedModel(nn.Module):
 
 
 class ReBasedForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsQuant):
-    """ReBased with a language-modelling head, as vLLM runs it."""
+    """Add a language-modelling head to ReBased, as vLLM runs it."""
 
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -405,22 +405,22 @@ class ReBasedForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsQuant):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the states in one page, the same for every page."""
+        """Return the shapes of the states in one page, the same for every page."""
         parallel = vllm_config.parallel_config.tensor_parallel_size
         return vllm_state_shapes(vllm_config.model_config.hf_config, parallel)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        """Their dtypes."""
+        """Return the dtypes of these states."""
         parallel, model = vllm_config.parallel_config.tensor_parallel_size, vllm_config.model_config
         return tuple(state_dtypes(model.hf_config, model.dtype, parallel))
 
     def get_mamba_state_copy_func(self) -> tuple[MambaStateCopyFunc, ...]:
-        """How prefix caching copies each of them."""
+        """Return how prefix caching copies each of these states."""
         return state_copy_functions(self.config)
 
     def get_mamba_state_copy_funcs(self, mamba_types: set[MambaAttentionBackendEnum]) -> MambaStateCopyFuncsByType:
-        """The same, by kind of page; there is one kind."""
+        """Return how prefix caching copies states, by kind of page; there is one kind."""
         return {mamba_type: self.get_mamba_state_copy_func() for mamba_type in mamba_types}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):

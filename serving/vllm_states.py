@@ -33,18 +33,18 @@ from .plan import state_dtypes, state_shapes
 
 
 def vllm_state_shapes(config: ReBasedConfig, tensor_parallel: int) -> tuple[tuple[int, ...], ...]:
-    """`state_shapes`, the convolutions' in the order of dimensions that vLLM is set to."""
+    """Return `state_shapes`, the convolutions' in the order of dimensions that vLLM is set to."""
     shapes = state_shapes(config, tensor_parallel)
     return tuple(shape[::-1] if len(shape) == 2 and is_conv_state_dim_first() else shape for shape in shapes)
 
 
 def state_copy_functions(config: ReBasedConfig) -> tuple[MambaStateCopyFunc, ...]:
-    """How prefix caching copies each state of a page."""
+    """Return how prefix caching copies each state of a page."""
     return tuple(get_temporal_copy_spec if len(shape) == 3 else get_conv_copy_spec for shape in state_shapes(config))
 
 
 class StatePage(nn.Module, MambaBase):
-    """The states of a linear layer and of some convolutions, or of one convolution: see `state_pages`."""
+    """Hold the states of a linear layer and of some convolutions, or of one convolution: see `state_pages`."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -67,17 +67,17 @@ class StatePage(nn.Module, MambaBase):
 
     @property
     def metadata(self) -> ShortConvAttentionMetadata | None:
-        """The batch at hand; `None` in runs that only measure memory."""
+        """Return the batch at hand; `None` in runs that only measure memory."""
         metadata = get_forward_context().attn_metadata
         return metadata.get(self.prefix) if metadata is not None else None
 
     @property
     def linear_states(self) -> torch.Tensor:
-        """float32 [slots, H_kv, n_features, D + 1], strided over slots."""
+        """Return the states of the linear layer, float32 [slots, H_kv, n_features, D + 1], strided over slots."""
         return self.kv_cache[0]
 
     def conv_states(self, place: int) -> torch.Tensor:
-        """[slots, channels, conv_kernel_size - 1], strided."""
+        """Return the states of the convolutions, [slots, channels, conv_kernel_size - 1], strided."""
         state = self.kv_cache[len(self.kv_cache) - 1 - place]
         return state if is_conv_state_dim_first() else state.transpose(-1, -2)
 
@@ -91,7 +91,7 @@ def register_layer(prefix: str, layer: nn.Module) -> None:
 
 
 class LinearAttentionStates(nn.Module):
-    """ReBased attention of a packed batch, continuing from each request's state and updating it.
+    """Compute ReBased attention of a packed batch, from each request's state on, and update the states.
 
     Args:
         config (`ReBasedConfig`): gives the kernel and its epsilon.
@@ -157,7 +157,7 @@ class LinearAttentionStates(nn.Module):
 
 
 class ShortConvStates(nn.Module):
-    """A depthwise causal convolution of a packed batch, by vLLM's kernels, as its ShortConv calls them.
+    """Compute a depthwise causal convolution of a packed batch, by vLLM's kernels, as its ShortConv calls them.
 
     Args:
         channels (`int`): of this process.
@@ -213,7 +213,7 @@ class ShortConvStates(nn.Module):
 
 
 def conv_functions():
-    """vLLM's convolution of packed prompts and its one of single tokens, for this machine."""
+    """Return vLLM's convolution of packed prompts and its one of single tokens, for this machine."""
     if not current_platform.is_cpu():
         from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 

@@ -95,7 +95,7 @@ def with_dashes(argv: Sequence[str] | None = None) -> list[str]:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after each option, and the description as it was written."""
+    """Show the default of each option, and the description as it was written."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # the library adds each option with dashes in its name too

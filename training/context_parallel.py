@@ -20,7 +20,7 @@ from modeling_rebased import shard_sequence
 
 
 class ContextParallelTrainer(Trainer):
-    """A Trainer in which accelerate's `cp_size` works for ReBased models. With a `cp_size` of 1 it is the library's.
+    """Train as the library does, with accelerate's `cp_size` for ReBased models.
 
     Raises:
         ValueError: `cp_size` is above 1, and the model has softmax layers, the loss is smoothed, or there are metrics.

@@ -47,7 +47,7 @@ def latest_complete_checkpoint(output_dir: str | os.PathLike, processes: int = 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that this launch cannot go on from."""
+    """Signal a checkpoint that this launch cannot go on from."""
 
 
 def train_from(trainer: Trainer, checkpoint: str | None) -> None:
@@ -92,7 +92,7 @@ def weights_identity(folder: str | os.PathLike) -> str:
 
 
 class RunRecord:
-    """What decides a run's result, kept in its folder.
+    """Keep what decides a run's result in its folder.
 
     Args:
         output_dir: the run's folder.

@@ -185,7 +185,7 @@ def map_shards(folder: str | os.PathLike, index: dict[str, Any]) -> list[np.ndar
 
 
 class JoinedArrays:
-    """Several vectors that are read as one, without a copy of them all.
+    """Read several vectors as one, without a copy of them all.
 
     Args:
         parts: vectors of numbers.

@@ -92,7 +92,7 @@ def read_token_ids(path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) 
 
 
 class TokenBlocks(torch.utils.data.Dataset):
-    """The tokens of some files as consecutive blocks of one length, without remainder.
+    """Give the tokens of some files as consecutive blocks of one length, without remainder.
 
     Item: {"input_ids": [length], "labels": [length]}, int64. The model itself shifts the labels by one.
 

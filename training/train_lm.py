@@ -70,7 +70,7 @@ NOT_OF_THE_MODEL = ("architectures", "auto_map", "dtype", "kernel_backend", "tra
 
 @dataclass
 class ModelArguments:
-    """What is trained."""
+    """Say what is trained."""
 
     config: str | None = field(
         default=None,
@@ -96,7 +96,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """Say what it is trained on."""
 
     train_file: list[str] = field(
         metadata={
@@ -112,7 +112,7 @@ class DataArguments:
 
 @dataclass
 class LMTrainingArguments(TrainingArguments):
-    """transformers' arguments, with defaults that suit a small language model."""
+    """Hold the arguments of transformers, with defaults that suit a small language model."""
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
@@ -327,7 +327,7 @@ def narrow_activations(model: PreTrainedModel) -> None:
 
 
 class LMTrainer(ContextParallelTrainer):
-    """A Trainer that also reports bits per byte, which compares models whatever their tokenizers.
+    """Train as the library does, and report bits per byte, which compare models whatever their tokenizers.
 
     With `label_smoothing_factor` only the training loss is smoothed, so that the evaluation stays one in bits.
     """

@@ -43,7 +43,7 @@ CHUNK = 5_000
 
 @dataclass(frozen=True)
 class Story:
-    """One story.
+    """Hold one story.
 
     Attributes:
         plot: the name of its plot.
@@ -64,7 +64,7 @@ class Story:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a plot.
+    """Hold one step of a plot.
 
     Attributes:
         choices: its wordings.
