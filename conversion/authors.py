@@ -445,6 +445,7 @@ def check_authors_have(config: ReBasedConfig) -> None:
             ("num_key_value_heads", config.num_key_value_heads, [config.num_attention_heads]),
             ("head_dim", config.head_dim, [config.hidden_size // config.num_attention_heads]),
             ("attention_bias", config.attention_bias, [False]),
+            ("decay", config.decay, [None]),
             ("kernel_coefficients", config.coefficients, [kernels[config.kernel]]),
         ]
         if config.normalize or learnt:

@@ -163,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="whether linear queries and keys are rotated by position (default: where that is possible)",
     )
+    command.add_argument(
+        "--decay", choices=["gate"], help="let linear layers learn to forget, by a gate that starts open"
+    )
     command.add_argument("--fit", nargs="+", metavar="TEXT", help="texts to fit the linear layers to, layer by layer")
     command.add_argument("--fit-tokens", type=int, default=32768, help="tokens of them that are used (default: 32768)")
 

@@ -17,7 +17,7 @@ from .report import ConversionError
 
 
 # What stage "transfer" trains, of the linear layers.
-TRANSFERRED = ("q_proj.", "k_proj.", "q_norm.", "k_norm.", "gate")
+TRANSFERRED = ("q_proj.", "k_proj.", "q_norm.", "k_norm.", "gate", "decay_proj.")
 
 
 class AttentionTap:

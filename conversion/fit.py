@@ -1,9 +1,9 @@
 """Fit the linear layers of a started model to the attention of its teacher, one layer after another, without training.
 
 Each layer is a regression of its own: the inputs are the teacher's, and the target is the output of the teacher's
-attention. What is fitted is what stage "transfer" of `distill` trains: queries, keys, their norms and the gate. The
-text is small enough for every step to see all of it, so a quasi-Newton method (L-BFGS) can be used, which needs no
-learning rate.
+attention. What is fitted is what stage "transfer" of `distill` trains: queries, keys, their norms, the gate, and the
+decay if there is one. The text is small enough for every step to see all of it, so a quasi-Newton method (L-BFGS) can
+be used, which needs no learning rate.
 """
 
 from typing import Any

@@ -408,6 +408,7 @@ def check_fla_has(config: ReBasedConfig, layers: range, whole: bool) -> None:
         ("num_key_value_heads", config.num_key_value_heads, [config.num_attention_heads]),
         ("head_dim", config.head_dim, [config.hidden_size // config.num_attention_heads]),
         ("attention_bias", config.attention_bias, [False]),
+        ("decay", config.decay, [None]),
         ("rope_linear_attention", config.rope_linear_attention, [False]),
     ]
     if config.normalize:

@@ -4,10 +4,11 @@ What is copied is copied bit for bit. The queries and keys of the linear layers 
 softmax that they replace. `distill.py` then trains the model.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
+from modeling_rebased.modeling_rebased import GATE_MEMORY
 from modeling_rebased.training.text import TokenBlocks
 
 from .distill_trainer import TRANSFERRED
@@ -44,6 +46,7 @@ def linearize(
     feature_dim: int | None = None,
     window: int = 64,
     rotate: bool | None = None,
+    decay: Literal["gate"] | None = None,
     fit: Sequence[str | os.PathLike] | None = None,
     fit_tokens: int = 32768,
     overwrite: bool = False,
@@ -73,6 +76,8 @@ def linearize(
         window: number of tokens that the window sees.
         rotate: whether queries and keys of the linear layers are rotated by position, as in the original model. By
             default they are if its rotary embedding is of the plain kind and `feature_dim` divides its head_dim.
+        decay: "gate" lets every head of the linear layers forget (the configuration's `decay`). The gate starts the
+            same for every token, so that a token keeps 1 / e of its weight after GATE_MEMORY tokens.
         fit: text files, `.npy` files of token ids or folders of shards, to which the linear layers are fitted
             (fit.py). It takes a GPU if there is one.
         fit_tokens: how many tokens of the text are used, in rows of 512 that are spread over it.
@@ -101,7 +106,9 @@ def linearize(
     types = layer_types(theirs, layers)
     if is_gguf and theirs.model_type in FAMILY:
         check_gguf(Path(source), theirs)
-    config = student_config(theirs, types, feature_dim, window, rotate)
+    if decay is not None and not set(types) & set(LINEAR_LAYER_TYPES):
+        raise ConversionError(f"--decay {decay} has no place: with --layers {layers!r} no layer is linear.")
+    config = student_config(theirs, types, feature_dim, window, rotate, decay)
     dtype = torch.float32 if is_gguf else "auto"
     teacher = load_model(
         AutoModelForCausalLM, folder, f"SOURCE {str(source)!r}", config=theirs, dtype=dtype, **options
@@ -130,7 +137,7 @@ def linearize(
             raise ConversionError("--fit needs a tokenizer, and SOURCE has none that can be loaded.")
         ids = _rows_to_fit(fit, tokens, fit_tokens)
         report.notes.append(
-            f"queries, keys, norms and gates are fitted to the teacher's attention on {ids.numel()} tokens"
+            f"queries, keys, norms, gates and decays are fitted to the teacher's attention on {ids.numel()} tokens"
         )
         if not dry_run:
             state = _fitted(teacher, config, state, ids, report)
@@ -192,7 +199,12 @@ def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:
 
 
 def student_config(
-    theirs: PreTrainedConfig, types: list[str], feature_dim: int | None, window: int, rotate: bool | None
+    theirs: PreTrainedConfig,
+    types: list[str],
+    feature_dim: int | None,
+    window: int,
+    rotate: bool | None,
+    decay: str | None = None,
 ) -> ReBasedConfig:
     """Return the configuration of the ReBased model that starts from a model of configuration `theirs`.
 
@@ -223,6 +235,7 @@ def student_config(
         **dict.fromkeys(("kernel_coefficients", "normalize", "use_gamma", "use_beta")),  # as the kernel has them
         "qk_norm_scope": "head",
         "qk_norm_shared": False,
+        "decay": decay,
         "attention_eps": 1e-5,
         "rope_linear_attention": bool(linear) and (can if rotate is None else rotate),
         "sliding_window": window,
@@ -304,6 +317,10 @@ def initial_state(teacher: State, config: ReBasedConfig, report: Report) -> Stat
         elif linear and part == "gate":
             state[name] = torch.zeros(shape, dtype=like.dtype)
             report.map("- (0: an even mixture)", state[name], name)
+        elif linear and part.startswith("decay_proj"):
+            start = math.log(GATE_MEMORY) if part.endswith("bias") else 0.0
+            state[name] = torch.full(shape, start, dtype=like.dtype)
+            report.map("- (a gate that hardly forgets)", state[name], name)
         elif linear and part.startswith(("q_proj", "k_proj")):
             if i not in reduced:
                 reduced.clear()

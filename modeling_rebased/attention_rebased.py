@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .configuration_rebased import MAX_FEATURE_DIM, MAX_HEAD_DIM, n_features
-from .eager_rebased import computation_dtype, eager_rebased_attention, eager_rebased_decode
+from .eager_rebased import computation_dtype, eager_rebased_attention, eager_rebased_decode, is_plain
 from .triton_rebased import triton_rebased_attention, triton_rebased_decode, triton_unavailable_reason
 
 
@@ -148,7 +148,7 @@ def _check_decay(
             f"`log_decay` must be floating point [batch, tokens, kv heads] = {shape}, but it is {log_decay.dtype} "
             f"{tuple(log_decay.shape)}."
         )
-    if _is_readable(log_decay) and not ((log_decay <= 0) & log_decay.isfinite()).all():
+    if _is_readable(log_decay) and is_plain(log_decay) and not ((log_decay <= 0) & log_decay.isfinite()).all():
         raise ValueError("`log_decay` must be finite and at most 0 everywhere, but it is not.")
     log_decay = log_decay.to(dtype)
     return log_decay if attention_mask is None else log_decay.where(attention_mask[..., None], 0.0)

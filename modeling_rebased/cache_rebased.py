@@ -89,13 +89,13 @@ class RollbackLayer:
     """What lets a recurrent layer of a cache take back its last tokens, for assisted generation.
 
     A recurrent state cannot forget. So while the layer records, it keeps the state before the first token since the
-    last `crop`, and what each token since then brought: its key and value, or the convolution's inputs. `crop` makes
-    the state of the tokens that stay from these. `make_croppable` puts this class before the library's own.
+    last `crop`, and what each token since then brought: its key, value and decay, or the convolution's inputs. `crop`
+    makes the state of the tokens that stay from these. `make_croppable` puts this class before the library's own.
     """
 
     is_croppable = True
     before: torch.Tensor | None = None
-    updates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    updates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
     options: dict[str, Any]
     inputs: torch.Tensor | None = None
 
@@ -106,7 +106,8 @@ class RollbackLayer:
         removed = -tokens_to_remove
         if removed > 0 and self.updates:
             keys, values = (torch.cat([update[i] for update in self.updates], dim=1) for i in (0, 1))
-            masks = [k.new_ones(k.shape[:2]) if mask is None else mask for k, _, mask in self.updates]
+            masks = [k.new_ones(k.shape[:2]) if mask is None else mask for k, _, mask, _ in self.updates]
+            decays = [decay for *_, decay in self.updates if decay is not None]
             kept = keys.shape[1] - removed
             if kept == 0:
                 self.recurrent_states[0].copy_(self.before) if self.before is not None else self.reset()
@@ -117,6 +118,7 @@ class RollbackLayer:
                     keys[:, :kept],
                     values[:, :kept],
                     attention_mask=torch.cat(masks, dim=1)[:, :kept],
+                    log_decay=torch.cat(decays, dim=1)[:, :kept] if decays else None,
                     initial_state=self.before,
                     output_final_state=True,
                     **self.options,
@@ -136,6 +138,7 @@ def record_recurrence(
     k: torch.Tensor,
     v: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    log_decay: torch.Tensor | None,
     options: dict[str, Any],
 ) -> None:
     """Keep what tokens are about to bring to a recurrent state, if the layer records its past.
@@ -145,6 +148,7 @@ def record_recurrence(
         layer_idx (`int`): the layer.
         k, v (`torch.Tensor`): [B, T, H_kv, F] and [B, T, H_kv, D].
         attention_mask (`torch.Tensor`, *optional*): [B, T], 0 at padding.
+        log_decay (`torch.Tensor`, *optional*): [B, T, H_kv].
         options (`dict[str, Any]`): the other arguments of `rebased_attention`.
     """
     layer = cache.layers[layer_idx]
@@ -153,7 +157,7 @@ def record_recurrence(
     if not layer.updates:
         state = recurrent_state(cache, layer_idx)
         layer.before, layer.options = None if state is None else state.clone(), options
-    layer.updates.append((k, v, attention_mask))
+    layer.updates.append((k, v, attention_mask, log_decay))
 
 
 def record_inputs(cache: Cache, layer_idx: int, window: torch.Tensor, length: int) -> None:

@@ -134,6 +134,10 @@ class ReBasedConfig(PreTrainedConfig):
         attention_eps (`float`, *optional*, defaults to 1e-12):
             Number that is added to the normaliser of the linear attention. It is 1e-12 in the authors' code and 1e-5
             in flash-linear-attention.
+        decay (`str`, *optional*):
+            Whether linear layers count older tokens less: `None`, not at all, or "gate". With a gate each token
+            multiplies the state of a key-value head by sigmoid(W x + b) before it is added. The kernel must then be
+            ReBased's.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the query, key and value projections have biases.
         softmax_qk_norm (`bool`, *optional*, defaults to `False`):
@@ -229,6 +233,7 @@ class ReBasedConfig(PreTrainedConfig):
     qk_norm_shared: bool = False
     qk_norm_eps: float = 1e-5
     attention_eps: float = 1e-12
+    decay: Literal["gate"] | None = None
     attention_bias: bool = False
     softmax_qk_norm: bool = False
     conv_type: Literal["residual", "gated"] = "residual"
@@ -341,6 +346,9 @@ class ReBasedConfig(PreTrainedConfig):
         if types != {"conv"}:
             plan |= dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), column)
             plan["self_attn.o_proj"] = row
+        if self.decay is not None and types & set(LINEAR_LAYER_TYPES) and column == "colwise":
+            # With the other plan every process has the numbers of all heads, and needs no share.
+            plan["self_attn.decay_proj"] = column
         if "hybrid_sliding" in types:
             plan |= dict.fromkeys(("self_attn.window_q_proj", "self_attn.window_k_proj"), column)
         if "conv" in types and self.conv_type == "residual":
@@ -414,6 +422,11 @@ class ReBasedConfig(PreTrainedConfig):
                 "`kernel_coefficients` must be (c0, c1, c2) of a polynomial that is never negative and not zero: "
                 f"c0 >= 0, c2 >= 0 and c1^2 <= 4 c0 c2, but got {c}.",
             )
+        require(
+            self.decay is None or not any(self.coefficients[:2]),
+            f"`decay={self.decay!r}` needs a kernel of squares alone, such as `kernel='rebased'`, but the "
+            f"coefficients are {self.coefficients}.",
+        )
         require(
             not (
                 self.qk_norm_shared

@@ -416,6 +416,10 @@ class ReBasedGatedConv(ReBasedCausalConv):
         return self.out_proj(F.silu(convolved) * gate)
 
 
+# Tokens after which a gate, as it starts, leaves 1 / e of a weight: sigmoid(log n) = n / (n + 1), nearly exp(-1 / n).
+GATE_MEMORY = 8192
+
+
 class ReBasedLinearAttention(nn.Module):
     """Compute linear attention with the configured kernel: ReBased's (q.k)^2 with a learnt norm, or Based's."""
 
@@ -438,6 +442,10 @@ class ReBasedLinearAttention(nn.Module):
         self.k_norm = None
         if not config.qk_norm_shared:
             self.k_norm = ReBasedQKNorm(self.feature_dim if self.norm_by_head else kv_heads * self.feature_dim, config)
+        self.decay_proj = None
+        if config.decay is not None:
+            self.decay_proj = nn.Linear(config.hidden_size, kv_heads)
+            self.decay_proj.starts_open = True  # read by _init_weights
 
     def forward(
         self,
@@ -494,6 +502,9 @@ class ReBasedLinearAttention(nn.Module):
         rotate = position_embeddings is not None
         if position_embeddings is not None:
             cos, sin = (part.unsqueeze(2) for part in position_embeddings)
+        log_decay = None  # [B, T, H_kv]
+        if self.decay_proj is not None:
+            log_decay = F.logsigmoid(self.decay_proj(hidden_states).float())
         k = self.k_proj(hidden_states)
         k = k_norm(k.unflatten(-1, split)) if self.norm_by_head else k_norm(k).unflatten(-1, split)
         k = k * cos + rotate_half(k) * sin if rotate else k
@@ -515,10 +526,12 @@ class ReBasedLinearAttention(nn.Module):
             return attend_shard(q, k, values, shard, pending, **options)
         state = recurrent_state(cache, self.layer_idx)
         if cache is not None:
-            record_recurrence(cache, self.layer_idx, k, values, attention_mask, options)
+            record_recurrence(cache, self.layer_idx, k, values, attention_mask, log_decay, options)
         training = torch.is_grad_enabled() and (q.requires_grad or values.requires_grad)
         if state is not None and q.shape[1] == 1 and not training:
-            output = rebased_attention_decode(q, k, values, state, attention_mask=attention_mask, **options)
+            output = rebased_attention_decode(
+                q, k, values, state, attention_mask=attention_mask, log_decay=log_decay, **options
+            )
         else:
             output, state = rebased_attention(
                 q,
@@ -530,6 +543,7 @@ class ReBasedLinearAttention(nn.Module):
                 initial_state=state,
                 output_final_state=cache is not None,
                 normalized=self.normalized,
+                log_decay=log_decay,
                 **options,
             )
             if cache is not None:
@@ -865,11 +879,16 @@ class ReBasedPreTrainedModel(PreTrainedModel):
             group (`ProcessGroup` or one-dimensional `DeviceMesh`): The ranks. `None` ends it.
 
         Raises:
-            `ValueError`: the model has layers other than "conv" and "linear_attention", or a head that reads the
-                whole sequence at once.
+            `ValueError`: the model has layers other than "conv" and "linear_attention", a decay, or a head that reads
+                the whole sequence at once.
         """
         if group is not None:
             check_layers(self.config.layer_types)
+            if self.config.decay is not None:
+                raise ValueError(
+                    f"Context parallelism takes models without a decay, but this one has "
+                    f"`decay={self.config.decay!r}`. What a shard leaves of the state before it is not exchanged."
+                )
             if isinstance(self, (GenericForSequenceClassification, GenericForQuestionAnswering)):
                 raise ValueError(
                     f"{type(self).__name__} cannot be split over ranks: its head reads the whole sequence at once."
@@ -885,6 +904,8 @@ class ReBasedPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Linear) and getattr(module, "starts_open", False):
+            init.constant_(module.bias, math.log(GATE_MEMORY))
         elif isinstance(module, nn.Linear) and getattr(module, "scaled_by_depth", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)

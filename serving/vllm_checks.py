@@ -28,6 +28,8 @@ class ReBasedServingChecks(VerifyAndUpdateConfig):
             # One class serves all mixtures of layers. Without states vLLM shall treat it as a softmax model.
             info = model_config._model_info
             model_config._model_info = dataclasses.replace(info, is_hybrid=False, has_inner_state=False)
+        if config.decay is not None:
+            raise ValueError(f"`decay` must be None to be served by vLLM, but it is {config.decay!r}.")
         if "conv" in types and config.conv_kernel_size not in CONV_KERNEL_SIZES:
             raise ValueError(
                 f"`conv_kernel_size` must be one of {CONV_KERNEL_SIZES} for vLLM's convolution kernels, but it is "

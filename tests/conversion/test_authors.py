@@ -343,6 +343,7 @@ SMALL = {"vocab_size": 11, "hidden_size": 12, "num_attention_heads": 2, "feature
         {"num_key_value_heads": 1},
         {"head_dim": 5},
         {"attention_bias": True},
+        {"decay": "gate"},
         {"kernel_coefficients": [0, 0, 2]},
         {"qk_norm_scope": "head"},
         {"qk_norm_shared": True},

@@ -241,6 +241,7 @@ SMALL = {
         ({"kernel_coefficients": [1, 1, 0.5]}, False),
         ({"head_dim": 4}, False),
         ({"attention_bias": True}, False),
+        ({"decay": "gate"}, False),
         ({"use_gamma": False, "normalize": False}, False),
         ({"layer_types": ["conv", "hybrid_sliding"]}, False),
         ({"mlp_type": "gelu"}, True),

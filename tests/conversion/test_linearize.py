@@ -433,7 +433,7 @@ def test_a_start_that_is_fitted(tmp_path):
     teacher = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.5)).eval()
     teacher.save_pretrained(tmp_path / "teacher")
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(2000)))
-    options = {"layers": "linear_attention,hybrid_sliding", "feature_dim": 8, "window": 8}
+    options = {"layers": "linear_attention,hybrid_sliding", "feature_dim": 8, "window": 8, "decay": "gate"}
     linearize(tmp_path / "teacher", tmp_path / "plain", **options)
     fit = {"fit": [tmp_path / "text.txt"], "fit_tokens": 512}
     report = linearize(tmp_path / "teacher", tmp_path / "fitted", **options, **fit)
@@ -441,13 +441,15 @@ def test_a_start_that_is_fitted(tmp_path):
     before, after = (float(number) for number in re.findall(r"\d\.\d+", said))
     assert after < 0.9 * before
     plain, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "fitted"))
+    # The decay starts with next to none: what is left after a token is 1 / 8192 less than all.
+    decay = {part: plain[f"model.layers.0.self_attn.decay_proj.{part}"] for part in ("weight", "bias")}
+    assert not decay["weight"].any()
+    torch.testing.assert_close(1 - decay["bias"].double().sigmoid(), torch.full_like(decay["bias"], 1 / 8193).double())
     changed = {name for name in plain if not torch.equal(plain[name], fitted[name])}
-    assert changed == {
-        f"model.layers.{i}.self_attn.{x}_{part}"
-        for i in (0, 1)
-        for x in "qk"
-        for part in ("proj.weight", "norm.weight", "norm.bias")
-    } | {"model.layers.1.self_attn.gate"}
+    parts = [f"{x}_{part}" for x in "qk" for part in ("proj.weight", "norm.weight", "norm.bias")]
+    parts += ["decay_proj.weight", "decay_proj.bias"]
+    expected = {f"model.layers.{i}.self_attn.{part}" for i in (0, 1) for part in parts}
+    assert changed == expected | {"model.layers.1.self_attn.gate"}
     ids = TokenBlocks([str(tmp_path / "text.txt")], tokenizer, 512).blocks(1, 2)
     with torch.no_grad():
         target = teacher(ids).logits
@@ -460,6 +462,8 @@ def test_a_start_that_is_fitted(tmp_path):
 
 def test_what_a_fit_needs(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ConversionError, match="--decay gate has no place: with --layers 'softmax' no layer is linear"):
+        linearize(tmp_path / "teacher", tmp_path / "out", layers="softmax", decay="gate")
     (tmp_path / "text.txt").write_text("short")
     with pytest.raises(ConversionError, match="--fit needs a tokenizer"):
         linearize(tmp_path / "teacher", tmp_path / "out", fit=[tmp_path / "text.txt"])

@@ -29,6 +29,7 @@ MODELS = {
         "mlp_type": "swiglu",
         "norm_type": "rmsnorm",
         "softmax_qk_norm": True,
+        "decay": "gate",
     },
     "softmax_first": {
         "num_hidden_layers": 4,
@@ -36,6 +37,7 @@ MODELS = {
         "position_embedding_type": "learned",
         "qk_norm_scope": "head",
         "qk_norm_shared": True,
+        "decay": "gate",
     },
     "based": {
         "num_hidden_layers": 3,
@@ -62,8 +64,10 @@ def make_model(name: str, **changes) -> ReBasedForCausalLM:
     torch.manual_seed(1)
     model = ReBasedForCausalLM(make_config(name, **changes)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+            if name.endswith("decay_proj.bias"):
+                parameter.sub_(8.0)  # a quarter is gone after each token
             if parameter.ndim == 2:
                 parameter.mul_(3)
     return model

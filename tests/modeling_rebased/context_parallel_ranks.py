@@ -323,6 +323,7 @@ def what_cannot_be_split_is_refused(rank, size, group):
         model = make_model(name)
         others = sorted(set(model.config.layer_types) - PURELY_RECURRENT)
         refused(str(others), model.set_context_parallel_group, group)
+    refused("`decay='gate'`", make_model("paper", decay="gate").set_context_parallel_group, group)
     refused(
         "whole sequence",
         ReBasedForSequenceClassification(make_model("paper").config).set_context_parallel_group,

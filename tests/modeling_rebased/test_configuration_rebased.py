@@ -113,6 +113,8 @@ def test_round_trip(tmp_path):
         ({"conv_type": "hyena"}, ["conv_type"]),
         ({"kernel_coefficients": [0, 1, 0]}, ["kernel_coefficients"]),
         ({"kernel_coefficients": [1, 1]}, ["kernel_coefficients"]),
+        ({"decay": "gate", "kernel": "based"}, ["decay='gate'", "(1.0, 1.0, 0.5)"]),
+        ({"decay": "constant"}, ["decay"]),
         ({"feature_dim": 129}, ["feature_dim"]),
         ({"attention_eps": 0.0}, ["attention_eps"]),
         ({"embedding_dropout": 1.0}, ["embedding_dropout"]),

@@ -150,6 +150,7 @@ def test_compiled(tmp_path):
     ("name", "changes", "options", "message"),
     [
         ("paper", {"conv_kernel_size": 5}, {}, "`conv_kernel_size` must be one of"),
+        ("paper", {"decay": "gate"}, {}, "`decay` must be None"),
         ("softmax", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, {}, "`rope_type` of"),
         ("linear-only", {}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "`speculative"),
         ("paper", {"hidden_size": 63}, {"tensor_parallel_size": 2}, "must divide `hidden_size`"),
