@@ -55,7 +55,8 @@ def decay_across(decays, order, count, tokens, L: tl.constexpr, REVERSE: tl.cons
 def _sequence_of_tokens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Return the numbers of `length` tokens, int64, and that of the packed sequence of each."""
     tokens = torch.arange(length, device=cu_seqlens.device)
-    return tokens, torch.searchsorted(cu_seqlens[1:].long().contiguous(), tokens, right=True)
+    sequence = torch.searchsorted(cu_seqlens[1:].long().contiguous(), tokens, right=True)
+    return tokens, sequence.clamp(max=cu_seqlens.shape[0] - 2)  # bounds on a GPU are not checked
 
 
 def sum_decays(log_decay: Tensor | None, cut: Segments) -> Tensor | None:
