@@ -119,6 +119,8 @@ class ICLLRun(TokenRun):
 
     def save(self, model: PreTrainedModel, folder: Path, result: dict[str, Any]) -> None:
         tokens = icll.make_examples(self.spec, 1, seed=self.data_seed, split="test").tokens[0].tolist()
+        sizes = dataclasses.asdict(self.spec)
+        sizes["longest_string"] = sizes.pop("max_length")  # which is lm-eval's name for the length of a model
         save_model(
             model,
             folder,
@@ -127,7 +129,7 @@ class ICLLRun(TokenRun):
             f"tokens are numbers: {self.spec.separator} separates strings, the smaller ones are symbols. Its most "
             f"likely token was legal at {result['accuracy']:.2%} of the positions of the test.",
             task="icll",
-            metadata={"seed": self.data_seed, **dataclasses.asdict(self.spec)},
+            metadata={"seed": self.data_seed, **sizes},
             prompt=tokens[: 2 * tokens.index(self.spec.separator)],
         )
 

@@ -16,12 +16,14 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from modeling_rebased.eval.tasks import refuses_misspelt
 from modeling_rebased.training import icll
 from modeling_rebased.training.mqar import symbols as words
 from modeling_rebased.training.mqar import to_text
 from modeling_rebased.training.random_numbers import few_of
 
 
+@refuses_misspelt
 def icll_dataset(
     seed: int = 0,
     num_examples: int = 128,
@@ -30,7 +32,7 @@ def icll_dataset(
     max_states: int = icll.ICLLSpec.max_states,
     min_strings: int = icll.ICLLSpec.min_strings,
     max_strings: int = icll.ICLLSpec.max_strings,
-    max_length: int = icll.ICLLSpec.max_length,
+    longest_string: int = icll.ICLLSpec.max_length,
     **_: object,
 ) -> dict[str, Dataset]:
     """Return the test documents: the text up to a place in a string, and two distributions of the next token there.
@@ -39,10 +41,11 @@ def icll_dataset(
         seed: of the test set; `--metadata '{"seed": 1}'` changes it, and likewise all that follows.
         num_examples: automata, with one example each.
         queries: how many places of an example are asked at most, chosen from the seed. No separator follows there.
-        symbols, max_states, min_strings, max_strings, max_length: sizes of the task (training/icll.py).
+        symbols, max_states, min_strings, max_strings: sizes of the task (training/icll.py).
+        longest_string: most symbols in a string. `max_length` is a name of lm-eval's, for the length of a model.
         **_: what lm-eval adds to the metadata of a run.
     """
-    spec = icll.ICLLSpec(int(symbols), int(max_states), int(min_strings), int(max_strings), int(max_length))
+    spec = icll.ICLLSpec(int(symbols), int(max_states), int(min_strings), int(max_strings), int(longest_string))
     examples = icll.make_examples(spec, int(num_examples), seed=int(seed), split="test")
     tokens, exact, ngram = examples.input_ids(), examples.next_tokens(), icll.ngram_next_tokens(examples)
     documents: dict[str, list] = {"text": [], "tokens": [], "automaton": [], "ngram": []}

@@ -13,11 +13,13 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from modeling_rebased.eval.tasks import refuses_misspelt
 from modeling_rebased.training import mad
 from modeling_rebased.training.mqar import to_text
 from modeling_rebased.training.random_numbers import few_of
 
 
+@refuses_misspelt
 def mad_dataset(
     mad_task: str,
     seed: int = 0,

@@ -13,9 +13,11 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from modeling_rebased.eval.tasks import refuses_misspelt
 from modeling_rebased.training import mqar
 
 
+@refuses_misspelt
 def mqar_dataset(
     length: int,
     num_pairs: int,

@@ -14,11 +14,13 @@ if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from modeling_rebased.conversion.recall import KINDS, item_text
+from modeling_rebased.eval.tasks import refuses_misspelt
 
 
 LINE = 25  # tokens of the repeated sentences, by the tokenizer of SmolLM2; others differ by one or two
 
 
+@refuses_misspelt
 def needle_dataset(distance: int, num_examples: int = 50, seed: int = 0, **_: object) -> dict[str, Dataset]:
     """Return the test documents: a request, the beginning of its answer, and the value that is asked for.
 

@@ -1,6 +1,8 @@
 """The `mad` and `icll` tasks of lm-eval give the numbers of the direct evaluation, to the last digit."""
 
 import dataclasses
+import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -67,7 +69,11 @@ def test_icll_both_ways(tmp_path):
     with torch.no_grad():
         said = model(examples.input_ids().long()).logits.softmax(-1)[asked]
     exact, ngram = examples.next_tokens()[asked], icll.ngram_next_tokens(examples)[asked]
-    found = scores(tmp_path / "model", "icll", {"num_examples": 20, "queries": 4, "seed": 2, **SMALL})
+    sizes = {"longest_string" if name == "max_length" else name: size for name, size in SMALL.items()}
+    assert json.dumps(sizes)[1:-1] in (tmp_path / "model" / "README.md").read_text()
+    # lm-eval hands over the model's arguments with the task's own
+    metadata = {"pretrained": "x", "max_length": 77, "num_examples": 20, "queries": 4, "seed": 2, **sizes}
+    found = scores(tmp_path / "model", "icll", metadata)
     expected = float((exact.gather(1, said.argmax(-1, keepdim=True)) > 0).double().mean())
     assert found["acc"] == expected and 0 < expected < 1
     assert found["distance_to_automaton"] == pytest.approx(float((said - exact).abs().sum(-1).mean()), rel=1e-4)
@@ -104,6 +110,22 @@ def test_the_files_are_the_tasks_their_names_say():
     for doc in docs:
         assert len(doc["tokens"]) == len(doc["automaton"]) == len(doc["ngram"]) == 20
         assert sum(doc["automaton"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "module, function, name, meant",
+    [
+        ("mqar_utils", "mqar_dataset", "quries", "queries"),
+        ("mad_utils", "mad_dataset", "num_example", "num_examples"),
+        ("icll_utils", "icll_dataset", "max_state", "max_states"),
+        ("needle_utils", "needle_dataset", "distances", "distance"),
+        ("rebased_ppl", "load_text", "textfile", "text_file"),
+    ],
+)
+def test_a_misspelt_name_in_the_metadata_is_an_error(module, function, name, meant):
+    make = getattr(importlib.import_module(f"modeling_rebased.eval.tasks.{module}"), function)
+    with pytest.raises(ValueError, match=f"--metadata has '{name}', .* it knows '{meant}'"):
+        make(**{name: 1})
 
 
 def test_wrong_sizes_are_named():
