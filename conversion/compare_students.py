@@ -442,6 +442,8 @@ def main(argv: list[str] | None = None) -> None:
         help="of the linear layers in answers and decoding; what fails is tried again with eager",
     )
     arguments = parser.parse_args(with_dashes(argv))
+    if any("=" not in each for each in arguments.student):
+        parser.error(f"--student is {arguments.student}; each must be NAME=FOLDER")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     Comparison(arguments).run()

@@ -188,11 +188,15 @@ def main(argv: list[str] | None = None) -> None:
         with ProcessPoolExecutor() as pool:
             known = np.unique(np.concatenate([*pool.map(hashes, read_documents([args.train_file]), chunksize=1000)]))
 
+    models: dict[str, Path | None] = {"judge": None}
+    models |= {name: Path(folder) for name, folder in (each.split("=", 1) for each in args.model)}
+    for folder in (args.judge, *filter(None, models.values())):
+        if not (folder / "config.json").is_file():
+            parser.error(f"{folder} holds no model: it has no config.json")
     judge, tokenizer = load(args.judge)
-    models = {"judge": None} | dict(each.split("=", 1) for each in args.model)
     rows, texts = [], {}
     for name, folder in models.items():
-        writer = (judge, tokenizer) if folder is None else load(Path(folder))
+        writer = (judge, tokenizer) if folder is None else load(folder)
         stories = write(*writer, args.samples, args.new_tokens, folder is None)
         rows.append(figures(name, stories, judge, tokenizer, known))
         texts[name] = [[text for text, _ in row] for row in stories]

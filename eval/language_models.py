@@ -308,7 +308,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--shards: {error}")
 
     for name, folder in models.items():
-        model, tokenizer = load(folder, args.device)
+        try:
+            model, tokenizer = load(folder, args.device)
+        except (OSError, ValueError) as error:
+            parser.error(f"--models: {folder} cannot be loaded: {error}")
         try:
             domains = Domains(args.heldout, tokenizer, args.max_tokens)
         except (OSError, ValueError) as error:

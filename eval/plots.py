@@ -291,9 +291,8 @@ def redraw(folder: Path) -> list[Path]:
             drawn.append(path.parent / "eager.png")
             plot_eager(read_csv(path.parent / "eager.csv"), machine["title"], drawn[-1])
     for path in sorted(folder.glob("**/generation.csv")):
-        if "ms_per_token" in read_csv(path)[0]:  # older files have no time per token of generate()
-            drawn.append(path.with_name("models.png"))
-            plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
+        drawn.append(path.with_name("models.png"))
+        plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
     for path in sorted(folder.glob("**/context_parallel.csv")):
         drawn.append(path.with_suffix(".png"))
         rings = path.with_name("ring.csv")
@@ -323,8 +322,11 @@ def main(argv: list[str] | None = None) -> None:
     """Redraw every picture under a folder of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("eval/results"), help="default: eval/results")
-    for path in redraw(parser.parse_args(with_dashes(argv)).folder):
-        print(path)
+    folder = parser.parse_args(with_dashes(argv)).folder
+    drawn = redraw(folder)
+    if not drawn:
+        parser.error(f"{folder} holds no files of results")
+    print(*drawn, sep="\n")
 
 
 if __name__ == "__main__":

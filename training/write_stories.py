@@ -205,6 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repository-bytes", type=int, default=200_000, help="size of heldout.jsonl")
     parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer")
     args = parser.parse_args(with_dashes(argv))
+    if args.count < 1:
+        parser.error(f"--count must be at least 1, got {args.count}")
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     held_out: list[str] = []

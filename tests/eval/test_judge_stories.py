@@ -56,6 +56,13 @@ def test_chat_has_the_beginning_of_the_answer(judge):
     assert texts == ["<user>Hi<a>Once", "<user>Hello<a>"]
 
 
+def test_a_folder_without_a_model_is_named(judge, tmp_path, capsys):
+    for command in (["--judge", "nowhere"], ["--judge", str(judge), "--model", "a=nowhere"]):
+        with pytest.raises(SystemExit):
+            judge_stories.main([*command, "--output", str(tmp_path / "out")])
+        assert "nowhere holds no model" in capsys.readouterr().err
+
+
 def test_repeated_counts_runs_of_four_words():
     words = "a b c d a b c d a b c d"
     fours = [tuple(words.split()[i : i + 4]) for i in range(9)]

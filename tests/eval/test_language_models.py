@@ -150,6 +150,7 @@ def test_bad_input_is_named(folder, capsys):
         (["--context", "1"], "at least 2"),
         (["--speed"], "needs a GPU"),
         (["--shards", str(folder)], "no folder of shards"),
+        (["--models", "x=./nowhere"], "--models: ./nowhere cannot be loaded"),
     ):
         with pytest.raises(SystemExit):
             language_models.main([*command, *more])

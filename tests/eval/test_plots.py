@@ -55,6 +55,12 @@ def test_the_kernels_picture_says_its_sizes_and_names_its_lines(tmp_path, figure
     assert {"512", "2,048"} <= set(tick_labels(figures[0]))
 
 
+def test_a_folder_without_results_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        plots.main([str(tmp_path)])
+    assert f"{tmp_path} holds no files of results" in capsys.readouterr().err
+
+
 def test_a_model_without_a_style_keeps_its_name_and_gets_a_colour_of_its_own():
     models = ["rebased", "mine", "yours"]
     colors = [plot_style.color_of(model, models) for model in models]

@@ -164,6 +164,8 @@ def test_wrong_arguments_are_named_before_a_model_is_loaded(tmp_path, capsys):
         ([*good, "--context", "1"], "--context must be at least 2, got 1"),
         ([*good, "--chunk", "0"], "--chunk must be at least 1, got 0"),
         ([*good, "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        ([*good, "--dtype", "flo"], "--dtype is flo; it must be auto or a dtype of torch"),
+        (["--models", "./nowhere", *good[2:]], "--models: ./nowhere cannot be loaded"),
         ([*good, "--max-tokens", "1"], "--max-tokens must be at least 2, got 1"),
         ([*good, "--output", str(tmp_path / "good.txt" / "x")], "good.txt"),
         (["--models", "a/x", "b/x", "--text", good[-1]], "two are called x"),
