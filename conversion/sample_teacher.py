@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sample_shards(**vars(arguments), rank=place["RANK"], world_size=place["WORLD_SIZE"], device=device)
     except (ValueError, OSError) as error:
-        print(f"sample: error: {error}", file=sys.stderr)
+        print(f"rebased-sample: error: {error}", file=sys.stderr)
         return 1
     return 0
 
