@@ -448,7 +448,8 @@ def test_label_smoothing_in_training_only(tmp_path, recipe, compiled):
     """The training loss is that of the shifted labels, also of a compiled model; bits per byte are not smoothed."""
     data = TokenBlocks([str(recipe.parent / "heldout.txt")], byte_tokenizer(), 64, str(tmp_path))
     torch.manual_seed(0)
-    model = ReBasedForCausalLM(ReBasedConfig(vocab_size=264, hidden_size=32, num_attention_heads=2, feature_dim=4))
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "feature_dim": 4, "num_hidden_layers": 2}
+    model = ReBasedForCausalLM(ReBasedConfig(vocab_size=264, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
