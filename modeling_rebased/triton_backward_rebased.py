@@ -41,7 +41,7 @@ from .triton_features_rebased import (
     tile_of_blocks,
     times_norm_matrix,
 )
-from .triton_inputs_rebased import computes_in_float32, mask_as_bytes, pad_rows, with_unit_stride
+from .triton_inputs_rebased import computes_in_float32, mask_as_bytes, pad_rows, with_unit_stride, without_padding
 from .triton_language_rebased import INTERPRETED, tl, triton
 from .triton_launch_rebased import (
     PreparedCall,
@@ -648,7 +648,8 @@ def query_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, and scaled_grad, delta and minus_delta, which the gradients of keys and values need.
 
-    v comes from `pad_rows` and mask from `mask_as_bytes`; the others are as in `backward_pass`, with unit strides.
+    q, k and v come from `pad_rows` and mask from `mask_as_bytes`; the others are as in `backward_pass`, with unit
+    strides.
     With `log_decay`, q . dq / 2 is stored in query_part, fp32 [B, H_q, T].
     """
     layout, plan = prepared.layout, prepared.plan
@@ -684,7 +685,7 @@ def query_gradient(
         "from_state": from_state, "states": states, "norms": norms,
     }  # fmt: skip
     launch(prepared, "dq", _dq_kernel, tensors, complete)
-    return dq, scaled_grad, delta, minus_delta
+    return without_padding(dq, layout.feature_dim), scaled_grad, delta, minus_delta
 
 
 def key_gradients(
@@ -697,7 +698,7 @@ def key_gradients(
     With `log_decay`, k . dk / 2 is stored in key_part, fp32 [B, H_kv, T].
     """
     layout, plan = prepared.layout, prepared.plan
-    _, length, heads, feature_dim = q.shape
+    _, length, heads, _ = q.shape
     kv_heads, head_dim = dv.shape[2:]
     final = grad_final is not None
     separate = layout.quad and layout.blocks > 2
@@ -735,7 +736,8 @@ def key_gradients(
         "norms": later_norms,
     }  # fmt: skip
     launch(prepared, "dkdv", _dkdv_kernel, tensors, complete)
-    return dk, to_public(*totals, feature_dim, head_dim, layout) if grad_initial else delta.new_empty(0)
+    d_initial = to_public(*totals, layout.feature_dim, head_dim, layout) if grad_initial else delta.new_empty(0)
+    return without_padding(dk, layout.feature_dim), d_initial
 
 
 def backward_pass(
@@ -777,7 +779,7 @@ def backward_pass(
             )  # fmt: skip
     with on_gpu_of(q):
         dv = v.new_empty(v.shape)
-        v = pad_rows(v, prepared)
+        q, k, v = pad_rows(prepared, q=q, k=k, v=v)
         query_part = key_part = None
         d_log_decay = inverse_z.new_empty(0)
         if log_decay is not None:

@@ -82,7 +82,7 @@ def state_pass(
     rows = k.shape[0] * k.shape[1] * kv_heads
     prepared = _prepare("shard's state", (k, k, v, mask), ((c0, c1, c2, scale),), rows)
     with on_gpu_of(k):
-        v = pad_rows(v, prepared)
+        k, v = pad_rows(prepared, k=k, v=v)
         cut = cut_into_segments(prepared, k, kv_heads, False, True, None)
         states, norms = allocate_states(k, cut.total, kv_heads, prepared.layout, True)
         totals = sum_states(k, v, states, norms, cut, prepared, mask, kv_heads, head_dim, None, True)
@@ -123,6 +123,7 @@ def state_gradient_pass(
     prepared = _prepare("shard's gradient", (q, q, grad, o, inverse_z, ranges), options, rows)
     layout = prepared.layout
     with on_gpu_of(q):
+        (q,) = pad_rows(prepared, q=q)
         scaled_grad, delta, minus_delta = allocate_scaled(grad, inverse_z, layout.d)
         launch_scale(prepared, grad, o, inverse_z, scaled_grad, delta, minus_delta)
         cut = cut_into_segments(prepared, q, kv_heads, False, True, None, reverse=True)
@@ -164,7 +165,7 @@ def shard_dq_pass(
     tensors = (q, k, v, mask, cu_seqlens, grad, o, inverse_z, states, norms, ranges)
     prepared = prepare("shard's dq", tensors, (c0, c1, c2, scale), packed=cu_seqlens is not None)
     with on_gpu_of(q):
-        v = pad_rows(v, prepared)
+        q, k, v = pad_rows(prepared, q=q, k=k, v=v)
         dq, *scaled = query_gradient(
             prepared, grad, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, True, False, ranges
         )
@@ -203,7 +204,7 @@ def shard_dkdv_pass(
     prepared = prepare("shard's dk and dv", tensors, (c0, c1, c2, scale), packed=cu_seqlens is not None)
     with on_gpu_of(q):
         dv = v.new_empty(v.shape)
-        v = pad_rows(v, prepared)
+        q, k, v = pad_rows(prepared, q=q, k=k, v=v)
         dk, _ = key_gradients(
             prepared, grad_final, q, k, v, dv, scaled_grad, delta, minus_delta, mask, cu_seqlens, False, ranges
         )

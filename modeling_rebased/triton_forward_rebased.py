@@ -213,7 +213,7 @@ def forward_pass(
         o, *rest = forward_pass(q.float(), k.float(), v.float(), *arguments, ranges, log_decay)
         return o.to(q.dtype), *rest
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
-    batch, length, heads, feature_dim = q.shape
+    batch, length, heads, _ = q.shape
     kv_heads, head_dim = v.shape[2:]
     mask = mask_as_bytes(attention_mask)
     initial = initial_state is not None
@@ -229,7 +229,7 @@ def forward_pass(
             )  # fmt: skip
     layout, plan = prepared.layout, prepared.plan
     with on_gpu_of(q):
-        v = pad_rows(v, prepared)
+        q, k, v = pad_rows(prepared, q=q, k=k, v=v)
         cut = cut_into_segments(prepared, q, kv_heads, initial, output_final_state, cu_seqlens)
         decays = sum_decays(log_decay, cut)
         o = q.new_empty(batch, length, heads, head_dim)
@@ -252,7 +252,7 @@ def forward_pass(
                 **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
                 "stride_mb": 0 if mask is None else mask.stride(0), "T": length, "SLOTS": cut.slots,
                 "N": cut.sequences, "RUN": cut.run, "alpha": layout.alpha, "beta": layout.beta,
-                "eps": eps / layout.factor, "F": feature_dim, "D": head_dim, "DV": v.shape[-1], "FP": layout.f,
+                "eps": eps / layout.factor, "F": q.shape[-1], "D": head_dim, "DV": v.shape[-1], "FP": layout.f,
                 "DP": layout.d, "BD": block_d, "NB": layout.blocks, "NR": layout.rows, "H": heads,
                 "G": heads // kv_heads, "L": cut.length, "BM": rows, "FLAT": plan.flat, "QUAD": layout.quad,
                 "LIN": layout.lin, "CONST": layout.const,
@@ -268,7 +268,7 @@ def forward_pass(
             "ranges": ranges, "decays": decays, **cut.tables,
         }  # fmt: skip
         launch(prepared, "forward", _forward_kernel, tensors, complete)
-        final = to_public(*totals, feature_dim, head_dim, layout) if output_final_state else norms.new_empty(0)
+        final = to_public(*totals, layout.feature_dim, head_dim, layout) if output_final_state else norms.new_empty(0)
     return o, final, inverse_z, states, norms
 
 

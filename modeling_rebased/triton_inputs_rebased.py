@@ -226,37 +226,48 @@ def mask_as_bytes(mask: Tensor | None) -> Tensor | None:
 
 @triton.jit(do_not_specialize=["T", "ROWS"])
 def _pad_kernel(
-    v, out, stride_vb, stride_vt, stride_vh, T, ROWS,
-    D: tl.constexpr, DP: tl.constexpr, HKV: tl.constexpr, BLOCK: tl.constexpr,
+    x, out, stride_xb, stride_xt, stride_xh, T, ROWS,
+    D: tl.constexpr, DP: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy v [B, T, HKV, D] to out [B, T, HKV, DP], followed by zeros.
+    """Copy x [B, T, H, D] to out [B, T, H, DP], followed by zeros.
 
-    One program copies BLOCK of the ROWS = B * T * HKV rows.
+    One program copies BLOCK of the ROWS = B * T * H rows.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, DP)
     ok = (row < ROWS)[:, None]
-    token = row // HKV
-    source = (token // T) * stride_vb + (token % T) * stride_vt + (row % HKV) * stride_vh
-    x = tl.load(v + source[:, None] + d[None, :], mask=ok & (d < D)[None, :], other=0.0)
-    tl.store(out + row[:, None] * DP + d[None, :], x, mask=ok)
+    token = row // H
+    source = (token // T) * stride_xb + (token % T) * stride_xt + (row % H) * stride_xh
+    values = tl.load(x + source[:, None] + d[None, :], mask=ok & (d < D)[None, :], other=0.0)
+    tl.store(out + row[:, None] * DP + d[None, :], values, mask=ok)
 
 
-def pad_rows(v: Tensor, prepared: PreparedCall) -> Tensor:
-    """Return v with DP columns, the new ones 0, where its rows may not start at a multiple of 16 bytes.
+def pad_rows(prepared: PreparedCall, **tensors: Tensor) -> list[Tensor]:
+    """Return q, k and v, given by name, with FP, FP and DP columns where their rows may not start at 16 bytes.
 
-    Such rows cannot be copied to shared memory asynchronously, so the kernels would wait for every tile of keys.
+    The new columns are 0. Rows that start elsewhere cannot be copied to shared memory asynchronously, so the kernels
+    would wait for every tile of keys. And ptxas makes wrong code of loops over such tiles: docs/kernels.md, "Limits of
+    the compiler".
     """
-    batch, length, heads, columns = v.shape
+    layout = prepared.layout
+    return [_pad(x, layout.d if name == "v" else layout.f, name, prepared) for name, x in tensors.items()]
+
+
+def _pad(x: Tensor, width: int, name: str, prepared: PreparedCall) -> Tensor:
+    batch, length, heads, columns = x.shape
     if columns % 16 == 0:  # what Triton knows of a stride
-        return v
-    width = prepared.layout.d
-    out = v.new_empty(batch, length, heads, width)
+        return x
+    out = x.new_empty(batch, length, heads, width)
     rows, block = batch * length * heads, max(16, 4096 // width)
 
     def complete():
-        sizes = {"T": length, "ROWS": rows, "D": columns, "DP": width, "HKV": heads, "BLOCK": block, "num_warps": 4}
-        return (-(-rows // block),), {**strides_of("v", v), **sizes}
+        sizes = {"T": length, "ROWS": rows, "D": columns, "DP": width, "H": heads, "BLOCK": block, "num_warps": 4}
+        return (-(-rows // block),), {**strides_of("x", x), **sizes}
 
-    launch(prepared, "pad", _pad_kernel, {"v": v, "out": out}, complete)
+    launch(prepared, f"pad {name}", _pad_kernel, {"x": x, "out": out}, complete)
     return out
+
+
+def without_padding(x: Tensor, columns: int) -> Tensor:
+    """Return the first columns of a gradient of padded rows."""
+    return x if x.shape[3] == columns else x[..., :columns].contiguous()

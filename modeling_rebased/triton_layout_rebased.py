@@ -27,6 +27,7 @@ from .triton_features_rebased import count_tiles, quadratic_rows
 class Layout(NamedTuple):
     """What follows from F, D, the coefficients and the scale. w = factor * u(s), see `weight_polynomial`."""
 
+    feature_dim: int  # F
     f: int  # F padded to a power of 2, at least 16
     d: int  # D likewise
     blocks: int  # blocks of 8 dims
@@ -73,6 +74,7 @@ def make_layout(feature_dim: int, head_dim: int, c0: float, c1: float, c2: float
     f = power_of_2(feature_dim)
     first_low_row = quadratic_rows(blocks) if quad else 0
     return Layout(
+        feature_dim=feature_dim,
         f=f,
         d=power_of_2(head_dim),
         blocks=blocks,

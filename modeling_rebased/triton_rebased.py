@@ -67,7 +67,6 @@ from .triton_launch_rebased import compiling_only, count_variants, on_gpu_of
 
 
 _WIDE_BYTES = 112 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
-_LEAST_OF_BFLOAT16 = 8  # features per head on a GPU
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -283,10 +282,6 @@ def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, feature_
                 if shared < _WIDE_BYTES:
                     needs = f"{_WIDE_BYTES:,} bytes of shared memory"
                     return f"head_dim {head_dim} in bfloat16 needs {needs}, and this GPU has {shared:,} for a block"
-        # docs/kernels.md, "Limits": distilling a student with F = 4 ended so, in the kernel of dq.
-        if dtype == torch.bfloat16 and feature_dim < _LEAST_OF_BFLOAT16:
-            least = f"the kernels take {_LEAST_OF_BFLOAT16} or more, or float32"
-            return f"feature_dim {feature_dim} in bfloat16 may end in an illegal memory access; {least}"
     elif device.type == "cpu":
         if not INTERPRETED:
             return "the tensors are on the CPU (Triton kernels run there only with TRITON_INTERPRET=1, for tests)"

@@ -511,7 +511,7 @@ def sum_states(
     """Fill `states` and `norms` with running sums over the slots, and return the totals in fp32 if `last`.
 
     Args:
-        x, y: k and v; or, for the state of later queries, q and do / z.
+        x, y: k and v, from `pad_rows`; or, for the state of later queries, q and do / z.
         states, norms: from `allocate_states`.
         cut: the segments, cut in the same direction.
         mask: [B, T] in bytes, drops keys; None for queries.
@@ -522,12 +522,12 @@ def sum_states(
         ranges: [B, H, T], comes with queries from `bring_into_range`, or None.
         decays: [B, H_kv, T], from `sum_decays`, or None.
     """
-    batch, length, heads, feature_dim = x.shape
+    batch, length, heads, columns = x.shape
     layout, plan = prepared.layout, prepared.plan
     reverse = delta is not None
     has_initial = int(initial is not None)
     if initial is not None:
-        _store_initial(initial, states, norms, cut, prepared, batch, feature_dim, head_dim)
+        _store_initial(initial, states, norms, cut, prepared, batch, layout.feature_dim, head_dim)
     tensors = {"x": x, "y": y, "states": states, "norms": norms, "mask": mask, **cut.tables}
     block_d = min(layout.d, 64)
     # A program sums a run. Packed sequences have a program per segment, because the host does not know their runs.
@@ -539,7 +539,7 @@ def sum_states(
         return {
             **strides_of("x", x), **strides_of("y", y), "stride_mb": 0 if mask is None else mask.stride(0),
             "T": length, "SEGMENTS": cut.computed, "SLOTS": cut.slots, "N": cut.sequences,
-            "F": feature_dim, "D": y.shape[-1], "FP": layout.f, "DP": layout.d, "BD": block_d, "NR": layout.rows,
+            "F": columns, "D": y.shape[-1], "FP": layout.f, "DP": layout.d, "BD": block_d, "NR": layout.rows,
             "HKV": kv_heads, "G": heads // kv_heads, "L": cut.length, "C": tokens, "REVERSE": reverse,
             "LAST": int(last), "HAS_INIT": has_initial, "HAS_MASK": mask is not None, "VARLEN": cut.packed,
             "CT": compute_type(x.dtype), "PREC": product_precision(x.dtype), "num_warps": warps,

@@ -12,7 +12,8 @@ arithmetic of a tile.
 
 The kernels use these compile-time constants. All of them are bound by name (see `launch`):
 
-    F, D            features of a query or key head, and dims of a value head
+    F, D            features of a query or key head as it lies in memory, and dims of a value head; F is FP where
+                    `pad_rows` has copied queries and keys
     FP, DP          F and D padded to a power of 2, at least 16
     DV              columns that v has in memory: D, or DP where `pad_rows` has copied it
     NB              blocks of 8 dims that make up F
