@@ -71,8 +71,10 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
         sys.exit(0)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
-    except (ValueError, ImportError) as error:  # TrainingArguments checks its values, and looks for accelerate
+    except ValueError as error:  # of the checks of TrainingArguments
         parser.error(str(error))
+    except ImportError as error:  # TrainingArguments looks for accelerate
+        parser.error(f"{error}. The extra brings it: pip install 'modeling-rebased[train]'")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; --help-all shows all options")
     return tuple(parsed)

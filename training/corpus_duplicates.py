@@ -75,7 +75,7 @@ def signature(tokens: np.ndarray) -> np.ndarray:
 
 
 def near_copies(signatures: np.ndarray, similarity: float = 0.6) -> np.ndarray:
-    """Return which documents are near copies of an earlier one that is kept, bool [documents].
+    """Return which documents are near copies of an earlier one, bool [documents].
 
     Args:
         signatures: of `signature`, [documents, BANDS * ROWS].
