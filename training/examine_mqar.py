@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from modeling_rebased.modeling_rebased import ReBasedLinearAttention
+
 from . import mqar
 from .arguments import HelpFormatter, with_dashes
 from .mqar import MQARExamples
@@ -145,7 +147,7 @@ def examine(state: dict[str, Any], device: str, examples: int, batch_size: int) 
                 found = measure(model, data, bf16=bf16, dropout=dropout, batch_size=batch_size)
                 kind = f"{backend}_{name}" + ("_dropout" if dropout else "")
                 result |= {f"{kind}_{measured}": value for measured, value in found.items()}
-        if backend == "eager":
+        if backend == "eager" and isinstance(model.base_model.layers[1].self_attn, ReBasedLinearAttention):
             result |= normaliser(model, test[:2])
     return result
 

@@ -77,6 +77,14 @@ def test_the_normaliser_is_the_sum_of_a_querys_weights(trained):
     assert found["largest_product"] >= float((q[0, 20, 3] @ k[0, 5, 3]).abs() / 4)
 
 
+def test_a_model_without_linear_attention_has_no_normaliser():
+    run = dataclasses.replace(RUN, model="softmax")
+    measured = {"epoch": 1, "accuracy": 0.0, "loss": 1.0}
+    state = {"run": dataclasses.asdict(run), "model": run.new_model("eager").state_dict(), "measured": measured}
+    found = examine_mqar.examine(state, "cpu", examples=4, batch_size=4)
+    assert "eager_test_accuracy" in found and "smallest_normaliser" not in found
+
+
 def test_the_epochs_around_the_deepest_fall_are_chosen():
     accuracies = {3: 0.1, 4: 0.5, 5: 0.45, 6: 0.2, 7: 0.3, 8: 0.3, 9: 0.3, 10: 0.3}
     assert examine_mqar.choose_epochs(accuracies) == [4, 5, 6, 7, 10]
