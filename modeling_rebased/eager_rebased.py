@@ -88,15 +88,18 @@ def feature_map(x: torch.Tensor, coefficients: tuple[float, float, float]) -> to
     return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
 
 
-def _query_features(
-    q: torch.Tensor, coefficients: tuple[float, float, float], weights: tuple[torch.Tensor | float, ...]
+def _weigh_features(
+    features: torch.Tensor,
+    feature_dim: int,
+    coefficients: tuple[float, float, float],
+    weights: tuple[torch.Tensor | float, ...],
 ) -> torch.Tensor:
     """Return phi(q) times the kernel's coefficients. `weights` (c0, c1, c2) may vary by query: tensors [..., 1]."""
-    features = feature_map(q, coefficients)
     if sum(map(bool, coefficients)) == 1:
-        return features * next(w for c, w in zip(coefficients, weights) if c)
+        weight = next(w for c, w in zip(coefficients, weights) if c)
+        return features if isinstance(weight, float) and weight == 1.0 else features * weight
     present = [w for c, w in zip(reversed(coefficients), reversed(weights)) if c]
-    blocks = features.split(feature_blocks(q.shape[-1], coefficients), dim=-1)
+    blocks = features.split(feature_blocks(feature_dim, coefficients), dim=-1)
     return torch.cat([block * weight for block, weight in zip(blocks, present)], dim=-1)
 
 
@@ -114,7 +117,7 @@ def units_of(largest: torch.Tensor) -> torch.Tensor:
 
     They are never above 1, so small numbers stay as they are, and never below the dtype's smallest normal number.
     """
-    return _power_of_two_below((1.0 / largest.clamp_min(1.0)).clamp_min(torch.finfo(largest.dtype).tiny))
+    return _power_of_two_below(largest.clamp(1.0, 1.0 / torch.finfo(largest.dtype).tiny).reciprocal())
 
 
 def degree_factors(
@@ -418,7 +421,8 @@ def _block(
         update = feature_map(k_c, coefficients).transpose(-1, -2) @ adds  # [B, H_kv, N, features, D + 1]
         states = before @ torch.cat([state[:, :, None], update], dim=2).flatten(3)
         states = states.unflatten(3, update.shape[3:])
-        from_state = _query_features(q_c, coefficients, weights) @ states[:, :, :-1]
+        q_features = _weigh_features(feature_map(q_c, coefficients), feature_dim, coefficients, weights)
+        from_state = q_features @ states[:, :, :-1]
         if log_decay is not None:
             from_state = from_state * query_total.exp()
         if segment_ids is not None:
@@ -464,47 +468,52 @@ def eager_rebased_decode(
     Returns:
         `torch.Tensor`: [B, 1, H_q, D] in q's dtype.
     """
-    kv_heads = k.shape[2]
+    batch, _, kv_heads, feature_dim = k.shape
+    head_dim, dtype = v.shape[3], state.dtype
+    c0, c1, c2 = coefficients
     with torch.autocast(q.device.type, enabled=False):
-        values = torch.cat([v[:, 0].to(state.dtype), torch.ones_like(v[:, 0, :, :1], dtype=state.dtype)], dim=-1)
+        queries = q.reshape(batch, kv_heads, -1, feature_dim).to(dtype) * scale  # [B, H_kv, G, F]
+        keys = k.reshape(batch, kv_heads, 1, feature_dim).to(dtype)
+        values = v.reshape(batch, kv_heads, 1, head_dim).to(dtype)
+        values = torch.cat([values, values.new_ones(batch, kv_heads, 1, 1)], dim=-1)
         if attention_mask is not None:
-            values = values * attention_mask[:, -1, None, None].to(state.dtype)
-        keys = k[:, 0].to(state.dtype)  # [B, H_kv, F]
-        queries = q[:, 0].to(state.dtype).unflatten(1, (kv_heads, -1)) * scale  # [B, H_kv, G, F]
+            values = values * attention_mask[:, :, None, None].to(dtype)
         # As in `_block`, a factor of each query row keeps the product with large keys, which the state may hold, in
         # the dtype's range. Keys need none: their squares are in the state, so they are in its range.
-        c0, c1, c2 = coefficients
-        factor = units_of(queries.abs().amax(-1, keepdim=True) * queries.shape[-1])
-        square = factor.square()  # [B, H_kv, G, 1]
-        weights = (c0 * square if c0 else 0.0, c1 * factor if c1 else 0.0, c2)
-        row_eps = (eps * square).clamp_min(torch.finfo(state.dtype).tiny)
+        factor = units_of(torch.linalg.vector_norm(queries, 1, dim=-1, keepdim=True))  # [B, H_kv, G, 1]
         queries = queries * factor
+        weights = (c0 * factor.square() if c0 else 0.0, c1 * factor if c1 else 0.0, c2)
         # The token's own weight by its formula: as a sum of products of features it is less exact where it is small.
-        s = queries @ keys[..., None]  # [B, H_kv, G, 1]
-        before = state
-        if state_indices is not None:
-            slots = state_indices.clamp_min(0).long()  # a row without a slot reads slot 0 and adds nothing to it
-            has_slot = state_indices >= 0
-        if log_decay is not None:
-            decay = log_decay[:, 0].to(state.dtype)  # [B, H_kv]
-            if state_indices is not None:  # 0 for the slots of others
-                decay = decay.new_zeros(state.shape[:2]).index_add_(0, slots, decay.where(has_slot[:, None], 0.0))
-            state.mul_(decay.exp()[..., None, None])
-        if state_indices is not None:
-            before = state[slots]
-        out = _query_features(queries, coefficients, weights) @ before  # [B, H_kv, G, D + 1]
-        weight = c2 * s.square()
+        s = (queries * keys).sum(-1, keepdim=True)  # [B, H_kv, G, 1]
+        weight = s.square() if c2 == 1 else c2 * s.square()
         if c1:
             weight = weight + weights[1] * s
         if c0:
             weight = weight + weights[0]
-        out = out + weight * values[:, :, None, :]
-        features = feature_map(keys, coefficients)[..., None]
-        out = out[..., :-1] / (out[..., -1:] + row_eps)
+        # The features of all queries and of the key at once: every operator costs time, however small the tensor.
+        features = feature_map(torch.cat([queries, keys], dim=2), coefficients)
+        q_features, k_features = features.split((queries.shape[2], 1), dim=2)
+        q_features = _weigh_features(q_features, feature_dim, coefficients, weights)
+        k_features = k_features.transpose(2, 3)  # [B, H_kv, features, 1]
+        before = state
+        if state_indices is not None:
+            slots = state_indices.clamp_min(0).long()  # a row without a slot reads slot 0 and adds nothing to it
+            has_slot = (state_indices >= 0)[:, None, None, None]
+        if log_decay is not None:
+            decay = log_decay.reshape(batch, kv_heads, 1, 1).to(dtype)
+            if state_indices is not None:  # 0 for the slots of others
+                decay = state.new_zeros(*state.shape[:2], 1, 1).index_add_(0, slots, decay.where(has_slot, 0.0))
+            state.mul_(decay.exp())
+        if state_indices is not None:
+            before = state[slots]
+        sums = torch.addcmul(q_features @ before, weight, values)  # [B, H_kv, G, D + 1]
+        numerator, normaliser = sums.split((head_dim, 1), dim=-1)
+        # eps in the units of the weights. Where these make it 0, the smallest number keeps 0 / 0 away.
+        normaliser = torch.addcmul(normaliser, factor, factor, value=eps)
+        out = numerator / (normaliser + torch.finfo(dtype).tiny)
         if state_indices is None:
-            state.addcmul_(features, values[:, :, None, :])
+            state.addcmul_(k_features, values)
         else:
-            added = features * values[:, :, None, :]
-            state.index_add_(0, slots, added.where(has_slot[:, None, None, None], 0.0))
-            out = out.where(has_slot[:, None, None, None], 0.0)
-    return out.flatten(1, 2)[:, None].to(q.dtype)
+            state.index_add_(0, slots, (k_features * values).where(has_slot, 0.0))
+            out = out.where(has_slot, 0.0)
+    return out.reshape(batch, 1, -1, head_dim).to(q.dtype)

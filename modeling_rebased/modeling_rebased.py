@@ -73,6 +73,7 @@ from .context_parallel_rebased import (
     send_inputs,
     send_state,
 )
+from .eager_rebased import is_plain
 from .loss_rebased import can_fuse_loss, fused_causal_lm_loss
 from .triton_rebased import triton_short_conv, triton_unavailable_reason
 
@@ -724,15 +725,36 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         return self.o_proj(output.flatten(-2)), weights
 
 
+class ReBasedLinear(nn.Linear):
+    """Compute x W^T + b as `nn.Linear` does, but faster for one row in float32 on a CPU: a step of generation.
+
+    MKL reads weights that are not in the processor's cache up to twice as fast for a batch of two products, with the
+    halves of the weight's rows, as for one product (docs/kernels-log.md).
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        can_split = x.is_cpu and self.out_features % 2 == 0 and is_plain(x, self.weight, self.bias)
+        if not can_split or x.shape != (1, 1, self.in_features) or x.dtype != torch.float32:
+            return super().forward(x)
+        # The strides of x transposed matter: a column of the same numbers with other strides takes four times as long.
+        halves, column = self.weight.view(2, -1, self.in_features), x.mT.expand(2, -1, -1)
+        if self.bias is None:
+            return torch.bmm(halves, column).view(1, 1, -1)
+        return torch.baddbmm(self.bias.view(2, -1, 1), halves, column).view(1, 1, -1)
+
+
 class ReBasedMLP(nn.Module):
     """Compute down(act(up(x))), or with `mlp_type="swiglu"` down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: ReBasedConfig):
         super().__init__()
         hidden_size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if config.mlp_type == "swiglu" else None
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.gate_proj = (
+            ReBasedLinear(hidden_size, intermediate_size, bias=bias) if config.mlp_type == "swiglu" else None
+        )
+        self.up_proj = ReBasedLinear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = ReBasedLinear(intermediate_size, hidden_size, bias=bias)
         # Read by _init_weights. The library does not hand it custom modules without parameters of their own, such as
         # this one.
         self.down_proj.scaled_by_depth = True
