@@ -15,7 +15,7 @@ import tempfile
 import threading
 import types
 from collections.abc import Iterator
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Client, Listener
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def commands_for_scripts(commands: dict[str, list[str]]) -> Iterator[Path]:
             (folder / command).chmod(0o700)
 
         def serve() -> None:
-            with contextlib.suppress(OSError):  # until the listener is closed
+            with contextlib.suppress(EOFError, OSError):  # until a caller says nothing
                 while True:
                     with listener.accept() as caller:
                         arguments, where, environment = caller.recv()
@@ -87,7 +87,10 @@ def commands_for_scripts(commands: dict[str, list[str]]) -> Iterator[Path]:
                         caller.send((done.returncode, done.stdout, done.stderr))
 
         threading.Thread(target=serve, daemon=True).start()
-        yield folder
+        try:
+            yield folder
+        finally:
+            Client(listener.address).close()
 
 
 def run_with_two_processes(script: Path, *arguments: object) -> str:
