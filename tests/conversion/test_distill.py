@@ -171,9 +171,9 @@ def test_in_bfloat16_the_perplexity_is_still_that_of_the_saved_model(folder, tmp
 
 def test_tokens_in_an_array_are_those_of_the_text(folder, tmp_path, capsys):
     tokenizer = byte_tokenizer()
-    ids = TokenBlocks([str(folder / "text.txt")], tokenizer, 1).tokens
+    ids = TokenBlocks([str(folder / "text.txt")], tokenizer, 2).tokens
     np.save(tmp_path / "ids.npy", ids)
-    both = TokenBlocks([str(folder / "text.txt"), str(tmp_path / "ids.npy")], tokenizer, 1)
+    both = TokenBlocks([str(folder / "text.txt"), str(tmp_path / "ids.npy")], tokenizer, 2)
     assert np.array_equal(both.tokens, np.concatenate([ids, ids]))
     for bad in (np.array([[1, 2]]), np.array([1.0, 2.0]), np.array([1, 258])):
         np.save(tmp_path / "bad.npy", bad)
