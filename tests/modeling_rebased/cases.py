@@ -73,9 +73,16 @@ def make_model(name: str, **changes) -> ReBasedForCausalLM:
     return model
 
 
+# "hybrid_sliding" has linear attention and a softmax window in one layer.
+SMALL = {
+    "paper": {"num_hidden_layers": 2},
+    "every_type": {"layer_types": ["conv", "hybrid_sliding", "full_attention"], "num_hidden_layers": 3},
+}
+
+
 def make_small_model(name: str, **changes) -> ReBasedForCausalLM:
     """The same with one layer of each kind, for tests that compile: every layer takes time."""
-    return make_model(name, **({"num_hidden_layers": 2} if name == "paper" else {}), **changes)
+    return make_model(name, **{**SMALL.get(name, {}), **changes})
 
 
 def make_ids(batch: int = 2, length: int = 23) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from modeling_rebased import ReBasedForCausalLM
-from tests.modeling_rebased.cases import BASE, MODELS, RECURRENT, make_ids, make_model
+from tests.modeling_rebased.cases import BASE, MODELS, RECURRENT, make_ids, make_model, make_small_model
 
 
 def greedy_reference(model, ids, steps):
@@ -134,7 +134,7 @@ def test_stopping_and_streaming(capsys):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["paper", "every_type"])
 def test_static_cache_compiled(name):
-    model, ids = make_model(name), make_ids()
+    model, ids = make_small_model(name), make_ids()
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
     out = generate(model, ids, cache_implementation="static", compile_config=config)
