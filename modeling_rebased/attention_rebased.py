@@ -25,8 +25,8 @@ EAGER = Backend(eager_rebased_attention, eager_rebased_decode)
 TRITON = Backend(triton_rebased_attention, triton_rebased_decode)
 
 
-def choose_backend(backend: str, q: torch.Tensor, v: torch.Tensor) -> Backend:
-    """Return the implementation for queries and keys like `q` and values like `v`.
+def choose_backend(backend: str, q: torch.Tensor, v: torch.Tensor, decays: bool = False) -> Backend:
+    """Return the implementation for queries and keys like `q` and values like `v`, with a decay if `decays`.
 
     "auto" is Triton where the tensors are on a GPU and the kernels can run, else eager.
 
@@ -38,7 +38,7 @@ def choose_backend(backend: str, q: torch.Tensor, v: torch.Tensor) -> Backend:
         raise ValueError(f"`backend` must be one of {BACKENDS}, but got {backend!r}.")
     if backend == "eager" or (backend == "auto" and not q.is_cuda):
         return EAGER
-    reason = triton_unavailable_reason(q.device, q.dtype, q.shape[3], v.shape[3])
+    reason = triton_unavailable_reason(q.device, q.dtype, q.shape[3], v.shape[3], decays)
     if reason is None:
         return TRITON
     if backend == "auto":
@@ -273,7 +273,7 @@ def rebased_attention(
             raise ValueError("`segment_ids` needs the eager backend: give `backend='triton'` `cu_seqlens`.")
         _check_segments(segment_ids, batch, length)
         packing, backend = {"segment_ids": segment_ids}, "eager"
-    chosen = choose_backend(backend, q, v)
+    chosen = choose_backend(backend, q, v, log_decay is not None)
     if chosen is TRITON:
         packing["normalized"] = normalized
     return chosen.attention(

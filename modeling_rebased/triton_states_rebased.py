@@ -43,15 +43,15 @@ def _tile_features(outer, inner, x, rows, ok, stride, i, j, F: tl.constexpr, PRE
 
 @triton.jit
 def _add_to_tile(
-    acc, z, phi, values, minus_delta_rows, left, REVERSE: tl.constexpr, HAS_DECAY: tl.constexpr, CT: tl.constexpr,
+    acc, z, phi, values, minus_delta_rows, decay, REVERSE: tl.constexpr, HAS_DECAY: tl.constexpr, CT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """Add phi [64, C] @ values to acc [64, BD], and to z [64] the sum of phi.
 
-    REVERSE: phi @ minus_delta_rows, to z [64, 16]. HAS_DECAY: phi is multiplied by `left` [C] first.
+    REVERSE: phi @ minus_delta_rows, to z [64, 16]. HAS_DECAY: phi is multiplied by `decay` [C] first.
     """
     if HAS_DECAY:
-        phi *= left[None, :]
+        phi *= decay[None, :]
     acc = tl.dot(phi.to(CT), values, acc, input_precision=PREC)
     if REVERSE:
         z = tl.dot(phi.to(CT), minus_delta_rows, z, input_precision=PREC)
@@ -198,12 +198,12 @@ def _state_kernel(
             rows = begin + (step - g * steps) * C + tl.arange(0, C)
             ok = kept_rows(mask, rows, left, HAS_MASK)
             xg = x + g * stride_xh
-            token_decays = 0.0
+            decay = 0.0
             if HAS_DECAY:
-                token_decays = tl.load(decays + rows, mask=ok, other=0.0)
+                decay = tl.load(decays + rows, mask=ok, other=0.0)
                 if not REVERSE:
-                    token_decays = segment_decay - token_decays
-                token_decays = tl.exp2(token_decays)
+                    decay = segment_decay - decay
+                decay = tl.exp2(decay)
             minus_delta_rows = 0.0
             values = load_rows(y + g * stride_yh, rows, ok, stride_yt, d_cols, D, D == DP, True)  # [C, BD]
             if REVERSE:
@@ -214,37 +214,31 @@ def _state_kernel(
                 xt = load_columns(xg, rows, ok, stride_xt, f, F, F == 16, True)  # [16, C]
                 repeated = tl.dot((n[:, None] % 16 == f[None, :]).to(xt.dtype), xt, input_precision=PREC)  # [64, C]
                 phi = repeated * tl.dot(tl.trans(shift_matrix(0, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
-                acc0, z0 = _add_to_tile(
-                    acc0, z0, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
-                )
+                acc0, z0 = _add_to_tile(acc0, z0, phi, values, minus_delta_rows, decay, REVERSE, HAS_DECAY, CT, PREC)
                 phi = repeated * tl.dot(tl.trans(shift_matrix(4, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC)
-                acc1, z1 = _add_to_tile(
-                    acc1, z1, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
-                )
+                acc1, z1 = _add_to_tile(acc1, z1, phi, values, minus_delta_rows, decay, REVERSE, HAS_DECAY, CT, PREC)
                 if NB == 2:
                     # Of these 64 rows the first 16 are used, those of shift 8. Products of 16 rows were slower.
                     phi = repeated * tl.dot(
                         tl.trans(shift_matrix(8, 64, 1.0, 1.0, xt.dtype)), xt, input_precision=PREC
                     )
                     acc2, z2 = _add_to_tile(
-                        acc2, z2, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                        acc2, z2, phi, values, minus_delta_rows, decay, REVERSE, HAS_DECAY, CT, PREC
                     )
             else:
                 outer_selector = block_selector(True, True, x.dtype.element_ty)
                 inner_selector = block_selector(False, True, x.dtype.element_ty)
                 phi = _tile_features(outer_selector, inner_selector, xg, rows, ok, stride_xt, i0, j0, F, PREC)
-                acc0, z0 = _add_to_tile(
-                    acc0, z0, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
-                )
+                acc0, z0 = _add_to_tile(acc0, z0, phi, values, minus_delta_rows, decay, REVERSE, HAS_DECAY, CT, PREC)
                 if TG > 1:
                     phi = _tile_features(outer_selector, inner_selector, xg, rows, ok, stride_xt, i1, j1, F, PREC)
                     acc1, z1 = _add_to_tile(
-                        acc1, z1, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                        acc1, z1, phi, values, minus_delta_rows, decay, REVERSE, HAS_DECAY, CT, PREC
                     )
                 if TG > 2:
                     phi = _tile_features(outer_selector, inner_selector, xg, rows, ok, stride_xt, i2, j2, F, PREC)
                     acc2, z2 = _add_to_tile(
-                        acc2, z2, phi, values, minus_delta_rows, token_decays, REVERSE, HAS_DECAY, CT, PREC
+                        acc2, z2, phi, values, minus_delta_rows, decay, REVERSE, HAS_DECAY, CT, PREC
                     )
         _store_tiles(
             states, norms, slot + segment, hkv, t0, d_cols, first, acc0, acc1, acc2, z0, z1, z2, NB, NR, DP, HKV, TG,
@@ -399,7 +393,7 @@ def _scan_kernel(
     states are [slots, HKV, E], norms [slots, HKV, NR]. KEEP_LAST: the totals in fp32, with what follows the last whole
     run, go to `last_states` and `last_norms`. Grid: (sequences * HKV, blocks of states, then of norms). U slots are
     loaded at once, so that the waits for them overlap.
-    `decays`, `cu_seqlens` and T are None unless HAS_DECAY.
+    `decays`, `cu_seqlens`, T, REVERSE and L matter only if HAS_DECAY, so that others share one kernel.
     """
     pid = tl.program_id(0)
     hkv = pid % HKV
@@ -490,8 +484,9 @@ def _scan(
         return (cut.sequences * kv_heads, -(-elements // block) - (-layout.rows // block)), {
             "SLOTS": cut.slots, "RUN": cut.run, "E": elements, "NR": layout.rows, "HKV": kv_heads,
             "U": 8 if cut.packed else min(8, power_of_2(max(sums, 1), 2)), "BE": block, "VARLEN": cut.packed,
-            "HAS_INIT": has_initial, "KEEP_LAST": last, "HAS_DECAY": decays is not None, "REVERSE": reverse,
-            "L": cut.length, "T": None if decays is None else decays.shape[2], "num_warps": 4,
+            "HAS_INIT": has_initial, "KEEP_LAST": last, "HAS_DECAY": decays is not None,
+            "REVERSE": decays is not None and reverse, "L": 0 if decays is None else cut.length,
+            "T": None if decays is None else decays.shape[2], "num_warps": 4,
         }  # fmt: skip
 
     tensors = {
@@ -562,13 +557,8 @@ def sum_states(
         }  # fmt: skip
 
     if programs > 0 and layout.quad:
-        launch(
-            prepared,
-            "state",
-            _state_kernel,
-            {**tensors, "minus_delta": minus_delta, "decays": decays},
-            complete_quadratic,
-        )
+        of_state = {**tensors, "minus_delta": minus_delta, "decays": decays}
+        launch(prepared, "state", _state_kernel, of_state, complete_quadratic)
     if programs > 0 and (layout.lin or layout.const):
         launch(prepared, "low state", _low_state_kernel, {**tensors, "delta": delta, "ranges": ranges}, complete_low)
     return _scan(states, norms, cut, prepared, kv_heads, has_initial, last, decays, reverse)

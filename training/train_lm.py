@@ -243,7 +243,8 @@ def check_kernels(config: PreTrainedConfig, args: TrainingArguments) -> None:
     """
     if getattr(config, "kernel_backend", None) == "triton":
         dtype = torch.bfloat16 if args.bf16 else torch.float32
-        reason = triton_unavailable_reason(args.device, dtype, config.feature_dim, config.head_dim)
+        sizes = config.feature_dim, config.head_dim
+        reason = triton_unavailable_reason(args.device, dtype, *sizes, getattr(config, "decay", None) is not None)
         if reason is not None:
             raise ValueError(f"--kernel_backend triton cannot run here: {reason}; auto or eager can")
 

@@ -521,7 +521,7 @@ def test_how_a_backend_is_chosen(monkeypatch, reason):
     assert operator.choose_backend("auto", on_gpu, v) is (operator.TRITON if reason is None else operator.EAGER)
     if reason is None:
         assert operator.choose_backend("triton", q, v) is operator.TRITON
-    assert asked[0] == ("gpu", torch.float32, 16, 20)
+    assert asked[0] == ("gpu", torch.float32, 16, 20, False)
 
 
 def test_values_are_read_only_where_nothing_waits_for_them(monkeypatch):

@@ -49,8 +49,10 @@ triton_plan_rebased._is_blackwell = lambda device: capability == 100
 def launch(feature_dim, head_dim, length):
     q, k = (torch.zeros(1, length, 2, feature_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     v = torch.zeros(1, length, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
+    # A kernel with a decay has all that one without it has, and more.
+    decay = torch.zeros(1, length, 2, requires_grad=True) if capability == 80 else None
     if capability != 90:
-        rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None, None)
+        rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None, decay)
         triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
     else:  # every weight has units of its own
         ranges = torch.ones(1, 2, length)
@@ -64,9 +66,10 @@ def launch(feature_dim, head_dim, length):
     token = [x[:, :1].detach().expand(3, -1, -1, -1).contiguous() for x in (q, k, v)]
     state = torch.zeros(5, 2, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
     options = {"coefficients": (0.0, 0.0, 1.0), "scale": 0.25, "eps": 1e-12}
+    of_token = decay[:, :1].detach().expand(3, -1, -1)
     for indices in (None, torch.zeros(3, dtype=torch.int32)):
         rows = state if indices is not None else state[:3]
-        triton_rebased.triton_rebased_decode(*token, rows, state_indices=indices, **options)
+        triton_rebased.triton_rebased_decode(*token, rows, state_indices=indices, log_decay=of_token, **options)
     alone = [x[:1, :, :1] for x in token]  # one program, of several warps
     triton_rebased.triton_rebased_decode(*alone, state[:1, :1], **options)
     x, gate = (torch.zeros(1, 300, 96, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
