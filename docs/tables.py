@@ -227,6 +227,16 @@ def models_generation() -> str:
     )
 
 
+@shown("cpu-generation")
+def cpu_generation() -> str:
+    """Return `generate()` of small models on a CPU."""
+    return down(
+        results("generation/cpu/cpu.csv"),
+        "model: {model} | fastest call, ms per token: {min_ms:.1f} | median: {median_ms:.1f} | "
+        "tokens per second of the fastest: {tokens_per_s:,.0f}",
+    )
+
+
 @shown("convolution")
 def convolution() -> str:
     """Return what the two forms of the short convolution give."""

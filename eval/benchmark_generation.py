@@ -14,19 +14,27 @@ timed as it is and with torch.compile of each layer. The time per token is the d
 that write different numbers of tokens after the same context, so the context's own time is left out. The time of the
 shorter call is in a column of its own. `generate()` has a dynamic cache, its default, or a static cache. With a static
 cache it compiles its steps.
+
+    python -m modeling_rebased.eval.benchmark_generation --cpu FOLDER ... --output eval/results/generation/cpu
+
+times `generate()` on a CPU instead, and writes `cpu.csv`. Each FOLDER is a checkpoint, which is loaded with the code
+that lies beside it, or a configuration, which gets random weights. The models take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
@@ -164,8 +172,31 @@ def generation_table(rows: list[dict], batch: int, contexts: list[int], steps: i
         torch.cuda.empty_cache()
 
 
+def cpu_table(rows: list[dict], folders: list[Path], rounds: int, steps: int) -> None:
+    """Append the time per token of sampling at batch 1 in float32 by one thread of a CPU to `rows`."""
+    torch.set_num_threads(1)
+    models = []
+    for folder in folders:
+        if any(folder.glob("*.safetensors")):
+            # AutoModelForCausalLM would take the code of this package for every checkpoint.
+            code = get_class_from_dynamic_module("modeling_rebased.ReBasedForCausalLM", str(folder))
+            models.append(code.from_pretrained(folder, dtype=torch.float32).eval())
+        else:
+            models.append(ReBasedForCausalLM(ReBasedConfig.from_pretrained(folder)).eval())
+    ids = torch.arange(97, 113)[None]
+    times: list[list[float]] = [[] for _ in models]
+    for _, (model, taken) in product(range(rounds), list(zip(models, times))):
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=steps, min_new_tokens=steps, do_sample=True)
+        taken.append(1e3 * (time.perf_counter() - start) / steps)
+    for folder, taken in zip(folders, times):
+        figures = {"min_ms": min(taken), "median_ms": statistics.median(taken), "tokens_per_s": 1e3 / min(taken)}
+        rows.append({"model": folder.name, "calls": rounds, "tokens": steps, **figures})
+        print("generate()  " + "  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+
+
 def main() -> None:
-    """Make the three tables."""
+    """Make the three tables, or the one of a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for the results")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a training step")
@@ -177,7 +208,15 @@ def main() -> None:
         "--caches", nargs="*", default=["static", "dynamic"], choices=["static", "dynamic"], help="kinds of cache"
     )
     parser.add_argument("--steps", type=int, default=128, help="tokens that generate() writes")
+    parser.add_argument("--cpu", type=Path, nargs="*", metavar="FOLDER", help="models to time on a CPU instead")
+    parser.add_argument("--rounds", type=int, default=20, help="calls per model on a CPU")
     arguments = parser.parse_args(with_dashes())
+    if arguments.cpu:
+        rows: list[dict] = []
+        cpu_table(rows, arguments.cpu, arguments.rounds, arguments.steps)
+        if arguments.output is not None:
+            write_csv(rows, arguments.output / "cpu.csv")
+        return
     if not torch.cuda.is_available():
         sys.exit("This benchmark is for GPUs, and torch sees none here.")
     torch.manual_seed(0)
