@@ -725,23 +725,25 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         return self.o_proj(output.flatten(-2)), weights
 
 
-class ReBasedLinear(nn.Linear):
-    """Compute x W^T + b as `nn.Linear` does, but faster for one row in float32 on a CPU: a step of generation.
+def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return linear(x), computed faster for one row in float32 on a CPU: a step of generation.
 
     MKL reads weights that are not in the processor's cache up to twice as fast for a batch of two products, with the
-    halves of the weight's rows, as for one product (docs/kernels-log.md).
+    halves of the weight's rows, as for one product (docs/kernels-log.md). A layer that is quantised, adapted or hooked
+    is called as it is.
     """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., in_features] to [..., out_features]."""
-        can_split = x.is_cpu and self.out_features % 2 == 0 and is_plain(x, self.weight, self.bias)
-        if not can_split or x.shape != (1, 1, self.in_features) or x.dtype != torch.float32:
-            return super().forward(x)
-        # The strides of x transposed matter: a column of the same numbers with other strides takes four times as long.
-        halves, column = self.weight.view(2, -1, self.in_features), x.mT.expand(2, -1, -1)
-        if self.bias is None:
-            return torch.bmm(halves, column).view(1, 1, -1)
-        return torch.baddbmm(self.bias.view(2, -1, 1), halves, column).view(1, 1, -1)
+    if not x.is_cpu or type(linear) is not nn.Linear or not is_plain(x, linear.weight, linear.bias):
+        return linear(x)
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    if hooked or "forward" in vars(linear) or linear.out_features % 2:  # accelerate replaces `forward`
+        return linear(x)
+    if x.shape != (1, 1, linear.in_features) or not x.dtype == linear.weight.dtype == torch.float32:
+        return linear(x)
+    # The strides of x transposed matter: a column of the same numbers with other strides takes four times as long.
+    halves, column = linear.weight.view(2, -1, linear.in_features), x.mT.expand(2, -1, -1)
+    if linear.bias is None:
+        return torch.bmm(halves, column).view(1, 1, -1)
+    return torch.baddbmm(linear.bias.view(2, -1, 1), halves, column).view(1, 1, -1)
 
 
 class ReBasedMLP(nn.Module):
@@ -750,11 +752,9 @@ class ReBasedMLP(nn.Module):
     def __init__(self, config: ReBasedConfig):
         super().__init__()
         hidden_size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = (
-            ReBasedLinear(hidden_size, intermediate_size, bias=bias) if config.mlp_type == "swiglu" else None
-        )
-        self.up_proj = ReBasedLinear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = ReBasedLinear(intermediate_size, hidden_size, bias=bias)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if config.mlp_type == "swiglu" else None
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
         # Read by _init_weights. The library does not hand it custom modules without parameters of their own, such as
         # this one.
         self.down_proj.scaled_by_depth = True
@@ -762,14 +762,14 @@ class ReBasedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, T, hidden_size] to the same shape."""
-        up, gate = self.up_proj(x), self.gate_proj(x) if self.gate_proj is not None else None
+        up, gate = project(self.up_proj, x), project(self.gate_proj, x) if self.gate_proj is not None else None
         if self.training and up.is_cuda and torch.is_grad_enabled():
             # The backward pass computes the activation again: a few percent slower, with a quarter less memory in all.
             return checkpoint(self._activate, up, gate, use_reentrant=False, preserve_rng_state=False)
         return self._activate(up, gate)
 
     def _activate(self, up: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        return self.down_proj(self.act_fn(up) if gate is None else self.act_fn(gate) * up)
+        return project(self.down_proj, self.act_fn(up) if gate is None else self.act_fn(gate) * up)
 
 
 # The keywords that `forward` takes besides its own arguments: what the library passes to every model and to the loss
