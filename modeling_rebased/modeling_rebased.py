@@ -73,7 +73,6 @@ from .context_parallel_rebased import (
     send_inputs,
     send_state,
 )
-from .eager_rebased import is_plain
 from .loss_rebased import can_fuse_loss, fused_causal_lm_loss
 from .triton_rebased import triton_short_conv, triton_unavailable_reason
 
@@ -725,27 +724,6 @@ class ReBasedHybridAttention(ReBasedLinearAttention):
         return self.o_proj(output.flatten(-2)), weights
 
 
-def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return linear(x), computed faster for one row in float32 on a CPU: a step of generation.
-
-    MKL reads weights that are not in the processor's cache up to twice as fast for a batch of two products, with the
-    halves of the weight's rows, as for one product (docs/kernels-log.md). A layer that is quantised, adapted or hooked
-    is called as it is.
-    """
-    if not x.is_cpu or type(linear) is not nn.Linear or not is_plain(x, linear.weight, linear.bias):
-        return linear(x)
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    if hooked or "forward" in vars(linear) or linear.out_features % 2:  # accelerate replaces `forward`
-        return linear(x)
-    if x.shape != (1, 1, linear.in_features) or not x.dtype == linear.weight.dtype == torch.float32:
-        return linear(x)
-    # The strides of x transposed matter: a column of the same numbers with other strides takes four times as long.
-    halves, column = linear.weight.view(2, -1, linear.in_features), x.mT.expand(2, -1, -1)
-    if linear.bias is None:
-        return torch.bmm(halves, column).view(1, 1, -1)
-    return torch.baddbmm(linear.bias.view(2, -1, 1), halves, column).view(1, 1, -1)
-
-
 class ReBasedMLP(nn.Module):
     """Compute down(act(up(x))), or with `mlp_type="swiglu"` down(act(gate(x)) * up(x))."""
 
@@ -762,14 +740,14 @@ class ReBasedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, T, hidden_size] to the same shape."""
-        up, gate = project(self.up_proj, x), project(self.gate_proj, x) if self.gate_proj is not None else None
+        up, gate = self.up_proj(x), self.gate_proj(x) if self.gate_proj is not None else None
         if self.training and up.is_cuda and torch.is_grad_enabled():
             # The backward pass computes the activation again: a few percent slower, with a quarter less memory in all.
             return checkpoint(self._activate, up, gate, use_reentrant=False, preserve_rng_state=False)
         return self._activate(up, gate)
 
     def _activate(self, up: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        return project(self.down_proj, self.act_fn(up) if gate is None else self.act_fn(gate) * up)
+        return self.down_proj(self.act_fn(up) if gate is None else self.act_fn(gate) * up)
 
 
 # The keywords that `forward` takes besides its own arguments: what the library passes to every model and to the loss

@@ -679,20 +679,3 @@ def test_dropout_is_for_training_and_of_the_size_that_is_given(field):
         assert torch.equal(model(ids).logits, expected)
         torch.manual_seed(0)
         assert torch.equal(model.train()(ids).logits, expected) == (value == 0)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("size", [6, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_one_row_of_a_linear_layer_is_as_among_many_rows(size, bias, dtype):
-    linear = torch.nn.Linear(8, size, bias=bias).to(dtype)
-    x = torch.randn(1, 3, 8, dtype=dtype)
-    expected = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0.0)
-    rows = [code.project(linear, row) for row in (x[:, :1], x[:, 1:2].mT.contiguous().mT, x[:, ::2][:, 1:])]
-    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(torch.cat(rows, 1).double(), expected, rtol=tolerance, atol=tolerance)
-    rows[0].sum().backward()
-    torch.testing.assert_close(linear.weight.grad, x[0, :1].expand(size, -1))
-    assert code.project(linear, x[0, 0]).shape == (size,) and code.project(linear, x[0, :1]).shape == (1, size)
-    linear.register_forward_hook(lambda module, inputs, output: 2 * output)
-    torch.testing.assert_close(code.project(linear, x[:, :1]), 2 * rows[0])
