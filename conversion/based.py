@@ -318,8 +318,8 @@ def _recognise(i: int, own: dict[str, torch.Tensor]) -> tuple[str, dict[str, tup
             return kind, {alias[name]: parts for name, parts in expected.items()}
     if "mixer.decay_proj.weight" in own:
         raise ConversionError(
-            f"Layer {i} of SOURCE has a decay that depends on the input (mixer.decay_proj), which a ReBased model has "
-            "no place for."
+            f"Layer {i} of SOURCE has a decay that depends on the input (mixer.decay_proj), which a ReBased model "
+            "has for squares alone and not for Based's kernel."
         )
     raise ConversionError(
         f"Layer {i} of SOURCE is none of Based's convolution, linear attention and sliding attention with RMSNorm and "

@@ -444,6 +444,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(with_dashes(argv))
     if any("=" not in each for each in arguments.student):
         parser.error(f"--student is {arguments.student}; each must be NAME=FOLDER")
+    if not (arguments.teacher / "config.json").is_file():
+        parser.error(f"--teacher {str(arguments.teacher)!r} has no config.json; it must be the folder of a model")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     Comparison(arguments).run()

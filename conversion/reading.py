@@ -168,8 +168,8 @@ def load_config(folder: Path) -> ReBasedConfig:
     """
     if not (folder / "config.json").is_file():
         raise ConversionError(
-            f"SOURCE {str(folder)!r} has no config.json; it must be the folder of a ReBased model, as save_pretrained "
-            "writes it."
+            f"{str(folder)!r} has no config.json; it must be the folder of a ReBased model, as save_pretrained writes "
+            "it."
         )
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))

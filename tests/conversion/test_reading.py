@@ -200,7 +200,7 @@ def test_what_is_no_ordinary_tensor():
 
 def test_folders_that_are_no_model(tmp_path):
     end = "it must be the folder of a ReBased model, as save_pretrained writes it."
-    with refused(f"SOURCE {str(tmp_path)!r} has no config.json; {end}"):
+    with refused(f"{str(tmp_path)!r} has no config.json; {end}"):
         load_config(tmp_path)
     file = tmp_path / "config.json"
     for text in ("{", "[]"):
