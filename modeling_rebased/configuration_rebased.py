@@ -22,9 +22,8 @@ SOFTMAX_LAYER_TYPES = ("sliding_attention", "full_attention", "hybrid_sliding")
 RECURRENT_LAYER_TYPES = ("conv", "linear_attention", "hybrid_sliding")  # these carry a state from token to token
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
-# Entries of a config.json that other parts of the library read.
+# Entries of a config.json that other parts of the library read, as they do those that begin with an underscore.
 NOT_OF_THE_MODEL = (
-    "_name_or_path",
     "auto_map",
     "custom_pipelines",
     "distributed_config",
@@ -300,7 +299,9 @@ class ReBasedConfig(PreTrainedConfig):
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         # What the library takes for itself is no attribute now. The rest it sets as it is, misspelt fields too.
-        unknown = sorted(name for name in kwargs if name in vars(self) and name not in NOT_OF_THE_MODEL)
+        unknown = sorted(
+            name for name in kwargs if name in vars(self) and name not in NOT_OF_THE_MODEL and not name.startswith("_")
+        )
         if unknown:
             logger.warning(
                 f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}; the model ignores it."

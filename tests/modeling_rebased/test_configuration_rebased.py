@@ -331,7 +331,8 @@ def test_an_unknown_field_is_named_in_a_warning(tmp_path, monkeypatch):
     ReBasedConfig(featur_dim=8, num_heads=4, num_labels=3, torch_dtype="bfloat16", output_attentions=True)
     assert said == ["ReBasedConfig has no field 'featur_dim', 'num_heads'; the model ignores it."]
     ReBasedConfig(position_embedding_type="rope", rope_theta=5.0)  # which the library puts into `rope_parameters`
-    ReBasedConfig(auto_map={}, quantization_config={}, attn_implementation="eager").save_pretrained(tmp_path)
+    options = {"auto_map": {}, "quantization_config": {}, "attn_implementation": "eager", "_commit_hash": "0"}
+    ReBasedConfig(**options).save_pretrained(tmp_path)
     ReBasedConfig(**ReBasedConfig.from_pretrained(tmp_path, num_labels=3).to_dict())
     assert len(said) == 1
 
