@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .configuration_rebased import n_features
-from .triton_decay_rebased import decay_between, decay_gradient, sum_decays
+from .triton_decay_rebased import decay_between, decay_gradient, decay_of_tile, sum_decays
 from .triton_features_rebased import (
     block_selector,
     load_norm_matrix,
@@ -148,11 +148,7 @@ def _dq_tile(
             s -= minus_half_alpha  # not s += half_alpha: docs/kernels.md, "Limits of the compiler"
         du *= s
     if HAS_DECAY:
-        if DIAGONAL:
-            col_decays = row_decays
-        else:
-            col_decays = tl.load(decays + cols)
-        du *= decay_between(row_decays[:, None], col_decays[None, :])
+        du *= decay_of_tile(row_decays, decays, cols, DIAGONAL)
     if DIAGONAL:
         du = tl.where(rows[:, None] >= cols[None, :], du, 0.0)
     return tl.dot(du.to(CT), keys, acc, input_precision=PREC)  # a dropped key is 0 here
@@ -644,13 +640,13 @@ def _gradient_through_state(
 def query_gradient(
     prepared: PreparedCall, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inverse_z: Tensor,
     states: Tensor, norms: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, has_initial: bool, has_last: bool,
-    ranges: Tensor | None, log_decay: Tensor | None = None, query_part: Tensor | None = None,
+    ranges: Tensor | None, decays: Tensor | None = None, query_part: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, and scaled_grad, delta and minus_delta, which the gradients of keys and values need.
 
     q, k and v come from `pad_rows` and mask from `mask_as_bytes`; the others are as in `backward_pass`, with unit
     strides.
-    With `log_decay`, q . dq / 2 is stored in query_part, fp32 [B, H_q, T].
+    With `decays`, from `sum_decays`, q . dq / 2 is stored in query_part, fp32 [B, H_q, T].
     """
     layout, plan = prepared.layout, prepared.plan
     _, length, heads, _ = q.shape
@@ -659,7 +655,6 @@ def query_gradient(
     # Beyond 16 dims the state's part of a gradient has a kernel of its own.
     separate = layout.quad and layout.blocks > 2
     cut = cut_into_segments(prepared, q, kv_heads, has_initial, has_last, cu_seqlens)
-    decays = sum_decays(log_decay, cut)
     dq = q.new_empty(q.shape)
     scaled_grad, delta, minus_delta = allocate_scaled(grad, inverse_z, layout.d)
     has_state = cut.packed or has_initial or length > cut.length
@@ -691,11 +686,11 @@ def query_gradient(
 def key_gradients(
     prepared: PreparedCall, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, dv: Tensor,
     scaled_grad: Tensor, delta: Tensor, minus_delta: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-    grad_initial: bool, ranges: Tensor | None, log_decay: Tensor | None = None, key_part: Tensor | None = None,
+    grad_initial: bool, ranges: Tensor | None, decays: Tensor | None = None, key_part: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return dk and the gradient of the initial state, which is empty if it is not asked for, and fill dv.
 
-    With `log_decay`, k . dk / 2 is stored in key_part, fp32 [B, H_kv, T].
+    With `decays`, k . dk / 2 is stored in key_part, fp32 [B, H_kv, T].
     """
     layout, plan = prepared.layout, prepared.plan
     _, length, heads, _ = q.shape
@@ -704,7 +699,6 @@ def key_gradients(
     separate = layout.quad and layout.blocks > 2
     # The state is that of later queries. Its first slot is the gradient of the final state.
     cut = cut_into_segments(prepared, q, kv_heads, final, grad_initial, cu_seqlens, reverse=True)
-    decays = sum_decays(log_decay, cut)
     has_state = cut.packed or final or length > cut.length
     dk = k.new_empty(k.shape)
     later, later_norms = allocate_states(q, cut.total, kv_heads, layout, grad_initial)
@@ -780,6 +774,7 @@ def backward_pass(
     with on_gpu_of(q):
         dv = v.new_empty(v.shape)
         q, k, v = pad_rows(prepared, q=q, k=k, v=v)
+        decays = sum_decays(log_decay, prepared.segment, cu_seqlens)
         query_part = key_part = None
         d_log_decay = inverse_z.new_empty(0)
         if log_decay is not None:
@@ -787,10 +782,10 @@ def backward_pass(
             key_part = query_part.new_empty(k.shape[0], k.shape[2], k.shape[1])
         dq, *scaled = query_gradient(
             prepared, grad, q, k, v, o, inverse_z, states, norms, mask, cu_seqlens, has_initial, has_last, ranges,
-            log_decay, query_part,
+            decays, query_part,
         )  # fmt: skip
         dk, d_initial = key_gradients(
-            prepared, grad_final, q, k, v, dv, *scaled, mask, cu_seqlens, grad_initial, ranges, log_decay, key_part
+            prepared, grad_final, q, k, v, dv, *scaled, mask, cu_seqlens, grad_initial, ranges, decays, key_part
         )
         if query_part is not None and key_part is not None:
             d_log_decay = decay_gradient(query_part, key_part, cu_seqlens, final, grad_final)

@@ -29,13 +29,21 @@ import torch
 from torch import Tensor
 
 from .triton_language_rebased import tl, triton
-from .triton_segments_rebased import Segments
 
 
 @triton.jit
 def decay_between(later, earlier):
     """Return exp(G_i - G_j), from `decays` of i and of j; 1 where i comes before j, for pairs that are dropped."""
     return tl.exp2(tl.minimum(later - earlier, 0.0))
+
+
+@triton.jit
+def decay_of_tile(row_decays, decays, cols, DIAGONAL: tl.constexpr):
+    """Return exp(G_i - G_j) for queries with `row_decays` [BM] and the keys `cols`; DIAGONAL: the same tokens."""
+    col_decays = row_decays
+    if not DIAGONAL:
+        col_decays = tl.load(decays + cols)
+    return decay_between(row_decays[:, None], col_decays[None, :])
 
 
 @triton.jit
@@ -59,19 +67,18 @@ def _sequence_of_tokens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor
     return tokens, sequence.clamp(max=cu_seqlens.shape[0] - 2)  # bounds on a GPU are not checked
 
 
-def sum_decays(log_decay: Tensor | None, cut: Segments) -> Tensor | None:
-    """Return `decays`, fp32 [B, H_kv, T], of log_decay [B, T, H_kv]."""
+def sum_decays(log_decay: Tensor | None, segment: int, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Return `decays`, fp32 [B, H_kv, T], of log_decay [B, T, H_kv], for segments of so many tokens."""
     if log_decay is None:
         return None
     length = log_decay.shape[1]
-    bounds = cut.tables["cu_seqlens"]
-    if bounds is not None:
-        tokens, sequence = _sequence_of_tokens(bounds, length)
-        first = bounds.long()[sequence]
-        start = first + (tokens - first) // cut.length * cut.length
+    if cu_seqlens is not None:
+        tokens, sequence = _sequence_of_tokens(cu_seqlens, length)
+        first = cu_seqlens.long()[sequence]
+        start = first + (tokens - first) // segment * segment
     else:
         tokens = torch.arange(length, device=log_decay.device)
-        start = tokens // cut.length * cut.length
+        start = tokens // segment * segment
     steps = log_decay.detach().transpose(1, 2).double() / math.log(2)  # sums over all tokens are exact enough in fp64
     total = steps.cumsum(-1)
     return (total - (total - steps)[..., start]).float().contiguous()

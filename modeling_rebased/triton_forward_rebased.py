@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_decay_rebased import decay_between, sum_decays
+from .triton_decay_rebased import decay_of_tile, sum_decays
 from .triton_features_rebased import (
     load_norm_matrix,
     load_state_rows,
@@ -61,11 +61,7 @@ def _forward_tile(
     s = tl.dot(xq, kt, input_precision=PREC)
     u = weight_polynomial(s, alpha, beta, QUAD, LIN, CONST)
     if HAS_DECAY:
-        if DIAGONAL:
-            col_decays = row_decays
-        else:
-            col_decays = tl.load(decays + cols)
-        u *= decay_between(row_decays[:, None], col_decays[None, :])
+        u *= decay_of_tile(row_decays, decays, cols, DIAGONAL)
     if DIAGONAL:
         u = tl.where(rows[:, None] >= cols[None, :], u, 0.0)
     if HAS_MASK and CONST:
@@ -231,7 +227,7 @@ def forward_pass(
     with on_gpu_of(q):
         q, k, v = pad_rows(prepared, q=q, k=k, v=v)
         cut = cut_into_segments(prepared, q, kv_heads, initial, output_final_state, cu_seqlens)
-        decays = sum_decays(log_decay, cut)
+        decays = sum_decays(log_decay, prepared.segment, cu_seqlens)
         o = q.new_empty(batch, length, heads, head_dim)
         inverse_z = q.new_empty(batch, heads, length, dtype=torch.float32)
         # As many slots as the fake implementation says. A sequence that is one segment leaves some unused.

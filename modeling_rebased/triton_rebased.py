@@ -78,9 +78,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(inverse_z, states, norms)
     # The final state matters to the gradient of the decay alone.
     kept_final = final if last and log_decay is not None else None
-    ctx.save_for_backward(
-        q, k, v, mask, cu_seqlens, o, inverse_z, states, norms, ranges, log_decay, kept_final
-    )  # fmt: skip
+    ctx.save_for_backward(q, k, v, mask, cu_seqlens, o, inverse_z, states, norms, ranges, log_decay, kept_final)
     ctx.coefficients = (c0, c1, c2, scale)
     ctx.has_initial = initial is not None
     ctx.has_last = last
@@ -286,7 +284,7 @@ def triton_unavailable_reason(
                 if shared < _WIDE_BYTES:
                     needs = f"{_WIDE_BYTES:,} bytes of shared memory"
                     return f"head_dim {head_dim} in bfloat16 needs {needs}, and this GPU has {shared:,} for a block"
-        # docs/kernels.md, "Limits": the gradient of values was 3% to 6% off with F = 64.
+        # docs/kernels.md, "A decay in bfloat16": the gradient of values was 3% to 6% off with F = 64.
         if dtype == torch.bfloat16 and decays and feature_dim > _MOST_OF_DECAY:
             most = f"the kernels take {_MOST_OF_DECAY} or less, or float32"
             return f"feature_dim {feature_dim} in bfloat16 has wrong gradients with a decay; {most}"
