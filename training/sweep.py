@@ -30,25 +30,63 @@ def _share_turn(lock: contextlib.AbstractContextManager) -> None:
     _turn = lock
 
 
+def _lines_of(output: str) -> dict[str, dict[str, Any]]:
+    """Return the newest result of each run in a file. A line of `--time-steps` is no result: nothing was trained."""
+    return {line["name"]: line for line in read_results(output) if "history" in line}
+
+
+def _is_finished(line: dict[str, Any] | None) -> bool:
+    """Return whether a run has this result and is at its end. After a deadline or a race that gave it up it is not."""
+    if line is None:
+        return False
+    stopped = line.get("stopped", "")
+    return stopped != "deadline" and not stopped.startswith("epoch ")
+
+
+def _reached(line: dict[str, Any] | None, epoch: int) -> bool:
+    return line is not None and (_is_finished(line) or len(line["history"]) >= epoch)
+
+
+def _first_seed(runs: list[Recipe]) -> list[Recipe]:
+    return [run for run in runs if run.seed == runs[0].seed]
+
+
+def _best_rate(runs: list[Recipe], lines: dict[str, dict[str, Any]], epoch: int) -> float | None:
+    """Return the learning rate that won the race to an epoch, `None` where a run of the first seed is not there yet."""
+    first = _first_seed(runs)
+    if not all(_reached(lines.get(run.name), epoch) for run in first):
+        return None
+
+    def loss(run: Recipe) -> float:
+        history = lines[run.name]["history"][:epoch]
+        return history[-1]["loss"] if history and math.isfinite(history[-1]["loss"]) else math.inf
+
+    return min(first, key=loss).lr
+
+
 def _race(
-    trainer: FastTrainer, runs: list[Recipe], epoch: int, worker: int
+    trainer: FastTrainer, runs: list[Recipe], lines: dict[str, dict[str, Any]], epoch: int, worker: int
 ) -> tuple[list[Recipe], list[dict[str, Any]]]:
     """Train the first seed's runs to an epoch, and keep the learning rate with the lowest loss there.
 
-    Returns the runs that remain (every seed at that rate) and the results of those given up. If the deadline has
-    passed, no run remains and the results are those of all.
+    Returns the runs that remain (every seed at that rate) and the new results of those given up. If the deadline has
+    passed, the results are those of all runs that are not at their end.
     """
-    first = [run for run in runs if run.seed == runs[0].seed]
-    results = {run: trainer.train(run, worker, until=epoch) for run in first}
-
-    def rank(run: Recipe) -> float:
-        history = results[run]["history"]
-        return history[-1]["loss"] if history and math.isfinite(history[-1]["loss"]) else math.inf
-
-    best = min(first, key=rank)
+    trained = {
+        run.name: trainer.train(run, worker, until=epoch)
+        for run in _first_seed(runs)
+        if not _reached(lines.get(run.name), epoch)
+    }
+    rate = _best_rate(runs, lines | trained, epoch)
     late = trainer.options.late
-    given_up = [results[run] for run in first if run is not best or (late and results[run].get("stopped"))]
-    return [run for run in runs if run.lr == best.lr], given_up
+    given_up = [result for result in trained.values() if ("stopped" in result if late else result["lr"] != rate)]
+    return [run for run in runs if run.lr == rate], given_up
+
+
+def _left(runs: list[Recipe], lines: dict[str, dict[str, Any]], race_epoch: int | None) -> list[Recipe]:
+    """Return which runs of a kind are still to train. After a race, these are runs at the best rate only."""
+    rate = None if race_epoch is None else _best_rate(runs, lines, race_epoch)
+    return [run for run in runs if rate in (None, run.lr) and not _is_finished(lines.get(run.name))]
 
 
 def _runs_of_process(runs: Sequence[Recipe], by_kind: bool) -> list[Recipe]:
@@ -65,7 +103,7 @@ def _runs_of_process(runs: Sequence[Recipe], by_kind: bool) -> list[Recipe]:
 def run_group(
     runs: list[Recipe], options: Options, output: str, save: str | None, worker: int = 0
 ) -> list[dict[str, Any]]:
-    """Train runs of one kind one after another, and write each to `output` as soon as it ends."""
+    """Train runs of one kind that `output` does not hold yet, and write each to it as soon as it ends."""
     if options.deterministic:
         use_deterministic_algorithms()
     if options.device == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -75,11 +113,14 @@ def run_group(
     if options.take_turns and trainer.on_gpu and not options.late:
         trainer.prepare(runs[0])  # compiles while another process trains
     with _turn:
+        lines = _lines_of(output)
         if options.race_epoch is not None:
-            runs, given_up = _race(trainer, runs, options.race_epoch, worker)
+            runs, given_up = _race(trainer, runs, lines, options.race_epoch, worker)
             for result in given_up:
                 append_result(output, result)
         for run in runs:
+            if _is_finished(lines.get(run.name)):
+                continue
             if options.late:
                 break
             result = trainer.train(run, position=worker)
@@ -103,17 +144,18 @@ def sweep(runs: Sequence[Recipe], options: Options, output: str, jobs: int = 1, 
     Where torchrun or accelerate launch has started several processes, each trains its share on a GPU of its own.
     """
     runs = _runs_of_process(runs, by_kind=options.race_epoch is not None)  # a race is between runs of one kind
-    done = {result["name"] for result in read_results(output) if result.get("stopped") != "deadline"}
-    left = [run for run in runs if run.name not in done]
-    if len(left) < len(runs):
-        tqdm.write(f"{len(runs) - len(left)} of {len(runs)} runs are finished and in {output}")
+    lines = _lines_of(output)
+    done = [run for run in runs if _is_finished(lines.get(run.name))]
+    if done:
+        tqdm.write(f"{len(done)} of {len(runs)} runs are finished and in {output}")
     if save:
-        for run in runs:
-            if run.name in done and not (Path(save) / run.name).is_dir():
+        for run in done:
+            if not (Path(save) / run.name).is_dir():
                 tqdm.write(f"{run.name} was trained before without being saved: --save has no model of it")
     groups: dict[tuple, list[Recipe]] = {}
-    for run in left:
+    for run in runs:
         groups.setdefault(kind_of(run), []).append(run)
+    groups = {kind: group for kind, group in groups.items() if _left(group, lines, options.race_epoch)}
     results: list[dict] = []
     if jobs <= 1:
         for group in tqdm(groups.values(), desc="kinds of model", disable=not options.progress, position=1):

@@ -98,7 +98,11 @@ def test_a_sweep_skips_what_is_done_and_takes_up_what_is_not(tmp_path):
     assert sorted(result["name"] for result in read_results(output)) == sorted(run.name for run in runs)
     # a run that met its deadline is not done
     append_result(output, {"name": "other", "stopped": "deadline"})
+    # and the time of a step, which may stand in the same file, is no result
+    append_result(output, {"name": runs[0].name, "step_seconds": 1.0})
     assert sweep(runs, CPU, str(output)) == []
+    append_result(output.with_name("times.jsonl"), {"name": runs[0].name, "step_seconds": 1.0})
+    assert len(sweep(runs[:1], CPU, str(output.with_name("times.jsonl")))) == 1
 
 
 def test_a_sweep_in_other_processes_gives_the_same_numbers(tmp_path, monkeypatch):
@@ -154,6 +158,15 @@ def test_a_race_goes_on_with_the_best_rate_only(tmp_path):
     lines = {result["name"]: result for result in read_results(output)}
     assert (lines[runs[0].name]["stopped"], lines[runs[0].name]["epochs_trained"]) == ("epoch 1", 1)
     assert runs[2].name not in lines
+    # the same race again has nothing to do, and one that was cut off goes on with the rate that had won
+    assert sweep(runs, options, str(output)) == []
+    cut_off = tmp_path / "cut-off.jsonl"
+    for name in (runs[0].name, runs[1].name):
+        append_result(cut_off, lines[name])
+    assert [result["name"] for result in sweep(runs, options, str(cut_off))] == [runs[3].name]
+    # without a race, a run that was given up goes on
+    (finished,) = sweep(runs[:2], dataclasses.replace(options, race_epoch=None), str(output))
+    assert (finished["name"], finished["epochs_trained"]) == (runs[0].name, 3) and "stopped" not in finished
     # the winner is the run it would have been without the race
     alone = FastTrainer(runs[1], CPU).train(runs[1])
     assert [e["loss"] for e in trained[0]["history"]] == [e["loss"] for e in alone["history"]]
