@@ -75,27 +75,31 @@ def signature(tokens: np.ndarray) -> np.ndarray:
 
 
 def near_copies(signatures: np.ndarray, similarity: float = 0.6) -> np.ndarray:
-    """Return which documents are near copies of an earlier one, bool [documents].
+    """Return which documents are near copies of an earlier one that is none itself, bool [documents].
+
+    So every near copy has a document that is kept, and copies of a copy are judged by the one that is kept.
 
     Args:
         signatures: of `signature`, [documents, BANDS * ROWS].
         similarity: share of equal entries from which a document is a near copy.
     """
     copies = np.zeros(len(signatures), dtype=bool)
+    bands = signatures.reshape(-1, BANDS, ROWS)
+    mixed = bands[..., 0].copy()  # [documents, BANDS]
+    for row in range(1, ROWS):
+        mixed = mixed * _MULTIPLIER + bands[..., row]
+    shared = np.empty_like(mixed, dtype=bool)  # is the band equal to that of another document?
     for band in range(BANDS):
-        keys = signatures[:, band * ROWS : (band + 1) * ROWS]
-        mixed = keys[:, 0].copy()
-        for row in range(1, ROWS):
-            mixed = mixed * _MULTIPLIER + keys[:, row]
-        order = np.argsort(mixed, kind="stable")
-        same = np.flatnonzero(mixed[order][1:] == mixed[order][:-1])
-        first: dict[int, int] = {}
-        for position in same.tolist():  # neighbours with an equal band, in the order of the documents
-            earlier, later = int(order[position]), int(order[position + 1])
-            earlier = first.get(earlier, earlier)
-            if (signatures[earlier] == signatures[later]).mean() >= similarity:
-                first[later] = earlier
-                copies[later] = True
+        _, inverse, counts = np.unique(mixed[:, band], return_inverse=True, return_counts=True)
+        shared[:, band] = counts[inverse] > 1
+    kept: dict[tuple[int, int], list[int]] = {}  # by a band's number and its value
+    for document in np.flatnonzero(shared.any(axis=1)).tolist():
+        values = [(band, int(mixed[document, band])) for band in np.flatnonzero(shared[document]).tolist()]
+        earlier = sorted({other for value in values for other in kept.get(value, ())})
+        copies[document] = ((signatures[earlier] == signatures[document]).mean(axis=1) >= similarity).any()
+        if not copies[document]:
+            for value in values:
+                kept.setdefault(value, []).append(document)
     return copies
 
 

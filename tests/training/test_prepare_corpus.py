@@ -183,6 +183,19 @@ def test_near_copies_are_found_and_others_are_not():
     assert near_copies(signatures).tolist() == [False, False, True, False, False]
 
 
+def test_a_near_copy_is_one_of_a_document_that_is_kept():
+    """The second is a copy of the first. The third is like the second only, which is dropped, so it must be kept."""
+    first, second = np.arange(16, dtype=np.uint64), np.arange(16, dtype=np.uint64)
+    second[:6] += np.uint64(100)
+    third = second.copy()
+    third[10:] += np.uint64(100)
+    assert near_copies(np.stack([first, second, third])).tolist() == [False, True, False]
+    # The last is like the first kept one, though another document with an equal band stands between them.
+    between = np.full(16, 7, np.uint64)
+    between[6:10] = first[6:10]
+    assert near_copies(np.stack([first, between, first])).tolist() == [False, False, True]
+
+
 def test_a_quotation_is_measured():
     rng = np.random.default_rng(0)
     training, mine = (rng.integers(5000, size=1000).astype(np.uint16) for _ in range(2))
