@@ -52,7 +52,7 @@ def _first_seed(runs: list[Recipe]) -> list[Recipe]:
 
 
 def _best_rate(runs: list[Recipe], lines: dict[str, dict[str, Any]], epoch: int) -> float | None:
-    """Return the learning rate that won the race to an epoch, `None` where a run of the first seed is not there yet."""
+    """Return the learning rate that won the race to an epoch, `None` if a run of the first seed is not there yet."""
     first = _first_seed(runs)
     if not all(_reached(lines.get(run.name), epoch) for run in first):
         return None

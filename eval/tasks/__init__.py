@@ -4,7 +4,7 @@ import argparse
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,45 @@ def refuses_misspelt(make: Callable[..., Any]) -> Callable[..., Any]:
         return make(**given)
 
     return checked
+
+
+def check_words(words: Sequence[str], option: str, run: Mapping[str, Any]) -> None:
+    """Refuse a task of words that the model's tokenizer does not have, where that knows whole words and no others.
+
+    Such a tokenizer (training.mqar.build_tokenizer) has the words of the task that its model was trained on. Of a word
+    that it lacks it says "WordLevel error: Missing [UNK] token", and nothing of the task.
+
+    Args:
+        words: of the task.
+        option: the name in `--metadata` that sets their number.
+        run: what lm-eval adds to the metadata of a run, which is the model's arguments. A model that was handed over
+            as an object is not among them, so it is not checked.
+
+    Raises:
+        ValueError: the tokenizer lacks a word of the task.
+    """
+    from tokenizers.models import WordLevel
+    from transformers import AutoTokenizer
+
+    name = run.get("tokenizer") or run.get("pretrained")
+    if not isinstance(name, str):
+        return
+    source = {key: run[key] for key in ("revision", "subfolder") if run.get(key)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=bool(run.get("trust_remote_code", False)), **source
+        )
+    except (OSError, ValueError):  # lm-eval, which loads the model, says what is wrong with it
+        return
+    if not isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), WordLevel):
+        return
+    known = tokenizer.get_vocab()
+    if missing := [word for word in words if word not in known]:
+        raise ValueError(
+            f"the task has {len(words)} words and the tokenizer of {name} only {len(known)}, without {missing[0]!r}: "
+            f"--metadata must give the sizes that the model was trained on, here {option!r} above all; the model's "
+            "card has the command"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

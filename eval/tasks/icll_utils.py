@@ -16,7 +16,7 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from modeling_rebased.eval.tasks import refuses_misspelt
+from modeling_rebased.eval.tasks import check_words, refuses_misspelt
 from modeling_rebased.training import icll
 from modeling_rebased.training.mqar import symbols as words
 from modeling_rebased.training.mqar import to_text
@@ -33,7 +33,7 @@ def icll_dataset(
     min_strings: int = icll.ICLLSpec.min_strings,
     max_strings: int = icll.ICLLSpec.max_strings,
     longest_string: int = icll.ICLLSpec.max_length,
-    **_: object,
+    **run: object,
 ) -> dict[str, Dataset]:
     """Return the test documents: the text up to a place in a string, and two distributions of the next token there.
 
@@ -43,9 +43,13 @@ def icll_dataset(
         queries: how many places of an example are asked at most, chosen from the seed. No separator follows there.
         symbols, max_states, min_strings, max_strings: sizes of the task (training/icll.py).
         longest_string: most symbols in a string. `max_length` is a name of lm-eval's, for the length of a model.
-        **_: what lm-eval adds to the metadata of a run.
+        **run: what lm-eval adds to the metadata of a run, among it the name of the model.
+
+    Raises:
+        ValueError: a size that the task cannot have, or a model that does not know the task's words.
     """
     spec = icll.ICLLSpec(int(symbols), int(max_states), int(min_strings), int(max_strings), int(longest_string))
+    check_words(words(spec.vocab_size), "symbols", run)
     examples = icll.make_examples(spec, int(num_examples), seed=int(seed), split="test")
     tokens, exact, ngram = examples.input_ids(), examples.next_tokens(), icll.ngram_next_tokens(examples)
     documents: dict[str, list] = {"text": [], "tokens": [], "automaton": [], "ngram": []}

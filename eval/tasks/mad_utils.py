@@ -13,9 +13,9 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from modeling_rebased.eval.tasks import refuses_misspelt
+from modeling_rebased.eval.tasks import check_words, refuses_misspelt
 from modeling_rebased.training import mad
-from modeling_rebased.training.mqar import to_text
+from modeling_rebased.training.mqar import symbols, to_text
 from modeling_rebased.training.random_numbers import few_of
 
 
@@ -30,7 +30,7 @@ def mad_dataset(
     noise_vocab_size: int | None = None,
     noise: float | None = None,
     copy: int | None = None,
-    **_: object,
+    **run: object,
 ) -> dict[str, Dataset]:
     """Return the test documents, one a question: the tokens before the answer, and the answer.
 
@@ -40,7 +40,10 @@ def mad_dataset(
         num_examples: sequences.
         queries: how many of a sequence's questions are asked at most, chosen from the seed.
         vocab_size, length, noise_vocab_size, noise, copy: sizes of the task, by default the authors' base sizes.
-        **_: what lm-eval adds to the metadata of a run.
+        **run: what lm-eval adds to the metadata of a run, among it the name of the model.
+
+    Raises:
+        ValueError: a size that the task cannot have, or a model that does not know the task's words.
     """
     base = mad.BASE[mad_task]
     spec = mad.MADSpec(
@@ -51,6 +54,7 @@ def mad_dataset(
         base.noise if noise is None else float(noise),
         base.copy if copy is None else int(copy),
     )
+    check_words(symbols(spec.vocab_size), "vocab_size", run)
     tokens, targets = mad.make_examples(spec, int(num_examples), seed=int(seed), split="test")
     documents: dict[str, list] = {"text": [], "value": [], "example": [], "position": []}
     for n, t in few_of(targets >= 0, int(queries), seed=int(seed)).nonzero().tolist():

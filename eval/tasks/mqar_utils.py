@@ -13,7 +13,7 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from modeling_rebased.eval.tasks import refuses_misspelt
+from modeling_rebased.eval.tasks import check_words, refuses_misspelt
 from modeling_rebased.training import mqar
 
 
@@ -25,7 +25,7 @@ def mqar_dataset(
     num_examples: int = 128,
     queries: int = 16,
     vocab_size: int = mqar.MQARSpec.vocab_size,
-    **_: object,
+    **run: object,
 ) -> dict[str, Dataset]:
     """Return the test documents, one a query: the sequence up to and including the repeated key, and its value.
 
@@ -35,9 +35,13 @@ def mqar_dataset(
         num_examples: sequences.
         queries: how many of a sequence's num_pairs queries are asked, chosen from the seed.
         vocab_size: of the task; keys and values are each half of it.
-        **_: what lm-eval adds to the metadata of a run.
+        **run: what lm-eval adds to the metadata of a run, among it the name of the model.
+
+    Raises:
+        ValueError: a size that the task cannot have, or a model that does not know the task's words.
     """
     spec = mqar.MQARSpec(length=int(length), num_pairs=int(num_pairs), vocab_size=int(vocab_size))
+    check_words(mqar.symbols(spec.vocab_size), "vocab_size", run)
     examples = mqar.make_examples(spec, int(num_examples), seed=int(seed), split="test")
     chosen = mqar.query_subset(spec, int(num_examples), int(queries), seed=int(seed))
     ids = examples.input_ids().tolist()

@@ -152,6 +152,25 @@ def test_two_processes_ask_every_query_once():
     assert sorted(parts[0] + parts[1]) == sorted(documents(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("task", "option"), [("mqar_128_16", "vocab_size"), ("mad_recall", "vocab_size"), ("icll", "symbols")]
+)
+def test_a_task_of_other_words_than_the_models_is_refused(task, option, tmp_path):
+    from lm_eval.tasks import TaskManager
+
+    mqar.build_tokenizer(8).save_pretrained(tmp_path)
+    model = {"pretrained": str(tmp_path), "num_examples": 1, "queries": 1}
+
+    def load(**sizes: int) -> None:
+        metadata = model | sizes
+        TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata).load([task])
+
+    with pytest.raises(ValueError, match=rf"\d+ words and the tokenizer of .* only 8, without '8'.*'{option}'"):
+        load()
+    if task == "mqar_128_16":
+        load(length=16, num_pairs=2, vocab_size=8)
+
+
 def test_the_shipped_checkpoint_recalls_at_its_length():
     """From its folder, with the code that lies there, both ways: 0.99 or more, and the same to the digit."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
