@@ -186,11 +186,6 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         ConversionError: an argument is wrong, or OUTPUT_DIR holds another run.
     """
     set_seed(arguments.seed)
-    # Not the library's --tf32: torch.compile before 2.13 cannot read what that sets.
-    if arguments.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    else:
-        arguments.dataloader_pin_memory = False  # which would only warn
     check_arguments(distill, arguments)
     tokenizer = AutoTokenizer.from_pretrained(distill.teacher)
     train = read_blocks(distill.train_file, tokenizer, distill.context_length)
@@ -214,29 +209,8 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
     if arguments.process_index == 0:
         record.write()
 
-    trained: Any = student
-    if distill.stage == "transfer":
-        trained = without_mlps(student)
-        freeze_all_but_transferred(trained)
-    elif distill.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        adapters = LoraConfig(
-            r=distill.lora_rank, lora_alpha=2 * distill.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        trained = get_peft_model(student, adapters)
-
-    if distill.max_seconds is not None and arguments.max_steps <= 0:
-        arguments.max_steps = 10**9
-    arguments.remove_unused_columns = False
-    arguments.label_names = ["labels"]
-    arguments.prediction_loss_only = True
-    # The library would look for unused weights behind the logits, where those of stage transfer are not.
-    arguments.ddp_find_unused_parameters = False
-    # Asking every step whether the loss is finite makes a GPU's host wait.
-    arguments.logging_nan_inf_filter = False
-    if distill.compile:
-        arguments.dataloader_drop_last = True  # a last, smaller batch would be compiled for by itself
+    _fit_arguments(distill, arguments)
+    trained = _part_to_train(distill, student)
     rows: list[dict[str, Any]] = [{"file": Path(name).stem, "length": length} for name, length in held_out]
     before = student.to(arguments.device)
     for row, blocks in zip(rows, held_out.values()):
@@ -249,28 +223,13 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         teacher=teacher,
         distill=distill,
     )
-    if trainer.get_cp_size() > 1:
-        raise ConversionError("cp_size is above 1, but a teacher's sequences cannot be split over processes.")
-    if trainer.get_tp_size() > 1:
-        raise ConversionError("tp_size is above 1, but no student is trained with tensor parallelism. Use FSDP2.")
-    if distill.lora_rank and trainer.is_fsdp_enabled:
-        raise ConversionError("--lora_rank cannot be used with FSDP, which would have to merge sharded weights.")
+    _check_parallelism(distill, trainer)
     started = time.monotonic()
     train_from(trainer, latest_complete_checkpoint(arguments.output_dir, record.fewest_processes))
     seconds = time.monotonic() - started
 
-    # Without what the library wrapped around it for mixed precision: what is measured below is float32.
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    whole = trained.merge_and_unload() if distill.lora_rank else gathered_model(trained, torch.float32)
-    if trainer.is_world_process_zero():
-        if distill.lora_rank:
-            student = whole
-        else:
-            if distill.stage != "transfer":  # the model that was trained may be sharded
-                student = ReBasedForCausalLM(whole.config).to(arguments.device)
-            student.load_state_dict(whole.state_dict(), strict=distill.stage != "transfer")
-        student.requires_grad_(True)
-        student.config.kernel_backend = load_config(Path(distill.student)).kernel_backend
+    finished = _finished_student(distill, trainer, student)
+    if finished is not None:
         steps = trainer.state.global_step
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         said = {
@@ -280,19 +239,89 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
             "seconds": round(seconds, 1),
             "perplexity": rows,
         }
-        final = Path(arguments.output_dir) / "final"
-        with written(final) as path:
-            save_model(path, student, tokenizer)
+        folder = Path(arguments.output_dir) / "final"
+        with written(folder) as path:
+            save_model(path, finished, tokenizer)
         trainer.save_state()
         # Before anything is measured too: the model is complete, also where that is cut short.
         summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         for row, blocks in zip(rows, held_out.values()):
-            row |= {"teacher": perplexity(teacher, blocks), "student": perplexity(student, blocks)}
+            row |= {"teacher": perplexity(teacher, blocks), "student": perplexity(finished, blocks)}
         summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-        _card(student, final, distill, arguments, command, said).save(final / "README.md")
+        _card(finished, folder, distill, arguments, command, said).save(folder / "README.md")
         clock = trainer.clock.spent if trainer.clock is not None else 0.0
         record.write({"steps": steps, "epochs": trainer.state.epoch or 0.0, "seconds": clock})
     return rows
+
+
+def _fit_arguments(distill: DistillArguments, arguments: TrainingArguments) -> None:
+    """Set what the library must do in every distillation, whatever was asked for."""
+    # Not the library's --tf32: torch.compile before 2.13 cannot read what that sets.
+    if arguments.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    else:
+        arguments.dataloader_pin_memory = False  # which would only warn
+    if distill.max_seconds is not None and arguments.max_steps <= 0:
+        arguments.max_steps = 10**9
+    arguments.remove_unused_columns = False
+    arguments.label_names = ["labels"]
+    arguments.prediction_loss_only = True
+    # The library would look for unused weights behind the logits, where those of stage transfer are not.
+    arguments.ddp_find_unused_parameters = False
+    # Asking every step whether the loss is finite makes a GPU's host wait.
+    arguments.logging_nan_inf_filter = False
+    if distill.compile:
+        arguments.dataloader_drop_last = True  # a last, smaller batch would be compiled for by itself
+
+
+def _part_to_train(distill: DistillArguments, student: ReBasedForCausalLM) -> Any:
+    """Return what the stage trains: the attention of a student's linear layers, adapters to it, or all of it."""
+    if distill.stage == "transfer":
+        attention = without_mlps(student)
+        freeze_all_but_transferred(attention)
+        return attention
+    if distill.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(
+            r=distill.lora_rank, lora_alpha=2 * distill.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        return get_peft_model(student, adapters)
+    return student
+
+
+def _check_parallelism(distill: DistillArguments, trainer: DistillTrainer) -> None:
+    """Refuse to split a run over processes in a way that a distillation cannot be.
+
+    Raises:
+        ConversionError: names the setting.
+    """
+    if trainer.get_cp_size() > 1:
+        raise ConversionError("cp_size is above 1, but a teacher's sequences cannot be split over processes.")
+    if trainer.get_tp_size() > 1:
+        raise ConversionError("tp_size is above 1, but no student is trained with tensor parallelism. Use FSDP2.")
+    if distill.lora_rank and trainer.is_fsdp_enabled:
+        raise ConversionError("--lora_rank cannot be used with FSDP, which would have to merge sharded weights.")
+
+
+def _finished_student(
+    distill: DistillArguments, trainer: DistillTrainer, student: ReBasedForCausalLM
+) -> ReBasedForCausalLM | None:
+    """Return the whole student with what was trained, in float32, on the main process, and `None` on the others."""
+    # Without what the library wrapped around it for mixed precision: what is measured later is float32.
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    whole = trained.merge_and_unload() if distill.lora_rank else gathered_model(trained, torch.float32)
+    if not trainer.is_world_process_zero():
+        return None
+    if distill.lora_rank:
+        student = whole
+    else:
+        if distill.stage != "transfer":  # the model that was trained may be sharded
+            student = ReBasedForCausalLM(whole.config).to(trainer.args.device)
+        student.load_state_dict(whole.state_dict(), strict=distill.stage != "transfer")
+    student.requires_grad_(True)
+    student.config.kernel_backend = load_config(Path(distill.student)).kernel_backend
+    return student
 
 
 def _identity(

@@ -42,6 +42,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_rebased import rebased_attention, rebased_attention_decode
 from .batch_rebased import (
     PURELY_RECURRENT,
+    Packing,
     check_counts,
     count_positions,
     create_masks,
@@ -1032,45 +1033,9 @@ class ReBasedModel(ReBasedPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         self._check_arguments(inputs_embeds, position_ids, cache, kwargs)
 
-        counter = prepare_cache(cache, self.config, inputs_embeds) if cache is not None else None
-        masks = packing = padding_mask = None
-        if isinstance(attention_mask, dict):  # by `create_masks_for_generate`, ahead of a compiled forward
-            masks = attention_mask
-            attention_mask = padding_mask = masks.get("linear_attention")
-        else:
-            attention_mask, padding_mask = fit_mask(self.config, inputs_embeds, attention_mask, cache, counter)
-            packing = find_packing(
-                inputs_embeds,
-                position_ids,
-                padding_mask,
-                kwargs.get("cu_seq_lens_q"),
-                kwargs.get("seq_idx"),
-                continues=cache is not None,
-            )
-        if packing is not None and cache is not None:
-            raise ValueError(f"Packed sequences (`{packing.given_by}`) cannot continue from `{CACHE_NAME}`.")
-        shard = None
-        if self.context_group is not None:
-            shard = locate_shard(
-                self.context_group,
-                inputs_embeds,
-                self.config.conv_kernel_size if "conv" in self.config.layer_types else 1,
-                padding_mask,
-                packing,
-                position_ids,
-                kwargs.get("seq_idx"),
-            )
-        elif use_cache and cache is None and packing is None:
-            cache = DynamicCache(config=self.config)
-            counter = prepare_cache(cache, self.config, inputs_embeds)
-        if masks is None:
-            masks = create_masks(self.config, inputs_embeds, attention_mask, padding_mask, cache, packing)
-        if position_ids is None and self.config.position_embedding_type != "none":
-            position_ids = count_positions(inputs_embeds, attention_mask, packing, cache, counter)
-            if shard is not None:
-                position_ids = shard.count_on(position_ids, padding_mask)
-        if counter is not None:
-            counter.update(padding_mask, inputs_embeds.shape[1])
+        masks, position_ids, packing, shard, cache = self._prepare_batch(
+            inputs_embeds, attention_mask, position_ids, cache, use_cache, kwargs
+        )
 
         if self.embed_positions is not None:
             self._check_positions(position_ids)
@@ -1138,6 +1103,62 @@ class ReBasedModel(ReBasedPreTrainedModel):
                 f"`{CACHE_NAME}` cannot be used in training with gradient checkpointing, which runs every layer "
                 "twice. Call `model.gradient_checkpointing_disable()`, or give the tokens of the cache as well."
             )
+
+    def _prepare_batch(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, torch.Tensor | None], torch.Tensor | None, Packing | None, ContextShard | None, Cache | None]:
+        """Work out what the layers need to know of a batch, and count its tokens in the cache.
+
+        Takes the arguments of `forward` as they were given. Returns the masks by kind of layer, the positions, how
+        sequences are packed, this rank's part of them, and the cache.
+        """
+        counter = prepare_cache(cache, self.config, inputs_embeds) if cache is not None else None
+        masks = packing = padding_mask = shard = None
+        if isinstance(attention_mask, dict):  # by `create_masks_for_generate`, ahead of a compiled forward
+            masks = attention_mask
+            attention_mask = padding_mask = masks.get("linear_attention")
+        else:
+            attention_mask, padding_mask = fit_mask(self.config, inputs_embeds, attention_mask, cache, counter)
+            packing = find_packing(
+                inputs_embeds,
+                position_ids,
+                padding_mask,
+                kwargs.get("cu_seq_lens_q"),
+                kwargs.get("seq_idx"),
+                continues=cache is not None,
+            )
+        if packing is not None and cache is not None:
+            raise ValueError(f"Packed sequences (`{packing.given_by}`) cannot continue from `{CACHE_NAME}`.")
+
+        if self.context_group is not None:
+            shard = locate_shard(
+                self.context_group,
+                inputs_embeds,
+                self.config.conv_kernel_size if "conv" in self.config.layer_types else 1,
+                padding_mask,
+                packing,
+                position_ids,
+                kwargs.get("seq_idx"),
+            )
+        elif use_cache and cache is None and packing is None:
+            cache = DynamicCache(config=self.config)
+            counter = prepare_cache(cache, self.config, inputs_embeds)
+
+        if masks is None:
+            masks = create_masks(self.config, inputs_embeds, attention_mask, padding_mask, cache, packing)
+        if position_ids is None and self.config.position_embedding_type != "none":
+            position_ids = count_positions(inputs_embeds, attention_mask, packing, cache, counter)
+            if shard is not None:
+                position_ids = shard.count_on(position_ids, padding_mask)
+        if counter is not None:
+            counter.update(padding_mask, inputs_embeds.shape[1])
+        return masks, position_ids, packing, shard, cache
 
     def _warn_of_missing_attentions(self) -> None:
         if not set(self.config.layer_types) - PURELY_RECURRENT:
