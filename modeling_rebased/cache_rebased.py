@@ -9,6 +9,7 @@ before.
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -288,6 +289,31 @@ def count_layer(cache: Cache, config: ReBasedConfig) -> TokenCountLayer:
     return cache.layers[config.num_hidden_layers]
 
 
+def _take_layers(cache: Cache, kept: dict[tuple, list], inputs_embeds: torch.Tensor) -> None:
+    """Give a new cache the layers in `kept` if they fit, and bring its layers there when the cache is deleted.
+
+    CUDA graphs read and write states at fixed addresses. States at new addresses make them be recorded anew. `kept`
+    holds the layers of one cache at most, under all that their tensors follow from.
+    """
+    kind = inputs_embeds.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    modes = autocast, torch.is_inference_mode_enabled()
+    key = (inputs_embeds.shape[0], inputs_embeds.dtype, inputs_embeds.device, *modes)
+    layers = kept.pop(key, None)
+    kept.clear()
+    if layers is not None:
+        cache.layers = layers
+        for layer in layers:
+            layer.reset()
+        _change_tensors(cache, lambda x: x)  # marks the addresses of those that beam search has replaced
+
+    def keep(layers: list) -> None:
+        kept.clear()
+        kept[key] = layers
+
+    weakref.finalize(cache, keep, cache.layers).atexit = False
+
+
 def prepare_cache(cache: Cache, config: ReBasedConfig, inputs_embeds: torch.Tensor) -> TokenCountLayer | None:
     """Make a cache ready for a batch [B, T, hidden_size], and return its counts, `None` without recurrent layers.
 
@@ -307,6 +333,11 @@ def prepare_cache(cache: Cache, config: ReBasedConfig, inputs_embeds: torch.Tens
         return None
     counter = count_layer(cache, config)
     batch = inputs_embeds.shape[0]
+    if not counter.is_initialized:
+        kept = getattr(cache, "kept_layers", None)
+        if kept is not None and not is_tracing(inputs_embeds):
+            _take_layers(cache, kept, inputs_embeds)
+            counter = count_layer(cache, config)
     if not counter.is_initialized:
         counter.lazy_initialization(batch, inputs_embeds.device)
     if not is_tracing(inputs_embeds):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -1200,6 +1200,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         self.model = ReBasedModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._kept_layers: dict[tuple, list] = {}  # see `_keep_states`
         self.post_init()
 
     def _get_name(self) -> str:
@@ -1223,10 +1224,13 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None or not self.config.is_recurrent:
             return
+        if not given and not generation_config.return_dict_in_generate:
+            self._keep_states(cache)
         # Before the first token too, `generate` asks the cache for its length.
         count_layer(cache, self.config)
         assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values()) or generation_config.is_assistant
@@ -1237,6 +1241,16 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
             )
         if assisted:
             make_croppable(cache, self.config)
+
+    def _keep_states(self, cache: Cache) -> None:
+        """Let a static cache that no caller will see use the states of the one before it, and leave them to the next.
+
+        A state has one size whatever the number of tokens. At the same addresses, it needs no new CUDA graphs.
+        """
+        several_devices = len(set(getattr(self, "hf_device_map", {}).values())) > 1
+        purely_recurrent = not set(self.config.layer_types) - PURELY_RECURRENT
+        if isinstance(cache, StaticCache) and purely_recurrent and not cache.offloading and not several_devices:
+            cache.kept_layers = self._kept_layers
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(

@@ -7,6 +7,7 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     MaxLengthCriteria,
     StaticCache,
     StoppingCriteriaList,
@@ -221,28 +222,81 @@ def test_the_logits_of_a_continuation(name):
 @pytest.mark.parametrize("name", ["paper", "mqar"])
 def test_the_compiled_step_serves_every_length(name):
     """One graph without recompilation, and all that it changes has a fixed address, as CUDA graphs need it."""
-    graphs = []
+    graphs, addresses = [], set()
 
     def inspect_graph(graph, inputs):
         meta = torch._guards.TracingContext.get().fw_metadata
         changed = {i for i, x in enumerate(meta.input_info) if x.mutates_data}
         graphs.append((changed, set(meta.static_input_indices)))
         assert all(isinstance(x, torch.Tensor) for x in inputs)
-        return graph.forward
+
+        def run(*inputs):
+            addresses.add(tuple(inputs[i].data_ptr() for i in sorted(changed)))
+            return graph.forward(*inputs)
+
+        return run
 
     backend = aot_autograd(fw_compiler=inspect_graph, keep_inference_input_mutations=True)
     config = CompileConfig(backend=backend, fullgraph=True, mode=None)
     config._compile_all_devices = True
     torch._dynamo.reset()
     model = make_model(name)
+    blocks = []
     for length, new in ((23, 4), (17, 9), (30, 6)):
         ids = make_ids(1, length)
         out = generate(model, ids, max_new_tokens=new, cache_implementation="static", compile_config=config)
         assert torch.equal(out, greedy_reference(model, ids, new))
+        blocks += [torch.empty(2**k) for k in range(4, 16)]  # in the place of states that were not kept
     ((changed, static),) = graphs
     # The state of each layer, and the counts.
     assert len(changed) == model.config.num_hidden_layers + 1
     assert changed <= static
+    assert len(addresses) <= 2  # what compiles in the first call may hold its cache for longer
+
+
+@torch.no_grad()
+def test_calls_with_a_static_cache_do_not_disturb_one_another():
+    """The states of an earlier call serve the next one, but not where they have another owner or size."""
+    model = make_small_model("paper")
+
+    def check(ids, **options):
+        """Compare the logits of every step with those of the whole sequence."""
+        steps = []
+
+        def see(ids, scores):
+            steps.append(scores.clone())
+            return scores
+
+        options |= {"cache_implementation": "static", "logits_processor": LogitsProcessorList([see])}
+        out = generate(model, ids, **options)
+        expected = model(getattr(out, "sequences", out), use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()
+        torch.testing.assert_close(torch.stack(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+        return out
+
+    one, two, other = make_ids(1, 9), make_ids(2, 12), make_ids(1, 14)
+    check(one)
+    # The caller sees this cache, and may keep its states alone.
+    layers = check(one, return_dict_in_generate=True).past_key_values.layers
+    states = [x for x in (*(layer.recurrent_states[0] for layer in layers[:-1]), layers[-1].counts) if x is not None]
+    before = [x.clone() for x in states]
+    for ids in (other, two, one, other):
+        check(ids)
+    assert all(torch.equal(x, y) for x, y in zip(before, states, strict=True))
+
+    def call_inside(ids, scores, **kwargs):
+        check(other)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    check(one, stopping_criteria=StoppingCriteriaList([call_inside]))
+    beams = generate(model, two, num_beams=3)
+    assert torch.equal(generate(model, two, num_beams=3, cache_implementation="static"), beams)
+    check(make_ids(6, 12))  # as many rows as beams
+    with torch.inference_mode():
+        check(one)
+    check(one)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model, one, cache_implementation="static")
+    check(one)
 
 
 @torch.no_grad()
