@@ -34,6 +34,7 @@ LICENSES = frozenset(
     llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
     """.split()  # noqa: SIM905  a list of strings would take a page
 )
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -93,30 +94,20 @@ def export(
             upload failed, `destination` is complete.
     """
     check_destination(destination, overwrite, source)
-    if push is not None:
-        try:
-            validate_repo_id(push)
-        except HFValidationError as error:
-            raise ConversionError(f"--push is {push!r}, which is not a repository's name: {error}") from error
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in dtypes:
-        raise ConversionError(f"--dtype is {dtype!r}; it must be one of {', '.join(dtypes)}.")
-    if not re.fullmatch(r"[1-9][0-9]*([KMG]i?B)", max_shard_size):
-        raise ConversionError(f"--max-shard-size is {max_shard_size!r}; it must be a number with KB, MB or GB.")
+    _check_arguments(push, dtype, max_shard_size)
     folder = Path(source)
     config, state = load_folder(folder)
     if dtype is not None:
-        state = {key: tensor.to(dtypes[dtype]) for key, tensor in progress(state.items(), "casting")}
+        state = {key: tensor.to(DTYPES[dtype]) for key, tensor in progress(state.items(), "casting")}
     parameters = sum(tensor.numel() for tensor in state.values())
     tokens = load_tokenizer(folder, tokenizer, config)
     settings = _generation_config(folder, config, tokens)
     evaluation = read_results(results or [], parameters)
     said = _said_by_readme(folder)
-    name = name or (push or Path(os.path.abspath(destination)).name).split("/")[-1]
     card = hub_card(
         config,
         parameters,
-        name=name,
+        name=name or (push or Path(os.path.abspath(destination)).name).split("/")[-1],
         license=license or said.get("license"),
         license_name=license_name or said.get("license_name"),
         license_link=license_link or said.get("license_link"),
@@ -133,14 +124,7 @@ def export(
     report = Report(str(source), str(destination), dry_run=dry_run)
     for key, tensor in state.items():
         report.map(key, tensor, key)
-    report.notes += [f"left out of the card, no finite number: {each}" for each in evaluation.skipped]
-    report.notes += [f"passed over: --results {each}" for each in evaluation.passed_over]
-    if tokens is None:
-        report.notes.append("there is no tokenizer: SOURCE has none and --tokenizer was not given")
-    report.notes.append(
-        f"model card: license {card.data.license}, {len(evaluation.results)} results, "
-        f"datasets {', '.join(card.data.datasets or []) or 'not stated'}"
-    )
+    report.notes += _notes(evaluation, card, tokens)
     if dry_run:
         if push is not None:
             report.notes.append(f"would be uploaded to {push}")
@@ -178,6 +162,18 @@ def upload(folder: str | os.PathLike, repo_id: str, private: bool = False) -> st
             f"{str(folder)!r} is complete, but its upload to {repo_id!r} failed: {type(error).__name__}: {error}"
         ) from error
     return str(url)
+
+
+def _check_arguments(push: str | None, dtype: str | None, max_shard_size: str) -> None:
+    if push is not None:
+        try:
+            validate_repo_id(push)
+        except HFValidationError as error:
+            raise ConversionError(f"--push is {push!r}, which is not a repository's name: {error}") from error
+    if dtype is not None and dtype not in DTYPES:
+        raise ConversionError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if not re.fullmatch(r"[1-9][0-9]*([KMG]i?B)", max_shard_size):
+        raise ConversionError(f"--max-shard-size is {max_shard_size!r}; it must be a number with KB, MB or GB.")
 
 
 # ---------------------------------------------------------------- what goes into the folder
@@ -220,6 +216,17 @@ def _read_text(path: str | os.PathLike | None) -> str:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"--card-text {str(path)!r} cannot be read: {error}") from error
+
+
+def _notes(evaluation: Evaluation, card: ModelCard, tokens: PreTrainedTokenizerBase | None) -> list[str]:
+    """Return what the report says of the results, the tokenizer and the card."""
+    notes = [f"left out of the card, no finite number: {each}" for each in evaluation.skipped]
+    notes += [f"passed over: --results {each}" for each in evaluation.passed_over]
+    if tokens is None:
+        notes.append("there is no tokenizer: SOURCE has none and --tokenizer was not given")
+    datasets = ", ".join(card.data.datasets or []) or "not stated"
+    notes.append(f"model card: license {card.data.license}, {len(evaluation.results)} results, datasets {datasets}")
+    return notes
 
 
 # ---------------------------------------------------------------- the card

@@ -91,24 +91,15 @@ def linearize(
         ConversionError: the model has a part that a ReBased model has no place for, or an argument does not fit it.
     """
     check_destination(destination, overwrite, source)
-    folder = Path(source)
-    options: dict[str, Any] = {"local_files_only": True}
-    is_gguf = folder.suffix == ".gguf"
-    if is_gguf:
-        folder, options["gguf_file"] = folder.parent, folder.name
-    if not (Path(source).is_file() if is_gguf else folder.is_dir()):
-        kind = "a file" if folder.is_file() else "missing"
-        raise ConversionError(f"SOURCE {str(source)!r} is {kind}; it must be the folder of a model, or a .gguf file.")
-    try:
-        theirs = AutoConfig.from_pretrained(folder, **options)
-    except Exception as error:  # the library's errors about configurations are of many kinds
-        raise ConversionError(f"SOURCE {str(source)!r} has no configuration of a known model: {error}") from error
+    folder, options, theirs = _open_source(Path(source))
     types = layer_types(theirs, layers)
-    if is_gguf and theirs.model_type in FAMILY:
-        check_gguf(Path(source), theirs)
-    if decay is not None and not set(types) & set(LINEAR_LAYER_TYPES):
+    linear = set(types) & set(LINEAR_LAYER_TYPES)
+    if decay is not None and not linear:
         raise ConversionError(f"--decay {decay} has no place: with --layers {layers!r} no layer is linear.")
+    if fit is not None and not linear:
+        raise ConversionError(f"--fit has nothing to fit: with --layers {layers!r} no layer is linear.")
     config = student_config(theirs, types, feature_dim, window, rotate, decay)
+    is_gguf = "gguf_file" in options
     dtype = torch.float32 if is_gguf else "auto"
     teacher = load_model(
         AutoModelForCausalLM, folder, f"SOURCE {str(source)!r}", config=theirs, dtype=dtype, **options
@@ -119,20 +110,16 @@ def linearize(
     report.notes.append(
         f"{len(types)} layers: " + ", ".join(f"{types.count(each)} {each}" for each in sorted(set(types)))
     )
-    if config.rope_linear_attention:
-        report.notes.append("queries and keys of the linear layers are rotated by position")
-    elif set(types) & set(LINEAR_LAYER_TYPES):
-        report.notes.append("queries and keys of the linear layers are not rotated by position")
+    if linear:
+        rotated = "rotated" if config.rope_linear_attention else "not rotated"
+        report.notes.append(f"queries and keys of the linear layers are {rotated} by position")
     state = initial_state(teacher.state_dict(), config, report)
     check_against(config, state, str(source))
     if tokens is None:
         report.notes.append("SOURCE has no tokenizer that can be loaded")
-    if set(types) != {"full_attention"}:
-        how = "rebased-distill"
-        report.notes.append(f"the linear layers are a start, not a model: train them ({how})")
+    if linear:
+        report.notes.append("the linear layers are a start, not a model: train them (rebased-distill)")
     if fit is not None:
-        if not set(types) & set(LINEAR_LAYER_TYPES):
-            raise ConversionError(f"--fit has nothing to fit: with --layers {layers!r} no layer is linear.")
         if tokens is None:
             raise ConversionError("--fit needs a tokenizer, and SOURCE has none that can be loaded.")
         ids = _rows_to_fit(fit, tokens, fit_tokens)
@@ -145,6 +132,29 @@ def linearize(
         with written(destination, overwrite, source) as path:
             write_model(path, config, state, generation_config=teacher.generation_config, tokenizer=tokens)
     return report
+
+
+def _open_source(source: Path) -> tuple[Path, dict[str, Any], PreTrainedConfig]:
+    """Return the folder of a model, what `from_pretrained` must be told to read it from there, and its configuration.
+
+    Raises:
+        ConversionError: there is no model, or none that a ReBased model can start from.
+    """
+    folder = source
+    options: dict[str, Any] = {"local_files_only": True}
+    is_gguf = source.suffix == ".gguf"
+    if is_gguf:
+        folder, options["gguf_file"] = source.parent, source.name
+    if not (source.is_file() if is_gguf else source.is_dir()):
+        kind = "a file" if source.is_file() else "missing"
+        raise ConversionError(f"SOURCE {str(source)!r} is {kind}; it must be the folder of a model, or a .gguf file.")
+    try:
+        theirs = AutoConfig.from_pretrained(folder, **options)
+    except Exception as error:  # the library's errors about configurations are of many kinds
+        raise ConversionError(f"SOURCE {str(source)!r} has no configuration of a known model: {error}") from error
+    if is_gguf and theirs.model_type in FAMILY:
+        check_gguf(source, theirs)
+    return folder, options, theirs
 
 
 def _rows_to_fit(files: Sequence[str | os.PathLike], tokenizer: PreTrainedTokenizerBase, count: int) -> torch.Tensor:
@@ -174,7 +184,7 @@ def _fitted(teacher: PreTrainedModel, config: ReBasedConfig, state: State, ids: 
 
 
 def _is_fitted(name: str) -> bool:
-    return name.split(".self_attn.")[-1].startswith(TRANSFERRED) and ".self_attn." in name
+    return ".self_attn." in name and name.split(".self_attn.")[-1].startswith(TRANSFERRED)
 
 
 def layer_types(theirs: PreTrainedConfig, layers: str) -> list[str]:
