@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n")[0],
         epilog="examples:\n" + "\n".join(text.split("\n")[0] for text in EXAMPLES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
             description=summary,
             epilog=f"examples:\n{EXAMPLES[name]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         command.set_defaults(function=function)
         if destination is None:

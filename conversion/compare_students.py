@@ -420,7 +420,9 @@ class Comparison:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER")

@@ -299,7 +299,10 @@ def sample_shards(
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="rebased-sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="rebased-sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("teacher", help="folder of the softmax model; linearize makes it of a GGUF file")
     parser.add_argument("output", type=Path, help="folder of the shards")

@@ -132,7 +132,9 @@ def page() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the page, or with --check tell whether it is stale."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is stale")
     check = parser.parse_args(argv).check
     made = page()

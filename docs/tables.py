@@ -916,7 +916,9 @@ def rewritten(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Rewrite the tables, or with --check tell which pages are stale."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is stale")
     check = parser.parse_args(argv).check
     problems = []

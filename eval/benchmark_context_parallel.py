@@ -325,7 +325,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     """Make the tables and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, help="folder for the results")
     parser.add_argument("--config", default="150m-rebased", help="configuration of the model")
     parser.add_argument("--shards", type=int, nargs="*", default=[131072], help="tokens per GPU")

@@ -82,7 +82,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Time every length, and write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--heads", type=int, default=12, help="attention heads")
     parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
     parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")

@@ -197,7 +197,7 @@ def cpu_table(rows: list[dict], folders: list[Path], rounds: int, steps: int) ->
 
 def main() -> None:
     """Make the three tables, or the one of a CPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, help="folder for the results")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a training step")
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 16384], help="tokens of a sequence")

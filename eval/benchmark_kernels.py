@@ -271,7 +271,7 @@ def profile(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Check every method against the definition, time it, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, help="folder for kernels.csv, machine.json and kernels.png")
     parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
     parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")

@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, rows: list[dict], kernels: list[dict]) ->
 
 def main() -> None:
     """Check and time every version at every length, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("versions", type=Path, nargs="+", help="folders like modeling_rebased")
     parser.add_argument("--output", type=Path, help="folder for comparison.csv and kernels.csv")
     parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")

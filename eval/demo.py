@@ -95,7 +95,7 @@ def score(checkpoint: Path, task: str, *options: str) -> dict[str, float]:
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / "stories-12m", help="folder of the model")
     parser.add_argument("--task", default="heldout_stories", help="lm-eval task to score the model on")
     parser.add_argument("--prompt", nargs="*", default=list(PROMPTS), help="beginnings of the stories")

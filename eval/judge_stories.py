@@ -173,7 +173,7 @@ def for_a_reader(name: str, continuations: list[list[str]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--judge", type=Path, required=True, help="folder of an instruct model")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER; may be repeated")
     parser.add_argument("--train-file", type=Path, help="the training text, to see how much is copied from it")

@@ -284,7 +284,7 @@ def load(folder: str, device: str) -> tuple[Any, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure each model and write its file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=DIR", help="finished models, such as output/x/final")
     add("--heldout", type=Path, required=True, metavar="FOLDER", help="DOMAIN.jsonl of each domain")

@@ -162,7 +162,7 @@ def plot_curves(models: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the tables and the pictures of a folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="of the files that language_models wrote")
     args = parser.parse_args(with_dashes(argv))
     models = read_models(args.folder)

@@ -121,7 +121,7 @@ def write_report(
         markdown, plot: make the table and the picture.
         argv: the command line.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="JSONL", help=f"what rebased-{task} wrote")
     parser.add_argument("--output", default=".", metavar="DIR", help="for the picture and the table")
     args = parser.parse_args(with_dashes(argv))

@@ -386,7 +386,7 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the runs and write the tables and the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="JSONL", help="what train_mqar wrote")
     parser.add_argument("--output", default=".", metavar="DIR", help="for the pictures and the tables")
     args = parser.parse_args(with_dashes(argv))

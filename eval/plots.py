@@ -320,7 +320,7 @@ def redraw(folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """Redraw every picture under a folder of results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("eval/results"), help="default: eval/results")
     folder = parser.parse_args(with_dashes(argv)).folder
     drawn = redraw(folder)

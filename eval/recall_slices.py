@@ -246,7 +246,7 @@ def markdown(results: dict[str, Slices]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Score the models, and write the table, the numbers and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--models",

@@ -29,7 +29,9 @@ class Blocks(Dataset):
 
 def main() -> None:
     """Read the command line, train, and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default="checkpoints/english-6m", help="folder or name on the Hub")
     parser.add_argument("--train_file", required=True, help="a text file")
     parser.add_argument("--output", required=True, help="folder of the merged model")

@@ -25,7 +25,9 @@ def generate(folder: str, prompts: list[str], new_tokens: int) -> list[str]:
 
 def main() -> None:
     """Read the command line and print the texts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default="checkpoints/english-6m", help="folder or name on the Hub")
     parser.add_argument("--prompt", nargs="+", default=["My fellow citizens, ", "The sea"], help="one text per prompt")
     parser.add_argument("--new_tokens", type=int, default=100, help="tokens to add to each prompt")

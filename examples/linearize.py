@@ -12,7 +12,9 @@ from modeling_rebased.conversion.distill import main as distill
 
 def main() -> None:
     """Read the command line, convert, and train both stages."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("teacher", help="folder of a Llama, SmolLM, Mistral, Qwen2 or Qwen3 model")
     parser.add_argument("output", type=Path, help="folder for the start and for the results of both stages")
     parser.add_argument("--train_file", required=True, help="a text file")

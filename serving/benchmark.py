@@ -178,17 +178,17 @@ def memory(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmark"
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmark", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("speed", help="tokens per second against transformers' generate")
+    command = commands.add_parser("speed", help="tokens per second against transformers' generate", allow_abbrev=False)
     command.add_argument("--model", default=str(REPOSITORY / "checkpoints" / "english-6m"))
     command.add_argument("--requests", type=int, default=64)
     command.add_argument("--longest-prompt", type=int, default=256, help="tokens; lengths are between 1 and this")
     command.add_argument("--new-tokens", type=int, default=64, help="per request")
     command.add_argument("--threads", type=int, default=1)
     command.set_defaults(function=speed)
-    command = commands.add_parser("memory", help="bytes per request at several lengths")
+    command = commands.add_parser("memory", help="bytes per request at several lengths", allow_abbrev=False)
     command.add_argument("--pool-gib", type=int, default=POOL_GIB, help="size of vLLM's pool (default: 4)")
     command.set_defaults(function=memory)
     arguments = parser.parse_args(argv)

@@ -86,7 +86,9 @@ def test(release: str, python: Path, tests: list[str], workers: str) -> tuple[li
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("releases", nargs="*", metavar="release", help=f"any of {', '.join(RELEASES)}; default: all")
     parser.add_argument("--tests", nargs="+", default=CORE, help="files and folders; default: the core of the suite")
     parser.add_argument("--workers", default="2", help="processes that run tests side by side; default: 2")

@@ -1,5 +1,6 @@
 """What gets installed: one top-level name, all modules and data files under it, importable without the checkout."""
 
+import ast
 import configparser
 import importlib
 import importlib.util
@@ -187,3 +188,12 @@ def test_the_model_folder_stays_flat_and_self_contained():
             if words[:1] == ["from"] and words[1].startswith("."):
                 assert (folder / f"{words[1][1:]}.py").is_file(), f"{path.name}: {line.strip()}"
     assert importlib.util.find_spec("modeling_rebased").submodule_search_locations
+
+
+def test_no_command_accepts_shortened_options():
+    """A misspelt option must not count as the one that it begins, so every parser is made with allow_abbrev=False."""
+    for path in (path for folder in (*FOLDERS, "examples") for path in (REPOSITORY / folder).rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("ArgumentParser", ".add_parser")):
+                values = [ast.unparse(word.value) for word in call.keywords if word.arg == "allow_abbrev"]
+                assert values == ["False"], f"{path}:{call.lineno}"

@@ -164,7 +164,7 @@ def table(results: list[dict[str, float]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure the epochs that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("folder", metavar="DIR", help="the folder of a run, with files epoch-N.pt")
     add("--epochs", type=list_of(count), help="which, with commas; default: around the deepest fall")

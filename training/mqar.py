@@ -385,7 +385,9 @@ def to_text(token_ids: list[int]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Make the examples, time their generation, and print what was asked for."""
     parser = argparse.ArgumentParser(
-        description="Generate MQAR data, time it, and look for leakage.", formatter_class=HelpFormatter
+        description="Generate MQAR data, time it, and look for leakage.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--pairs", type=int, help="default: Figure 1's number for the length")

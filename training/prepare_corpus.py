@@ -411,7 +411,7 @@ def encode_all_sources(collected: list[Path], folder: Path, tokenizer: PreTraine
 
 def main(argv: list[str] | None = None) -> None:
     """Run the three steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--packages", type=Path, default=Path(__file__).with_name("corpus_packages.yaml"), help="the list")
     add("--text", type=Path, help="folder, zip or tar archive of .txt files, for the entries `text:` of the list")
@@ -430,6 +430,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--text is needed: the list has an entry `text:`")
     if args.text is not None and not args.text.exists():
         parser.error(f"--text {args.text} does not exist")
+    if args.text is not None:
+        try:
+            next(read_texts(args.text))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     for name, value in (("held-out-tokens", args.held_out_tokens), ("tokens-per-shard", args.tokens_per_shard)):
         if value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")

@@ -138,7 +138,7 @@ def read_dictionary(path: Path) -> Iterator[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the sources named on the command line and write the three files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--text", type=Path, required=True, help="folder, zip or tar archive of .txt files")
     parser.add_argument("--bible", type=Path, help="output of `bible -f 'gen1:1-rev22:21'`")
     parser.add_argument("--dictionary", type=Path, help="gcide.dict.dz")

@@ -198,7 +198,7 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the files")
     parser.add_argument("--count", type=int, default=800_000, help="stories, with the held-out ones")
     parser.add_argument("--held-out", type=int, default=2_000, help="most stories to hold out")

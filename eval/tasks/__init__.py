@@ -77,5 +77,7 @@ def check_words(words: Sequence[str], option: str, run: Mapping[str, Any]) -> No
 
 def main(argv: list[str] | None = None) -> None:
     """Print that folder; the console script `rebased-tasks` and `python -m modeling_rebased.eval.tasks`."""
-    argparse.ArgumentParser("rebased-tasks", description="Print the folder of these lm-eval tasks.").parse_args(argv)
+    argparse.ArgumentParser(
+        "rebased-tasks", description="Print the folder of these lm-eval tasks.", allow_abbrev=False
+    ).parse_args(argv)
     print(tasks_path())

@@ -292,9 +292,10 @@ def test_the_command_builds_a_corpus_and_goes_on_where_it_stopped(tmp_path, monk
     [
         ({}, "--text is needed"),
         ({"--text": "nowhere"}, "--text nowhere does not exist"),
-        ({"--text": ".", "--tokens-per-shard": "0"}, "--tokens-per-shard must be at least 1, got 0"),
+        ({"--text": "modeling_rebased"}, "--text modeling_rebased holds no .txt file"),
+        ({"--text": "training", "--tokens-per-shard": "0"}, "--tokens-per-shard must be at least 1, got 0"),
         ({"--packages": "nowhere.yaml"}, "--packages"),
-        ({"--text": ".", "--tokenizer": "./nowhere"}, "--tokenizer: "),
+        ({"--text": "training", "--tokenizer": "./nowhere"}, "--tokenizer: "),
     ],
 )
 def test_bad_options_are_named(tmp_path, capsys, options, message):
