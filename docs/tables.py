@@ -67,7 +67,7 @@ def table(head: list[Any], rows: list[list[Any]], words: int = 1) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a number with so many significant digits, thousands apart; nothing for `None`."""
+    """Return a number with so many significant digits, below 1 so many decimals, thousands apart; "" for `None`."""
     if value is None:
         return ""
     places = digits - len(str(int(abs(value)))) if abs(value) >= 1 else digits
@@ -653,33 +653,25 @@ def perplexities() -> dict[tuple[str, str, str, int], float]:
 @shown("stages")
 def stages() -> str:
     """Return held-out perplexity by stage at 1,024 tokens."""
-    found, training = perplexities(), students()["training"]
+    found = perplexities()
+    tokens = {(row["model"], row["stage"]): row["tokens"] / 1e6 for row in students()["training"]}
     teacher = found["teacher", "", "heldout", 1024]
-    rows = [["teacher", *["", ""] * 2, f"{teacher:.1f}", "1.00", ""]]
-    for model, goal in (("pure", "1.60"), ("window", "1.25"), ("hybrid", "1.10")):
-        row = [model]
+    found["teacher", "logits", "heldout", 1024] = teacher  # stands in the column of the finished students
+    rows = []
+    for model, goal in (("teacher", None), ("pure", 1.60), ("window", 1.25), ("hybrid", 1.10)):
+        row: dict[str, Any] = {"model": model, "goal": goal}
         for stage in ("start", "transfer", "logits"):
-            value = found[model, stage, "heldout", 1024]
-            row += [number(value), f"{value / teacher:.2f}"]
-        rows.append([*row, goal])
-    rows[0] = ["teacher", "", "", "", "", f"{teacher:.1f}", "1.00", ""]
-    tokens = {(row["model"], row["stage"]): row["tokens"] / 1e6 for row in training}
-    head = [
-        "model",
-        "start",
-        "times teacher",
-        "after transfer",
-        "times teacher",
-        "after logits",
-        "times teacher",
-        "goal",
-    ]
-    head += ["million tokens of transfer", "of logits"]
-    rows = [
-        [*row, *("" if row[0] == "teacher" else f"{tokens[row[0], stage]:.1f}" for stage in ("transfer", "logits"))]
-        for row in rows
-    ]
-    return table(head, rows)
+            value = found.get((model, stage, "heldout", 1024))
+            times = value and value / teacher
+            row[stage] = {"perplexity": value, "times": times, "tokens": tokens.get((model, stage))}
+        rows.append(row)
+    return down(
+        rows,
+        "model: {model} | start: {start[perplexity]:3sig} | times teacher: {start[times]:.2f} | "
+        "after transfer: {transfer[perplexity]:3sig} | times teacher: {transfer[times]:.2f} | "
+        "after logits: {logits[perplexity]:3sig} | times teacher: {logits[times]:.2f} | goal: {goal:.2f} | "
+        "million tokens of transfer: {transfer[tokens]:.1f} | of logits: {logits[tokens]:.1f}",
+    )
 
 
 @shown("registers")
@@ -909,6 +901,8 @@ def rewritten(text: str) -> str:
     """Return a page with its tables made anew."""
 
     def fill(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"there is no table {match[2]!r}; it must be one of {', '.join(sorted(TABLES))}")
         return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}"
 
     return MARKED.sub(fill, text)

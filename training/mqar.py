@@ -12,10 +12,10 @@ Every number is a hash (random_numbers.py), so an example does not depend on the
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ import torch
 
 from .arguments import HelpFormatter
 from .random_numbers import GOLDEN, below, example_rows, mix, numbers, uniform
+from .sweep_arguments import count
 
 
 if TYPE_CHECKING:
@@ -261,9 +262,9 @@ def check_leakage(train: MQARExamples, test: MQARExamples) -> dict[str, float]:
         return torch.cat([x.keys, x.values], dim=1).cpu()
 
     def shared(a: torch.Tensor, b: torch.Tensor) -> int:
-        known = {row.tobytes() for row in b.numpy()}
-        seen = {row.tobytes() for row in a.numpy()} & known
-        return sum(row.tobytes() in seen for row in b.numpy())
+        tests = collections.Counter(row.tobytes() for row in b.numpy())
+        seen = {key for row in a.numpy() if (key := row.tobytes()) in tests}  # holds none of the many others
+        return sum(tests[key] for key in seen)
 
     def sequences(x: MQARExamples) -> torch.Tensor:
         # the queries in order of position say the same as the sequence itself, in less memory
@@ -298,11 +299,6 @@ def query_subset(spec: MQARSpec, examples: int, queries: int, *, seed: int = 0) 
     return _distinct(rows, queries, spec.num_pairs, stream=4).long().sort(dim=1).values
 
 
-def _batches(count: int, size: int) -> Iterator[slice]:
-    for first in range(0, count, size):
-        yield slice(first, min(first + size, count))
-
-
 @torch.no_grad()
 def count_correct(
     model: torch.nn.Module,
@@ -328,7 +324,8 @@ def count_correct(
     head = model.get_output_embeddings()
     correct = torch.zeros((), dtype=torch.long, device=device)
     asked = 0
-    for batch in _batches(len(examples), batch_size):
+    for first in range(0, len(examples), batch_size):
+        batch = slice(first, first + batch_size)
         part = examples[batch].to(device)
         positions, values = part.positions.long(), part.values.long()
         if queries is not None:
@@ -391,8 +388,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--pairs", type=int, help="default: Figure 1's number for the length")
-    parser.add_argument("--examples", type=int, default=100_000, help="examples to generate")
-    parser.add_argument("--test-examples", type=int, default=3_000, help="examples of the test set")
+    parser.add_argument("--examples", type=count, default=100_000, help="examples to generate")
+    parser.add_argument("--test-examples", type=count, default=3_000, help="examples of the test set")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
     parser.add_argument("--device", default="cpu", help="where to compute")
     parser.add_argument("--leakage", action="store_true", help="compare with the test set")

@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     """Read the command line: the runs, what they share, and the rest."""
     parser = sweep_parser("rebased-mqar", __doc__, PRESETS)
     add = parser.add_argument
-    add("--models", default="rebased", help=f"comma-separated, of {', '.join((*MODELS, *PEERS))}")
+    add("--models", type=list_of(str), default=["rebased"], help=f"comma-separated, of {', '.join((*MODELS, *PEERS))}")
     add("--hidden", type=list_of(count), default=[64], help="hidden sizes")
     add("--lengths", type=list_of(count), default=[128], help="of 128, 256, 512, 1024, 2048, or any with --pairs")
     add("--pairs", type=count, help="key-value pairs per sequence; default: those of Figure 1")
@@ -79,10 +79,9 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     )
     add("--time-steps", action="store_true", help="train nothing: time a step of each kind of model, on a GPU")
     args = parse_with_preset(parser, PRESETS, argv)
-    models = args.models.split(",")
-    if unknown := [name for name in models if name not in (*MODELS, *PEERS)]:
+    if unknown := [name for name in args.models if name not in (*MODELS, *PEERS)]:
         parser.error(f"--models: {', '.join(unknown)} is not one of {', '.join((*MODELS, *PEERS))}")
-    check_peers(parser, models, args.hidden, PEER_STATE, args.save)
+    check_peers(parser, args.models, args.hidden, PEER_STATE, args.save)
     try:
         runs = [
             Run(
@@ -102,14 +101,14 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
                 stop_at=args.stop_at,
             )
             for length, hidden, model, seed, lr in itertools.product(
-                args.lengths, args.hidden, models, args.seeds, args.lrs
+                args.lengths, args.hidden, args.models, args.seeds, args.lrs
             )
         ]
         for run in runs:
             _ = run.spec
     except ValueError as error:
         parser.error(str(error))
-    if (too_small := min(args.hidden)) < 12 and models != ["softmax"]:
+    if (too_small := min(args.hidden)) < 12 and args.models != ["softmax"]:
         parser.error(f"--hidden must be at least 12, since the models have 12 heads, got {too_small}")
     if args.race is not None and args.race >= args.epochs:
         parser.error(f"--race is {args.race}, it must be less than --epochs, which is {args.epochs}")
