@@ -818,6 +818,16 @@ def several_gpus() -> str:
     )
 
 
+@shown("ddp-options")
+def ddp_options() -> str:
+    """Return what options of DistributedDataParallel change for four GPUs."""
+    return down(
+        results("several_gpus/h200/ddp-options.csv"),
+        "option: {option} | ms per step: {ms:.1f} | tokens per second: {tokens_per_s:,.0f}",
+        words=1,
+    )
+
+
 @shown("context-parallel")
 def context_parallel() -> str:
     """Return the training steps whose sequence is split over GPUs, against one GPU with as many tokens per GPU."""
