@@ -76,11 +76,16 @@ def fit_mask(
             host knows. A model with recurrent layers only may leave out the cached columns.
 
     Raises:
+        `TypeError`: the mask of a model with recurrent layers is no tensor.
         `ValueError`: the mask has another batch or too few columns, or it calls tokens padding that a recurrent state
             has taken in.
     """
     if attention_mask is None or (not config.is_recurrent and getattr(attention_mask, "ndim", 0) != 2):
         return attention_mask, None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(
+            f"`attention_mask` must be a tensor [batch, tokens], but it is a {type(attention_mask).__name__}."
+        )
     batch, length = inputs_embeds.shape[:2]
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         raise ValueError(

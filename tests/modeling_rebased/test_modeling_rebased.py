@@ -492,6 +492,18 @@ def test_rotary_embedding_scaled_as_the_library_does():
         assert torch.equal(rotary(config).inv_freq, llama.inv_freq)
 
 
+def test_rotary_frequencies_stay_in_float32_where_a_model_is_narrowed():
+    """`model.half()`, and Trainer with `bf16_full_eval`, would round them and turn far positions by some radians."""
+    model, exact = make_model("every_type"), make_model("every_type").model
+    for narrow in (model.bfloat16, model.half, model.float, lambda: model.to("meta")):
+        narrow()
+        for name in ("rotary_emb", "linear_rotary_emb"):
+            for buffer, frequencies in getattr(model.model, name).named_buffers():
+                assert frequencies.dtype == torch.float32
+                assert frequencies.is_meta or torch.equal(frequencies, getattr(exact, name).get_buffer(buffer))
+    assert frequencies.is_meta
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -636,6 +648,22 @@ def test_refusals_of_the_model_in_whole_words():
     softmax(ids, is_causal=True)
     with refused("`position_ids` must be [batch, tokens] = (2, 23) or (1, 23), but its shape is (2, 22)."):
         model(ids, position_ids=ids[:, 1:])
+    for tokens, shape in (({"input_ids": ids[0]}, "(23, 48)"), ({"inputs_embeds": torch.zeros(2, 5, 4)}, "(2, 5, 4)")):
+        with refused(
+            "`input_ids` must be [batch, tokens], or `inputs_embeds` [batch, tokens, 48], but the embeddings have the "
+            f"shape {shape}."
+        ):
+            model(**tokens)
+    with refused("`attention_mask` must be a tensor [batch, tokens], but it is a list.", TypeError):
+        model(ids, attention_mask=[[1] * 23] * 2)
+    with refused("`logits_to_keep` must be 0 or more, or a tensor of indices, but it is -1."):
+        model(ids, logits_to_keep=-1)
+    # As many labels as tokens, in other rows: the loss would take them.
+    for name, labels in (("labels", {}), ("shift_labels", {"labels": ids})):
+        with refused(f"`{name}` must be [batch, tokens with logits] = (2, 23), but its shape is (23, 2)."):
+            model(ids, **{**labels, name: ids.T})
+    with refused("`labels` must be [batch, tokens with logits] = (2, 3), but its shape is (2, 23)."):
+        model(ids, labels=ids, logits_to_keep=3)
     with refused("`cu_seq_lens_k` needs `cu_seq_lens_q`, which has the bounds of packed sequences."):
         model(ids, cu_seq_lens_k=torch.tensor([0, 23]))
     model.train().gradient_checkpointing_enable()
