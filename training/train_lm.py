@@ -60,7 +60,7 @@ from .text import TokenBlocks
 logger = logging.get_logger(__name__)
 
 # Models to compare with: of flash-linear-attention, or transformers' own Mamba-2 where that is not installed.
-PEERS = ("gated_deltanet", "mamba2")
+PEERS = ("gated_deltanet", "mamba2", "rwkv7")
 # What a configuration says of how it was written or is computed, and not of the model.
 NOT_OF_THE_MODEL = ("architectures", "auto_map", "dtype", "kernel_backend", "transformers_version", "_name_or_path")
 
