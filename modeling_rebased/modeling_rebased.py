@@ -776,6 +776,8 @@ KEYWORDS = frozenset(
     }
     - {"logits", "labels", "vocab_size", "kwargs"}
 )
+# Makes the library leave out the masks of a step: it takes a mask of four dimensions for one that is made already.
+NO_MASK = torch.empty(0, 0, 0, 0)
 CONV_CLASSES: dict[str, type[nn.Module]] = {"residual": ReBasedShortConv, "gated": ReBasedGatedConv}
 ATTENTION_CLASSES: dict[str, type[nn.Module]] = {
     "linear_attention": ReBasedLinearAttention,
@@ -1267,16 +1269,42 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         A state has one size whatever the number of tokens. At the same addresses, it needs no new CUDA graphs.
         """
         several_devices = len(set(getattr(self, "hf_device_map", {}).values())) > 1
-        purely_recurrent = not set(self.config.layer_types) - PURELY_RECURRENT
-        if isinstance(cache, StaticCache) and purely_recurrent and not cache.offloading and not several_devices:
+        if (
+            isinstance(cache, StaticCache)
+            and self._is_purely_recurrent
+            and not cache.offloading
+            and not several_devices
+        ):
             cache.kept_layers = self._kept_layers
+
+    @property
+    def _is_purely_recurrent(self) -> bool:
+        return not set(self.config.layer_types) - PURELY_RECURRENT
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Update as the library does, without what no step reads: making masks and positions longer takes time."""
+        cache = outputs.get(CACHE_NAME)
+        # Assisted generation checks several tokens at once, which may need a mask.
+        if cache is not None and self._is_purely_recurrent and not count_layer(cache, self.config).is_croppable:
+            model_kwargs.pop("attention_mask", None)
+            if self.config.position_embedding_type == "none":
+                model_kwargs.pop("position_ids", None)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Prepare as the library does, without a mask for recurrent layers: a generated token is never padding."""
+        generated = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
+        needs_no_mask = generated and kwargs.get(CACHE_NAME) is not None and self._is_purely_recurrent
+        if needs_no_mask:
+            kwargs["attention_mask"] = NO_MASK
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        if needs_no_mask:
+            del inputs["attention_mask"]
         if inputs.get(CACHE_NAME) is not None:
             # PEFT looks for the older name, on every release, and would put virtual tokens before each new token.
             inputs["past_key_values"] = inputs[CACHE_NAME]
@@ -1289,11 +1317,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
             counter = count_layer(cache, self.config)
             if mask.shape[1] - 1 == counter.get_seq_length() > 0:
                 check_counts(mask[:, :-1], counter)
-        generated = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
         if not generated or cache is None or masks is None or not self.config.is_recurrent:
-            return inputs
-        if not set(self.config.layer_types) - PURELY_RECURRENT:
-            del inputs["attention_mask"]
             return inputs
         if not isinstance(masks, dict) and masks.shape[1] - 1 == count_layer(cache, self.config).columns:
             sizes = torch.empty((*inputs["input_ids"].shape, 0), dtype=self.dtype, device=masks.device)

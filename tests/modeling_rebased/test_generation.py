@@ -1,5 +1,7 @@
 """generate() and everything around it, as a user of transformers calls it."""
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
@@ -252,6 +254,36 @@ def test_the_compiled_step_serves_every_length(name):
     assert len(changed) == model.config.num_hidden_layers + 1
     assert changed <= static
     assert len(addresses) <= 2  # what compiles in the first call may hold its cache for longer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "mqar"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_step_gets_only_what_it_reads(name, cache, monkeypatch):
+    """No mask is made or made longer for a step, and positions only where an embedding reads them."""
+    model, ids = make_small_model(name), make_ids()
+    mask = torch.ones_like(ids)
+    mask[1, :8] = 0
+    seen, made = [], []
+    forward, make_masks = model.forward, ReBasedForCausalLM.create_masks_for_generate
+
+    @functools.wraps(forward)  # `generate` reads the signature
+    def see(*args, **inputs):
+        seen.append({key for key, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return forward(*args, **inputs)
+
+    def count(*args, **kwargs):
+        made.append(len(seen))
+        return make_masks(*args, **kwargs)
+
+    model.forward = see
+    monkeypatch.setattr(ReBasedForCausalLM, "create_masks_for_generate", staticmethod(count))
+    out = generate(model, ids, attention_mask=mask, cache_implementation=cache)
+    del model.forward
+    expected = {"input_ids"} | ({"position_ids"} if name == "mqar" else set())
+    assert seen[1:] == [expected] * 5
+    assert set(made) <= {0}  # before the first call of forward
+    assert torch.equal(out[1:, 8:], greedy_reference(model, ids[1:, 8:], 6))
 
 
 @torch.no_grad()
