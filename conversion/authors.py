@@ -160,54 +160,14 @@ def read_layout(
     notes: list[str] = []
     layers = by_layer(state, LAYER, OUTSIDE, "ReBased, Based or BaseConv model")
     mapping: dict[str, str | None] = {}
-    vocab_size, hidden_size = matrix_size(state, EMBEDDING)
-    mapping[EMBEDDING] = "model.embed_tokens.weight"
-    for name in ("weight", "bias"):
-        if f"backbone.ln_f.{name}" not in state:
-            raise ConversionError(f"SOURCE lacks 'backbone.ln_f.{name}'; the authors' models all have it.")
-        mapping[f"backbone.ln_f.{name}"] = f"model.norm.{name}"
-
     fields: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": len(layers),
         "attention_eps": attention_eps,
         "embedding_dropout": embedding_dropout,
         "architectures": ["ReBasedForCausalLM"],
     }
-    if POSITIONS in state:
-        mapping[POSITIONS] = "model.embed_positions.weight"
-        positions = matrix_size(state, POSITIONS)[0]
-        if max_position_embeddings not in (None, positions):
-            raise ConversionError(
-                f"--max-position-embeddings is {max_position_embeddings}, but {POSITIONS!r} has {positions} rows."
-            )
-        fields |= {"position_embedding_type": "learned", "max_position_embeddings": positions}
-    elif max_position_embeddings is not None:
-        fields["max_position_embeddings"] = max_position_embeddings
-    fields["tie_word_embeddings"] = HEAD not in state or same_bytes(state[HEAD], state[EMBEDDING])
-    if HEAD in state:
-        mapping[HEAD] = mapping[EMBEDDING] if fields["tie_word_embeddings"] else "lm_head.weight"
-        if not fields["tie_word_embeddings"]:
-            notes.append(f"{HEAD} differs from the word embedding, so the two are not tied")
-
-    kinds, has_mlp = [], []
-    for i, own in enumerate(layers):
-        kind, root, mlp = _recognise(i, own)
-        kinds.append(kind)
-        has_mlp.append(mlp)
-        pairs = NORMS | {root + theirs: ours for theirs, ours in MIXERS[kind].items()} | (MLP if mlp else {})
-        for theirs, ours in pairs.items():
-            mapping[f"backbone.layers.{i}.{theirs}"] = f"model.layers.{i}.{ours}"
-        if kind == "conv":
-            set_same_size(fields, "conv_kernel_size", own[f"{root}conv.conv.weight"], -1, i)
-        if mlp:
-            set_same_size(fields, "intermediate_size", own["state_mixer.fc1.weight"], 0, i)
-    if len(set(has_mlp)) > 1:
-        without = [i for i, mlp in enumerate(has_mlp) if not mlp]
-        raise ConversionError(f"Layers {without} of SOURCE have no MLP and the others have one; all must or none.")
-    fields["mlp_type"] = "gelu" if has_mlp[0] else "none"
-    fields["layer_types"] = ["conv" if kind == "conv" else "linear_attention" for kind in kinds]
+    fields |= _outside(state, mapping, max_position_embeddings, notes)
+    kinds = _layers(layers, fields, mapping)
+    hidden_size = fields["hidden_size"]
 
     attention = [(i, kind) for i, kind in enumerate(kinds) if kind != "conv"]
     if attention:
@@ -234,6 +194,60 @@ def read_layout(
         f"{config.mlp_type!r}" + (f", kernel {config.kernel!r}" if attention else "")
     )
     return config, {name: mapping[name] for name in state}, notes
+
+
+def _outside(
+    state: State, mapping: dict[str, str | None], max_position_embeddings: int | None, notes: list[str]
+) -> dict[str, Any]:
+    """Return the fields that embeddings, last norm and output layer give, and add their names to `mapping`."""
+    vocab_size, hidden_size = matrix_size(state, EMBEDDING)
+    fields: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+    mapping[EMBEDDING] = "model.embed_tokens.weight"
+    for name in ("weight", "bias"):
+        if f"backbone.ln_f.{name}" not in state:
+            raise ConversionError(f"SOURCE lacks 'backbone.ln_f.{name}'; the authors' models all have it.")
+        mapping[f"backbone.ln_f.{name}"] = f"model.norm.{name}"
+    if POSITIONS in state:
+        mapping[POSITIONS] = "model.embed_positions.weight"
+        positions = matrix_size(state, POSITIONS)[0]
+        if max_position_embeddings not in (None, positions):
+            raise ConversionError(
+                f"--max-position-embeddings is {max_position_embeddings}, but {POSITIONS!r} has {positions} rows."
+            )
+        fields |= {"position_embedding_type": "learned", "max_position_embeddings": positions}
+    elif max_position_embeddings is not None:
+        fields["max_position_embeddings"] = max_position_embeddings
+    fields["tie_word_embeddings"] = HEAD not in state or same_bytes(state[HEAD], state[EMBEDDING])
+    if HEAD in state:
+        mapping[HEAD] = mapping[EMBEDDING] if fields["tie_word_embeddings"] else "lm_head.weight"
+        if not fields["tie_word_embeddings"]:
+            notes.append(f"{HEAD} differs from the word embedding, so the two are not tied")
+    return fields
+
+
+def _layers(
+    layers: list[dict[str, torch.Tensor]], fields: dict[str, Any], mapping: dict[str, str | None]
+) -> list[str]:
+    """Return the kind of each layer's mixer. Add what the layers say to `fields`, and their names to `mapping`."""
+    kinds, has_mlp = [], []
+    for i, own in enumerate(layers):
+        kind, root, mlp = _recognise(i, own)
+        kinds.append(kind)
+        has_mlp.append(mlp)
+        pairs = NORMS | {root + theirs: ours for theirs, ours in MIXERS[kind].items()} | (MLP if mlp else {})
+        for theirs, ours in pairs.items():
+            mapping[f"backbone.layers.{i}.{theirs}"] = f"model.layers.{i}.{ours}"
+        if kind == "conv":
+            set_same_size(fields, "conv_kernel_size", own[f"{root}conv.conv.weight"], -1, i)
+        if mlp:
+            set_same_size(fields, "intermediate_size", own["state_mixer.fc1.weight"], 0, i)
+    if len(set(has_mlp)) > 1:
+        without = [i for i, mlp in enumerate(has_mlp) if not mlp]
+        raise ConversionError(f"Layers {without} of SOURCE have no MLP and the others have one; all must or none.")
+    fields["num_hidden_layers"] = len(layers)
+    fields["mlp_type"] = "gelu" if has_mlp[0] else "none"
+    fields["layer_types"] = ["conv" if kind == "conv" else "linear_attention" for kind in kinds]
+    return kinds
 
 
 def _recognise(i: int, own: dict[str, torch.Tensor]) -> tuple[str, str, bool]:

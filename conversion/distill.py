@@ -135,7 +135,12 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
     """
     if distill.max_seconds is not None and distill.max_seconds <= 0:
         raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
-    if distill.temperature <= 0:
+    if distill.max_seconds is not None and 0 < arguments.warmup_steps < 1:
+        raise ConversionError(
+            f"--warmup_steps is {arguments.warmup_steps:g}, a share of all steps, whose number --max_seconds leaves "
+            "open; it must be 0 or a number of steps."
+        )
+    if not distill.temperature > 0:
         raise ConversionError(f"--temperature is {distill.temperature}; it must be positive.")
     if not 0 <= distill.text_weight <= 1:
         raise ConversionError(f"--text_weight is {distill.text_weight}; it must be 0 to 1.")

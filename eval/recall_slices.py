@@ -244,8 +244,15 @@ def markdown(results: dict[str, Slices]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Score the models, and write the table, the numbers and the picture."""
+def parse(
+    argv: list[str] | None,
+) -> tuple[argparse.ArgumentParser, argparse.Namespace, dict[str, str], list[str], list[str]]:
+    """Read the command line and the texts. All that can be wrong is looked for before the first model is scored.
+
+    Returns:
+        The parser, whose `error` ends the program. The options. The folder of each model by its label. The documents
+        to score, and those whose frequent bigrams are known.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add(
@@ -277,7 +284,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.known_text and args.order != 2:
         parser.error(f"--known-text counts bigrams, so it goes with --order 2, not {args.order}")
 
-    # All that can be wrong is looked for before the first model is scored, which may take hours.
     for name, value, least in (
         ("--order", args.order, 2),
         ("--context", args.context, 2),
@@ -304,6 +310,23 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     if not documents:
         parser.error(f"--text: no text in {', '.join(args.text)}")
+    return parser, args, models, documents, known_documents
+
+
+def write_report(results: dict[str, Slices], folder: Path) -> None:
+    """Write slices.md, slices.json and slices.png."""
+    (folder / "slices.md").write_text(markdown(results) + "\n", encoding="utf-8")
+    report = {
+        label: {"slices": slices.table(), "by_distance": {2**b: v for b, v in sorted(slices.by_distance.items())}}
+        for label, slices in results.items()
+    }
+    (folder / "slices.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot_slices(report, folder / "slices.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Score the models, and write the table, the numbers and the picture."""
+    parser, args, models, documents, known_documents = parse(argv)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -333,17 +356,9 @@ def main(argv: list[str] | None = None) -> None:
             order=args.order,
             progress=True,
         )
-    table = markdown(results)
-    print(table)
+    print(markdown(results))
     if args.output:
-        folder = Path(args.output)
-        (folder / "slices.md").write_text(table + "\n", encoding="utf-8")
-        report = {
-            label: {"slices": slices.table(), "by_distance": {2**b: v for b, v in sorted(slices.by_distance.items())}}
-            for label, slices in results.items()
-        }
-        (folder / "slices.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        plot_slices(report, folder / "slices.png")
+        write_report(results, Path(args.output))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def add_run_options(
     add("--test-examples", type=count, default=run.test_examples, help="examples of the test after each epoch")
     add("--data-seed", type=int, default=run.data_seed, help="of the data")
     add("--dropout", type=fraction, default=run.dropout, help="of the embeddings")
-    add("--stop-at", type=float, default=run.stop_at, help="test accuracy that ends a run; 2 never does")
+    add("--stop-at", type=not_negative, default=run.stop_at, help="test accuracy that ends a run; 2 never does")
 
 
 def fields_of(args: argparse.Namespace) -> dict[str, Any]:

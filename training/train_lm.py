@@ -415,18 +415,19 @@ def _main(argv: list[str]) -> None:
         )
     except ValueError as error:
         raise SystemExit(f"rebased-train: error: {error}") from error
-    batches = args.world_size // trainer.get_cp_size() // trainer.get_tp_size()  # processes that do not share one
     logger.warning(
         f"{model.num_parameters() / 1e6:.2f}M parameters, {len(train_data.tokens):,} training tokens in blocks of "
         f"{length}, {args.world_size} process(es) on {args.device.type}"
     )
-    newest = latest_complete_checkpoint(args.output_dir, record.fewest_processes)
-    newest = newest if trainer.get_tp_size() == 1 else None
+    newest = None
+    if trainer.get_tp_size() == 1:  # with tensor parallelism a run writes no checkpoints, and continues from none
+        newest = latest_complete_checkpoint(args.output_dir, record.fewest_processes)
     try:
         train_from(trainer, args.resume_from_checkpoint or newest)
     except CheckpointError as error:
         raise SystemExit(f"rebased-train: error: {error}") from error
 
+    batches = args.world_size // trainer.get_cp_size() // trainer.get_tp_size()  # processes that do not share one
     figures = {
         "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,

@@ -33,7 +33,17 @@ from .peers import PEERS, check_peers
 from .recipe import Options, kind_of
 from .run_results import append_result
 from .sweep import sweep
-from .sweep_arguments import count, fraction, integer, list_of, options_of, parse_with_preset, positive, sweep_parser
+from .sweep_arguments import (
+    count,
+    fraction,
+    integer,
+    list_of,
+    not_negative,
+    options_of,
+    parse_with_preset,
+    positive,
+    sweep_parser,
+)
 
 
 # A task that two cores of a laptop learn to 0.99 in about a minute.
@@ -69,7 +79,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     add("--data-seed", type=int, default=0, help="of the data")
     add("--vocab-size", type=count, default=8192, help="keys and values are each half of it")
     add("--dropout", type=fraction, default=0.1, help="of the embeddings")
-    add("--stop-at", type=float, default=0.99, help="test accuracy that ends a run; 2 never does")
+    add("--stop-at", type=not_negative, default=0.99, help="test accuracy that ends a run; 2 never does")
     add(
         "--race",
         type=count,

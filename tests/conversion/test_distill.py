@@ -157,6 +157,9 @@ def test_the_clock_ends_a_run_and_its_learning_rate(folder, tmp_path, monkeypatc
 def test_time_that_is_no_time(folder, tmp_path, capsys):
     assert main(command(folder, "logits", tmp_path / "out", "--max_seconds", "0")) == 1
     assert "--max_seconds is 0.0; it must be positive" in capsys.readouterr().err
+    share = ("--max_seconds", "9", "--warmup_steps", "0.1")
+    assert main(command(folder, "logits", tmp_path / "out", *share, steps=-1)) == 1
+    assert "--warmup_steps is 0.1, a share of all steps" in capsys.readouterr().err
 
 
 def test_in_bfloat16_the_perplexity_is_still_that_of_the_saved_model(folder, tmp_path):

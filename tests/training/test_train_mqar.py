@@ -386,6 +386,7 @@ def test_wrong_arguments_are_named(capsys):
         (["--batch-size", "no"], "--batch-size: must be an integer of at least 1, got 'no'"),
         (["--lrs", "1e-3,nan"], "--lrs: must be a positive number, got 'nan'"),
         (["--max-seconds", "-5"], "--max-seconds: must be a positive number, got '-5'"),
+        (["--stop-at", "nan"], "--stop-at: must be a number of at least 0, got 'nan'"),
         (["--dropout", "2"], "--dropout: must be at least 0 and less than 1, got '2'"),
         (["--hidden", "64,8"], "--hidden must be at least 12, since the models have 12 heads, got 8"),
         (["--time-steps", "--device", "cpu"], "--time-steps needs a GPU, --device is cpu"),
