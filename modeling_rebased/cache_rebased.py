@@ -274,7 +274,7 @@ def count_layer(cache: Cache, config: ReBasedConfig) -> TokenCountLayer:
     """Return the layer of a recurrent model's cache that counts tokens. A cache that is new to the model gets one.
 
     Raises:
-        `ValueError`: the cache was not made for this model, a layer is missing or of the wrong kind.
+        `ValueError`: the cache was not made for this model: a layer is missing, of the wrong kind or too many.
     """
     if len(cache.layers) <= config.num_hidden_layers:
         for layer_idx, layer_type in enumerate(config.layer_types):
@@ -286,7 +286,13 @@ def count_layer(cache: Cache, config: ReBasedConfig) -> TokenCountLayer:
                     "`StaticCache(config=model.config, max_cache_len=...)`."
                 )
         cache.layers.append(TokenCountLayer(compileable=not isinstance(cache, DynamicCache)))
-    return cache.layers[config.num_hidden_layers]
+    counter = cache.layers[config.num_hidden_layers]
+    if type(counter).__name__ != TokenCountLayer.__name__:  # by name, since other copies of this file have their own
+        raise ValueError(
+            f"`{CACHE_NAME}` was made for a model of more layers: this one has {config.num_hidden_layers}, and the "
+            f"next layer of the cache is a {type(counter).__name__}. Make it as `DynamicCache(config=model.config)`."
+        )
+    return counter
 
 
 def _take_layers(cache: Cache, kept: dict[tuple, list], inputs_embeds: torch.Tensor) -> None:

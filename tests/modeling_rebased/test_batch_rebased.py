@@ -251,6 +251,15 @@ def test_caches_that_do_not_fit_are_refused():
         NotImplementedError,
     ):
         cache.layers[-1].crop(-1)
+    small, longer = make_model("paper", num_hidden_layers=2), make_model("paper")
+    used = DynamicCache(config=longer.config)
+    longer(ids, past_key_values=used)
+    for cache in (used, DynamicCache(config=longer.config)):
+        with refused(
+            f"`{CACHE_NAME}` was made for a model of more layers: this one has 2, and the next layer of the cache is "
+            "a LinearAttentionLayer. Make it as `DynamicCache(config=model.config)`."
+        ):
+            small(ids, past_key_values=cache)
 
 
 @torch.no_grad()
