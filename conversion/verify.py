@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,30 +63,7 @@ def verify(
         )
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
-    with tempfile.TemporaryDirectory(prefix="rebased-verify-") as work:
-        # A copy, so that the files beside the script cannot be imported from there.
-        script = shutil.copy(Path(__file__).with_name("load_as_stranger.py"), work)
-        torch.save(ids, Path(work) / "ids.pt")
-        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(work) / "modules"), "HF_HUB_OFFLINE": "1"}
-        environment.pop("TRITON_INTERPRET", None)
-        try:
-            done = subprocess.run(
-                [sys.executable, str(script), str(path.resolve()), work, str(new_tokens)],
-                cwd=work,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ConversionError(f"{str(folder)!r} was not loaded and run within {timeout:g} seconds.") from error
-        if done.returncode != 0:
-            raise ConversionError(
-                f"{str(folder)!r} does not load where only torch and transformers are:\n{done.stderr[-3000:].strip()}"
-            )
-        logits = torch.load(Path(work) / "logits.pt", weights_only=True)
-        found = json.loads((Path(work) / "found.json").read_text(encoding="utf-8"))
-
+    logits, found = _as_stranger(path, ids, new_tokens, timeout)
     model = ReBasedForCausalLM.from_pretrained(path if source is None else source, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
@@ -116,3 +94,33 @@ def verify(
     if found["text"] is not None:
         report.notes.append(f"generated text, after random tokens: {found['text']!r}")
     return report
+
+
+def _as_stranger(
+    folder: Path, ids: torch.Tensor, new_tokens: int, timeout: float
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the logits of `ids` and what else load_as_stranger.py finds, in a process without this package."""
+    with tempfile.TemporaryDirectory(prefix="rebased-verify-") as work:
+        # A copy, so that the files beside the script cannot be imported from there.
+        script = shutil.copy(Path(__file__).with_name("load_as_stranger.py"), work)
+        torch.save(ids, Path(work) / "ids.pt")
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(work) / "modules"), "HF_HUB_OFFLINE": "1"}
+        environment.pop("TRITON_INTERPRET", None)
+        try:
+            done = subprocess.run(
+                [sys.executable, str(script), str(folder.resolve()), work, str(new_tokens)],
+                cwd=work,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConversionError(f"{str(folder)!r} was not loaded and run within {timeout:g} seconds.") from error
+        if done.returncode != 0:
+            raise ConversionError(
+                f"{str(folder)!r} does not load where only torch and transformers are:\n{done.stderr[-3000:].strip()}"
+            )
+        logits = torch.load(Path(work) / "logits.pt", weights_only=True)
+        found = json.loads((Path(work) / "found.json").read_text(encoding="utf-8"))
+    return logits, found
