@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.integrations.accelerate import force_accelerate_hooks
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForTokenClassification
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -1449,6 +1449,10 @@ class ReBasedGenericHead:
     of the configuration file `config` comes from, without asking once more whether to trust the code.
     """
 
+    # Read by Trainer. The loss of these heads is a mean over the batch that `forward` gets, whatever
+    # `num_items_in_batch` says. So Trainer has to divide it by the number of batches that it accumulates.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: ReBasedConfig):
         AutoModel.register(type(config), ReBasedModel, exist_ok=True)
         super().__init__(config)  # type: ignore[call-arg]
@@ -1460,8 +1464,20 @@ class ReBasedForSequenceClassification(ReBasedGenericHead, GenericForSequenceCla
     forward = either_cache_name(GenericForSequenceClassification.forward)
 
 
+def token_classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: ReBasedConfig, **kwargs: Any
+) -> torch.Tensor:
+    """Return the library's loss of logits [B, T, num_labels] and labels [B, T], after a look at the labels' shape."""
+    _check_labels(logits, labels, None)
+    return ForTokenClassification(logits, labels, config, **kwargs)
+
+
 class ReBasedForTokenClassification(ReBasedGenericHead, GenericForTokenClassification, ReBasedPreTrainedModel):
     """Add a classifier of every token to ReBased."""
+
+    def __init__(self, config: ReBasedConfig):
+        super().__init__(config)
+        self.loss_function = token_classification_loss
 
     forward = either_cache_name(GenericForTokenClassification.forward)
 

@@ -662,6 +662,8 @@ def test_refusals_of_the_model_in_whole_words():
     for name, labels in (("labels", {}), ("shift_labels", {"labels": ids})):
         with refused(f"`{name}` must be [batch, tokens with logits] = (2, 23), but its shape is (23, 2)."):
             model(ids, **{**labels, name: ids.T})
+    with refused("`labels` must be [batch, tokens with logits] = (2, 23), but its shape is (23, 2)."):
+        ReBasedForTokenClassification(make_config("paper"))(ids, labels=ids.T % 2)
     with refused("`labels` must be [batch, tokens with logits] = (2, 3), but its shape is (2, 23)."):
         model(ids, labels=ids, logits_to_keep=3)
     with refused("`cu_seq_lens_k` needs `cu_seq_lens_q`, which has the bounds of packed sequences."):

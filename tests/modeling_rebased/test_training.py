@@ -5,8 +5,12 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from modeling_rebased import ReBasedForCausalLM
-from tests.modeling_rebased.cases import BASE, MODELS, make_ids, make_model, make_small_model
+from modeling_rebased import (
+    ReBasedForCausalLM,
+    ReBasedForSequenceClassification,
+    ReBasedForTokenClassification,
+)
+from tests.modeling_rebased.cases import BASE, MODELS, make_config, make_ids, make_model, make_small_model
 from tests.processes import run_with_two_processes
 
 
@@ -136,6 +140,32 @@ def test_trainer(tmp_path):
     run.save_model(tmp_path / "out")
     loaded = ReBasedForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(loaded(make_ids()).logits, model.eval()(make_ids()).logits)
+
+
+@pytest.mark.parametrize("head", [ReBasedForCausalLM, ReBasedForSequenceClassification, ReBasedForTokenClassification])
+def test_accumulated_batches_have_the_gradient_of_one(tmp_path, head):
+    ids = make_ids(8, 6)
+    labels = ids % 3 if head is ReBasedForTokenClassification else ids
+    labels = ids[:, 0] % 3 if head is ReBasedForSequenceClassification else labels
+    data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
+    found = []
+    for accumulated in (1, 4):
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=8 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            logging_steps=1,
+            max_grad_norm=1e9,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+        )
+        run = Trainer(head(make_config("paper", num_labels=3, pad_token_id=0)), arguments, train_dataset=data)
+        run.train()
+        found.append([run.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 def test_lora(tmp_path):
