@@ -155,7 +155,10 @@ def sweep(runs: Sequence[Recipe], options: Options, output: str, jobs: int = 1, 
     groups: dict[tuple, list[Recipe]] = {}
     for run in runs:
         groups.setdefault(kind_of(run), []).append(run)
-    groups = {kind: group for kind, group in groups.items() if _left(group, lines, options.race_epoch)}
+    left = {kind: _left(group, lines, options.race_epoch) for kind, group in groups.items()}
+    if lost := len(runs) - len(done) - sum(map(len, left.values())):
+        tqdm.write(f"{lost} of {len(runs)} runs have a rate that lost the race to epoch {options.race_epoch}")
+    groups = {kind: group for kind, group in groups.items() if left[kind]}
     results: list[dict] = []
     if jobs <= 1:
         for group in tqdm(groups.values(), desc="kinds of model", disable=not options.progress, position=1):

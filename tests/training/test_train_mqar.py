@@ -149,7 +149,7 @@ def test_a_process_trains_in_its_turn_only(tmp_path, monkeypatch):
     assert events == ["begins", "trains", "is over"]
 
 
-def test_a_race_goes_on_with_the_best_rate_only(tmp_path):
+def test_a_race_goes_on_with_the_best_rate_only(tmp_path, capsys):
     output = tmp_path / "results.jsonl"
     runs = [dataclasses.replace(TINY, seed=seed, lr=lr) for seed in (0, 1) for lr in (1e-5, 1e-2)]
     options = dataclasses.replace(CPU, race_epoch=1, work_dir=str(tmp_path / "work"))
@@ -159,7 +159,10 @@ def test_a_race_goes_on_with_the_best_rate_only(tmp_path):
     assert (lines[runs[0].name]["stopped"], lines[runs[0].name]["epochs_trained"]) == ("epoch 1", 1)
     assert runs[2].name not in lines
     # the same race again has nothing to do, and one that was cut off goes on with the rate that had won
+    capsys.readouterr()
     assert sweep(runs, options, str(output)) == []
+    said = "".join(capsys.readouterr())
+    assert "2 of 4 runs are finished" in said and "2 of 4 runs have a rate that lost the race to epoch 1" in said
     cut_off = tmp_path / "cut-off.jsonl"
     for name in (runs[0].name, runs[1].name):
         append_result(cut_off, lines[name])
