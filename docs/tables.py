@@ -237,6 +237,13 @@ def cpu_generation() -> str:
     )
 
 
+@shown("loop")
+def loop_of_generate() -> str:
+    """Return the host time of a step of `generate()` in which nothing is computed."""
+    columns = "part: {part} | before, µs: {before_us:.0f} | now, µs: {now_us:.0f}"
+    return down(results("generation/cpu/loop.csv"), columns)
+
+
 @shown("convolution")
 def convolution() -> str:
     """Return what the two forms of the short convolution give."""
