@@ -1,0 +1,155 @@
+"""Time the host's part of a step of `generate()` with a static cache, on a CPU, by a model that computes nothing.
+
+    python -m modeling_rebased.eval.benchmark_loop --output eval/results/generation/cpu
+
+The model has the layers of the configuration, but is 32 wide, and its compiled step returns constants. So the table
+`loop.csv` has what `generate()`, the cache and torch.compile's guards take, and neither the computation nor what it
+costs to launch it on a GPU. The times are CPU time of one thread per step, in microseconds: the smallest difference of
+a long and a short call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CompileConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.configuration import config_names, config_path
+from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+
+from .timing import write_csv
+
+
+PROMPT = 16  # tokens
+
+
+def narrow_model(name: str) -> ReBasedForCausalLM:
+    """Return a model with the layers of a configuration, 32 wide, with random weights."""
+    config = ReBasedConfig.from_pretrained(
+        config_path(name),
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        feature_dim=8,
+        intermediate_size=64,
+        vocab_size=512,
+        bos_token_id=0,
+        eos_token_id=511,
+    )
+    return ReBasedForCausalLM(config).eval()
+
+
+def constants(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Compile a graph to a function that returns what the graph returns for the first inputs."""
+    outputs = graph(*(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs))
+    return lambda *_: outputs
+
+
+class Loop:
+    """Time calls of `generate()` that differ by a number of steps.
+
+    Args:
+        model: generates after a prompt of 16 tokens.
+        steps: by which the long call is longer than the short one.
+        repeats: pairs of calls, of which the fastest count.
+    """
+
+    def __init__(self, model: ReBasedForCausalLM, steps: int, repeats: int):
+        self.model, self.steps, self.repeats = model, steps, repeats
+        self.ids = torch.randint(3, 500, (1, PROMPT))
+        self.compile_config = CompileConfig(backend=constants, fullgraph=True, mode=None, dynamic=False)
+        self.compile_config._compile_all_devices = True
+        self.seconds(1 + steps, False)  # which compiles
+
+    def seconds(self, count: int, minimum: bool) -> float:
+        """Return the CPU time of a call that writes `count` tokens, with `min_new_tokens` or without."""
+        options = {"min_new_tokens": count} if minimum else {}
+        begin = time.thread_time()
+        ids = self.model.generate(
+            self.ids,
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation="static",
+            compile_config=self.compile_config,
+            **options,
+        )
+        assert ids.shape[1] == PROMPT + count
+        return time.thread_time() - begin
+
+    def per_step(self, minimum: bool = False) -> float:
+        """Return the microseconds of a step."""
+        short, long = [], []
+        for _ in range(self.repeats):
+            short.append(self.seconds(1, minimum))
+            long.append(self.seconds(1 + self.steps, minimum))
+        return 1e6 * (min(long) - min(short)) / self.steps
+
+
+def measure(name: str, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """Return a row per part of a step: its name, and its microseconds."""
+    model = narrow_model(name)
+    loop = Loop(model, steps, repeats)
+    guarded, guarded_minimum = loop.per_step(), loop.per_step(minimum=True)
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+        unguarded = loop.per_step()
+
+    logits = torch.zeros(1, 1, model.config.vocab_size)
+    logits[..., 7] = 1  # not the end-of-text token
+    model.get_compiled_call = lambda config: lambda **inputs: CausalLMOutputWithPast(logits=logits)
+    alone, alone_minimum = loop.per_step(), loop.per_step(minimum=True)
+
+    prepare, clock = model.prepare_inputs_for_generation, [0.0]
+
+    def timed(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        begin = time.thread_time()
+        inputs = prepare(*args, **kwargs)
+        clock[0] += time.thread_time() - begin
+        return inputs
+
+    model.prepare_inputs_for_generation = timed
+    fastest = float("inf")
+    for _ in range(repeats):
+        clock[0] = 0.0
+        loop.seconds(1 + steps, False)
+        fastest = min(fastest, clock[0])
+    parts = {
+        "the loop of `generate()` with a model that does nothing": alone,
+        "of it: preparing the inputs of a step": 1e6 * fastest / (1 + steps),
+        "the loop with `min_new_tokens`": alone_minimum,
+        "the loop and a compiled step that computes nothing, without guards": unguarded,
+        "the same with guards": guarded,
+        "the same with `min_new_tokens`": guarded_minimum,
+    }
+    return [{"part": part, "us": microseconds} for part, microseconds in parts.items()]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", default="150m-rebased", choices=config_names(), help="whose layers the model has")
+    parser.add_argument("--steps", type=int, default=128, help="by which the long call is longer")
+    parser.add_argument("--repeats", type=int, default=45, help="pairs of calls, of which the fastest count")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for loop.csv")
+    args = parser.parse_args(with_dashes(argv))
+    for name in ("steps", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = measure(args.config, args.steps, args.repeats)
+    for row in rows:
+        print(f"{row['us']:7.1f} µs  {row['part']}")
+    write_csv(rows, args.output / "loop.csv")
+
+
+if __name__ == "__main__":
+    main()

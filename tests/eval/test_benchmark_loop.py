@@ -1,0 +1,22 @@
+"""The host's part of a step of `generate()`: every part is measured, and the whole is more than its parts."""
+
+import csv
+
+import pytest
+
+from modeling_rebased.eval import benchmark_loop
+
+
+def test_a_row_per_part(tmp_path, capsys):
+    benchmark_loop.main(["--config", "english-6m", "--steps", "4", "--repeats", "1", "--output", str(tmp_path)])
+    with (tmp_path / "loop.csv").open(newline="") as file:
+        times = {row["part"]: float(row["us"]) for row in csv.DictReader(file)}
+    printed = capsys.readouterr().out
+    assert len(times) == 6 and all(part in printed for part in times)
+    assert 0 < times["of it: preparing the inputs of a step"] < times["the same with guards"]
+
+
+def test_a_bad_count_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_loop.main(["--steps", "0", "--output", str(tmp_path)])
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
