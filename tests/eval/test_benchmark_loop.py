@@ -1,4 +1,4 @@
-"""The host's part of a step of `generate()`: every part is measured, and the whole is more than its parts."""
+"""The host's part of a step of `generate()`: every part is measured."""
 
 import csv
 
@@ -13,7 +13,7 @@ def test_a_row_per_part(tmp_path, capsys):
         times = {row["part"]: float(row["us"]) for row in csv.DictReader(file)}
     printed = capsys.readouterr().out
     assert len(times) == 6 and all(part in printed for part in times)
-    assert 0 < times["of it: preparing the inputs of a step"] < times["the same with guards"]
+    assert times["of it: preparing the inputs of a step"] > 0  # the others are differences, which noise may turn
 
 
 def test_a_bad_count_is_named(tmp_path, capsys):
