@@ -24,10 +24,6 @@ from .configuration_rebased import ReBasedConfig
 from .eager_rebased import segment_ids_of
 
 
-# Layers that need no mask of the cached tokens: their states have left padding out.
-PURELY_RECURRENT = {"conv", "linear_attention"}
-
-
 class Packing(NamedTuple):
     """Sequences that stand one after another in a row.
 
@@ -93,7 +89,7 @@ def fit_mask(
             f"shape is {tuple(attention_mask.shape)} for {length} new tokens in a batch of {batch}."
         )
     width, seen = attention_mask.shape[1], _columns_seen(cache, counter, length)
-    if seen is not None and (width > length or (seen > 0 and set(config.layer_types) - PURELY_RECURRENT)):
+    if seen is not None and (width > length or (seen > 0 and not config.is_purely_recurrent)):
         if width == length and counter is not None and bool((counter.counts[:, 0] == seen).all()):
             # Softmax layers need the cached columns, of which none is padding.
             attention_mask = F.pad(attention_mask, (seen, 0), value=1)

@@ -20,6 +20,8 @@ LAYER_TYPES = ("conv", "linear_attention", "sliding_attention", "full_attention"
 LINEAR_LAYER_TYPES = ("linear_attention", "hybrid_sliding")
 SOFTMAX_LAYER_TYPES = ("sliding_attention", "full_attention", "hybrid_sliding")
 RECURRENT_LAYER_TYPES = ("conv", "linear_attention", "hybrid_sliding")  # these carry a state from token to token
+# Layers that need no mask of the cached tokens: their states have left padding out.
+PURELY_RECURRENT = {"conv", "linear_attention"}
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
 # Entries of a config.json that other parts of the library read, as they do those that begin with an underscore.
@@ -331,6 +333,11 @@ class ReBasedConfig(PreTrainedConfig):
     def is_recurrent(self) -> bool:
         """Return whether any layer carries a state from token to token."""
         return any(layer_type in RECURRENT_LAYER_TYPES for layer_type in self.layer_types)
+
+    @property
+    def is_purely_recurrent(self) -> bool:
+        """Return whether no layer has softmax attention, so that states are all that stays of earlier tokens."""
+        return PURELY_RECURRENT.issuperset(self.layer_types)
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Return the tensor-parallel plan of the modules that this model has.

@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from transformers.utils import is_tracing
 
 from .attention_rebased import EAGER, TRITON, _check_mask, _check_tensors, choose_backend
-from .batch_rebased import PURELY_RECURRENT, Packing, find_packing
+from .batch_rebased import Packing, find_packing
+from .configuration_rebased import PURELY_RECURRENT
 from .eager_rebased import computation_dtype, feature_map, segment_ids_of
 from .triton_context_rebased import factors_of_rows
 from .triton_inputs_rebased import needs_range

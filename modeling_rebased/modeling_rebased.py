@@ -41,7 +41,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rebased import rebased_attention, rebased_attention_decode
 from .batch_rebased import (
-    PURELY_RECURRENT,
     Packing,
     check_counts,
     count_positions,
@@ -1182,7 +1181,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         return masks, position_ids, packing, shard, cache
 
     def _warn_of_missing_attentions(self) -> None:
-        if not set(self.config.layer_types) - PURELY_RECURRENT:
+        if self.config.is_purely_recurrent:
             logger.warning_once(
                 "`output_attentions=True`: no layer of this model has attention weights to return, since its layers "
                 f"are {sorted(set(self.config.layer_types))}."
@@ -1271,15 +1270,11 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         several_devices = len(set(getattr(self, "hf_device_map", {}).values())) > 1
         if (
             isinstance(cache, StaticCache)
-            and self._is_purely_recurrent
+            and self.config.is_purely_recurrent
             and not cache.offloading
             and not several_devices
         ):
             cache.kept_layers = self._kept_layers
-
-    @property
-    def _is_purely_recurrent(self) -> bool:
-        return not set(self.config.layer_types) - PURELY_RECURRENT
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -1287,7 +1282,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         """Update as the library does, without what no step reads: making masks and positions longer takes time."""
         cache = outputs.get(CACHE_NAME)
         # Assisted generation checks several tokens at once, which may need a mask.
-        if cache is not None and self._is_purely_recurrent and not count_layer(cache, self.config).is_croppable:
+        if cache is not None and self.config.is_purely_recurrent and not count_layer(cache, self.config).is_croppable:
             model_kwargs.pop("attention_mask", None)
             if self.config.position_embedding_type == "none":
                 model_kwargs.pop("position_ids", None)
@@ -1299,7 +1294,7 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare as the library does, without a mask for recurrent layers: a generated token is never padding."""
         generated = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
-        needs_no_mask = generated and kwargs.get(CACHE_NAME) is not None and self._is_purely_recurrent
+        needs_no_mask = generated and kwargs.get(CACHE_NAME) is not None and self.config.is_purely_recurrent
         if needs_no_mask:
             kwargs["attention_mask"] = NO_MASK
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)

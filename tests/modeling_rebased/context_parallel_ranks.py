@@ -30,7 +30,7 @@ from modeling_rebased import (
     rebased_attention_shard,
     shard_sequence,
 )
-from modeling_rebased.batch_rebased import PURELY_RECURRENT
+from modeling_rebased.configuration_rebased import PURELY_RECURRENT
 from modeling_rebased.eager_rebased import naive_rebased_attention
 from modeling_rebased.training import train_lm
 from tests.interpreter import prepare_interpreter

@@ -11,7 +11,13 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, configuration_rebased
-from modeling_rebased.configuration_rebased import LAYER_TYPES, RECURRENT_LAYER_TYPES, _check_code, n_features
+from modeling_rebased.configuration_rebased import (
+    LAYER_TYPES,
+    RECURRENT_LAYER_TYPES,
+    SOFTMAX_LAYER_TYPES,
+    _check_code,
+    n_features,
+)
 
 
 CONFIGURATIONS = Path(__file__).parents[2] / "configuration"
@@ -55,6 +61,7 @@ def test_recurrent_layers_are_those_with_a_recurrent_cache(layer_type):
     layer = DynamicCache(config=config).layers[0]
     assert config.is_recurrent == isinstance(layer, LinearAttentionCacheLayerMixin)
     assert config.is_recurrent == (layer_type in RECURRENT_LAYER_TYPES)
+    assert config.is_purely_recurrent == (layer_type not in SOFTMAX_LAYER_TYPES)
 
 
 @pytest.mark.parametrize("mlp_type", ["none", "gelu", "swiglu"])
