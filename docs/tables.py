@@ -908,6 +908,66 @@ def corpus_domains() -> str:
     )
 
 
+def by_model(rows: list[dict[str, Any]], kind: str, value: str, digits: str) -> tuple[list[Any], list[list[str]]]:
+    """Return the different values of column `kind`, and for each model its label and its `value` at each of them."""
+    kinds = list(dict.fromkeys(row[kind] for row in rows))
+    found: dict[str, dict[Any, str]] = defaultdict(dict)
+    for row in rows:
+        found[row["model"]][row[kind]] = format(row[value], digits)
+    return kinds, [[label_of(model), *(cells[kind] for kind in kinds)] for model, cells in found.items()]
+
+
+@shown("lm-domains")
+def lm_domains() -> str:
+    """Return bits per byte of each domain, and the perplexity over all domains."""
+    rows = results("language_models/domains.csv")
+    domains, lines = by_model(rows, "domain", "bits_per_byte", ".3f")
+    parameters = {label_of(row["model"]): f"{row['parameters']:,}" for row in rows}
+    overall = [row for row in results("language_models/slices.csv") if row["domain"] == row["slice"] == "all"]
+    perplexities = {label_of(row["model"]): f"{row['perplexity']:.2f}" for row in overall}
+    return table(
+        ["model", "parameters", *domains, "perplexity of all"],
+        [[name, parameters[name], *bits, perplexities[name]] for name, *bits in lines],
+    )
+
+
+@shown("lm-slices")
+def lm_slices() -> str:
+    """Return the loss of each slice over all domains, and its share of the tokens."""
+    rows = [row for row in results("language_models/slices.csv") if row["domain"] == "all"]
+    slices, lines = by_model(rows, "slice", "loss", ".3f")
+    shares = {row["slice"]: f"{row['share']:.1%}" for row in rows}
+    return table(["loss, nats per token", *slices], [*lines, ["share of tokens", *(shares[name] for name in slices)]])
+
+
+@shown("lm-distance")
+def lm_distance() -> str:
+    """Return the loss of recall tokens by the distance to the earlier bigram."""
+    rows = [row for row in results("language_models/distance.csv") if row["distance_from"] >= 8]
+    distances, lines = by_model(rows, "distance_from", "loss", ".3f")
+    return table(["loss at a distance from", *(f"{distance:,}" for distance in distances)], lines)
+
+
+@shown("lm-lengths")
+def lm_lengths() -> str:
+    """Return the loss of the same documents in windows of each length."""
+    sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in results("language_models/positions.csv"):
+        total = sums[row["model"], row["length"]]
+        total[0] += row["loss"] * row["tokens"]
+        total[1] += row["tokens"]
+    rows = [{"model": model, "length": n, "loss": loss / count} for (model, n), (loss, count) in sums.items()]
+    lengths, lines = by_model(rows, "length", "loss", ".3f")
+    return table(["tokens per window", *(f"{length:,}" for length in lengths)], lines)
+
+
+@shown("lm-speed")
+def lm_speed() -> str:
+    """Return speed and memory of a training step of each model."""
+    columns = "model: {label} | tokens per second: {training_tokens_per_second:,.0f} | peak, GiB: {training_gib:.1f}"
+    return down(({"label": label_of(row["model"]), **row} for row in results("language_models/speed.csv")), columns)
+
+
 def pages() -> list[Path]:
     """Return the pages that may hold tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
