@@ -742,8 +742,8 @@ def overview() -> str:
         next(x for x in results(f"context_parallel/h200/{name}.csv") if (x["gpus"], x["tokens"]) == (4, 131072))
         for name in ("context_parallel", "ring")
     )
-    figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
-    bits = {name: row["bits_per_byte"] for name, row in figures["heldout_english"].items()}
+    slices = [row for row in results("language_models/slices.csv") if row["domain"] == row["slice"] == "all"]
+    losses = {row["model"]: row["loss"] for row in slices}
     ours, based = recall_512()
     found = perplexities()
     spread = [f"{cell.mean:.2f} ± {statistics.stdev(cell.accuracies):.2f}" for cell in (ours, based)]
@@ -782,10 +782,10 @@ def overview() -> str:
             "[kernels](docs/kernels.md#whole-models)",
         ],
         [
-            "byte-level model of 6.65M parameters, bits per byte of held-out text",
-            f"{bits['english-6m']:.3f}",
-            f"Based {bits['english-6m-based']:.3f}, softmax {bits['english-6m-softmax']:.3f}",
-            "[results](docs/results.md#language-models)",
+            "language model of 150M parameters after 400M tokens, loss on held-out text in nats per token",
+            f"{losses['rebased']:.3f}",
+            f"Based {losses['based']:.3f}, softmax {losses['softmax']:.3f}",
+            "[results](docs/results.md#150-million-parameters)",
         ],
         [
             f"associative recall, length 512, hidden size 64, accuracy of {len(ours.accuracies)} seeds",
