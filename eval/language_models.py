@@ -15,7 +15,8 @@
     speed          with `--speed`, on a GPU: tokens per second and memory of a training step and of generation
 
 Each document begins with the end-of-text token, and each of its other tokens is scored once. The weights are computed
-in bfloat16 by autocast, as in training on a GPU, and in float32 on a CPU.
+in bfloat16 by autocast, as in training on a GPU, and in float32 on a CPU. `generate()` is timed in bfloat16, as
+`benchmark_generation` does. Times need a machine on which nothing else runs, so run `--speed` for one model at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import argparse
 import contextlib
 import json
 import math
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,16 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.folders import written
 from modeling_rebased.training.shards import map_shards, read_index
 from modeling_rebased.training.text import encode_all, read_documents
 
+from .benchmark_generation import time_generate
 from .recall_slices import Slices, last_occurrence, score_windows
+from .timing import median_ms
 
 
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -86,14 +89,16 @@ class Domains:
         self.num_bytes: dict[str, int] = {}
         for path in sorted(folder.glob("*.jsonl")):
             texts = read_documents([path])
-            encoded = encode_all(texts, tokenizer)
+            encoded = encode_all(texts, tokenizer) if texts else []
             if max_tokens is not None:
                 before = np.cumsum([0, *map(len, encoded)])[:-1]
                 encoded = [ids for ids, start in zip(encoded, before) if start < max_tokens]
+            if not any(len(ids) > 1 for ids in encoded):
+                raise ValueError(f"{path} holds no document of two tokens")
             self.documents[path.stem] = encoded
             self.num_bytes[path.stem] = sum(len(text.encode()) for text in texts[: len(encoded)])
         if not self.documents:
-            raise ValueError(f"--heldout {folder} holds no .jsonl file")
+            raise ValueError(f"{folder} holds no .jsonl file" if folder.is_dir() else f"there is no folder {folder}")
 
     def long(self, length: int) -> list[list[int]]:
         """Return the first `length` tokens of every document that has so many."""
@@ -210,35 +215,13 @@ def measure_positions(
     return result
 
 
-def measure_speed(model: Any, *, context: int, prompt: int, new_tokens: int = 64) -> dict[str, Any]:
-    """Return the speed and memory of a training step of 16 windows, and of `generate()` after a long prompt, on a GPU.
+def measure_training(model: Any, context: int) -> dict[str, Any]:
+    """Return the speed and the peak memory of a training step of 16 windows of `context` tokens, on a GPU.
 
     A step is the forward and the backward pass in bfloat16 by autocast, without the optimizer. The layers of models of
-    this package are compiled. The time per token is the difference of two calls of `generate()`.
+    this package are compiled.
     """
-    from .timing import median_ms
-
-    result: dict[str, Any] = {}
     ids = torch.randint(1000, (16, context), device="cuda")
-    prompt_ids = torch.randint(1000, (1, prompt), device="cuda")
-
-    def generate(count: int) -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        with torch.no_grad(), precision("cuda"):
-            model.generate(prompt_ids, min_new_tokens=count, max_new_tokens=count, do_sample=False)
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    try:
-        generate(2)
-        torch.cuda.reset_peak_memory_stats()
-        short, long = generate(2), generate(2 + new_tokens)
-        result["generation_prompt"] = prompt
-        result["generation_ms_per_token"] = 1e3 * (long - short) / new_tokens
-        result["generation_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    except Exception as error:  # a library's model that cannot generate: the other figures are worth having
-        result["generation_error"] = f"{type(error).__name__}: {str(error)[:200]}"
     model.train()
     if model.config.model_type == "rebased":
         for layer in model.base_model.layers:
@@ -253,9 +236,28 @@ def measure_speed(model: Any, *, context: int, prompt: int, new_tokens: int = 64
     step()
     torch.cuda.reset_peak_memory_stats()
     ms = median_ms(step, 7)
-    result["training_tokens_per_second"] = 1e3 * ids.numel() / ms
-    result["training_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return result
+    return {
+        "training_tokens_per_second": 1e3 * ids.numel() / ms,
+        "training_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def measure_generation(model: Any, prompt: int) -> dict[str, Any]:
+    """Return the time per token and the peak memory of `generate()` with its default cache after a prompt, on a GPU.
+
+    Args:
+        model: in bfloat16, as it is served. Autocast would keep the keys of softmax layers in float32.
+        prompt: tokens before the first that is generated.
+    """
+    try:
+        figures = time_generate(model, torch.randint(1000, (1, prompt), device=model.device), 128, "dynamic")
+    except Exception as error:  # a library's model that cannot generate: the other figures are worth having
+        return {"generation_error": f"{type(error).__name__}: {str(error)[:200]}"}
+    return {
+        "generation_prompt": prompt,
+        "generation_ms_per_token": figures["ms_per_token"],
+        "generation_gib": figures["peak_gib"],
+    }
 
 
 def training_curve(folder: Path) -> list[dict[str, float]]:
@@ -271,19 +273,79 @@ def training_curve(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-def load(folder: str, device: str) -> tuple[Any, Any]:
-    """Return a model in float32 and its tokenizer. Models of flash-linear-attention come with their kernels."""
+def load(folder: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model, or end the command. Models of flash-linear-attention come with their kernels."""
     with contextlib.suppress(ImportError):
         import fla.models  # noqa: F401  makes transformers know its models
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"language_models: error: --models: {folder} cannot be loaded: {error}") from error
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    return model, tokenizer
+
+def count_bigrams(domains: Domains, shards: Iterable[np.ndarray], vocab_size: int) -> dict[int, int]:
+    """Return how often each bigram of the held-out text, first * vocab_size + second, occurs in the training text."""
+    parts = [np.array(ids, np.int64) for documents in domains.documents.values() for ids in documents]
+    bigrams = np.unique(np.concatenate([ids[:-1] * vocab_size + ids[1:] for ids in parts]))
+    counts = count_in_shards(tqdm(shards, "bigrams", disable=None), bigrams, vocab_size)
+    return dict(zip(bigrams.tolist(), counts.tolist()))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure each model and write its file."""
+def measure(name: str, folder: str, domains: Domains, shards: list[np.ndarray], args: argparse.Namespace) -> None:
+    """Measure a model and write its file.
+
+    Args:
+        name: of the model, and of the file.
+        folder: holds the model.
+        domains: the held-out documents.
+        shards: the training text, or nothing.
+        args: the command's.
+    """
+    model = load(folder, args.device)
+    counts = count_bigrams(domains, shards, model.config.vocab_size) if shards else {}
+    options = {"tokens_at_once": args.tokens_at_once, "device": args.device}
+    result: dict[str, Any] = {
+        "model": name,
+        "parameters": model.num_parameters(),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU",
+        "context": args.context,
+        **measure_domains(model, domains, counts, context=args.context, **options),
+        "positions": measure_positions(model, domains, lengths=tuple(args.lengths), **options) if args.lengths else {},
+        "curve": training_curve(Path(folder)),
+    }
+    figures = Path(folder) / "training_figures.json"
+    if figures.is_file():
+        result["training"] = json.loads(figures.read_text(encoding="utf-8"))
+    if args.speed:
+        result["speed"] = measure_training(model, args.context)
+        del model
+        longest = max(args.lengths, default=max(LENGTHS))
+        result["speed"] |= measure_generation(load(folder, args.device, torch.bfloat16), longest)
+    with written(args.output / f"{name}.json") as path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for domain, row in result["domains"].items():
+        print(f"{name:16s} {domain:14s} {row['perplexity']:9.3f} perplexity {row['bits_per_byte']:.4f} bits per byte")
+
+
+def named_models(items: list[str]) -> dict[str, str]:
+    """Return the folders of NAME=DIR, or of DIR with its last part as the name, by name.
+
+    Raises:
+        ValueError: two have the same name, or a name is no name of a file.
+    """
+    models: dict[str, str] = {}
+    for item in items:
+        name, folder = item.split("=", 1) if "=" in item else (Path(item).name, item)
+        if not name or "/" in name or not folder:
+            raise ValueError(f"--models: {item!r} must be NAME=DIR, or DIR, with a name that can be a file's")
+        if name in models:
+            raise ValueError(f"--models: {models[name]} and {folder} are both named {name!r}; NAME=DIR gives a name")
+        models[name] = folder
+    return models
+
+
+def arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read and check the command line. `models` of the result are folders by name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=DIR", help="finished models, such as output/x/final")
@@ -297,56 +359,40 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     args = parser.parse_args(with_dashes(argv))
-    if args.context < 2 or min(args.lengths, default=2) < 2:
-        parser.error("--context and --lengths must be at least 2")
+    for option, values, least in (
+        ("--context", [args.context], 2),
+        ("--lengths", args.lengths, 2),
+        ("--max-tokens", [] if args.max_tokens is None else [args.max_tokens], 1),
+        ("--tokens-at-once", [args.tokens_at_once], 1),
+    ):
+        if min(values, default=least) < least:
+            parser.error(f"{option} must be at least {least}, got {min(values)}")
     if args.speed and not args.device.startswith("cuda"):
-        parser.error("--speed needs a GPU")
-    models = dict(item.split("=", 1) if "=" in item else (Path(item).name, item) for item in args.models)
-    try:
-        shards = None if args.shards is None else map_shards(args.shards, read_index(args.shards))
-    except ValueError as error:
-        parser.error(f"--shards: {error}")
+        parser.error(f"--speed needs a GPU, and --device is {args.device}")
+    return parser, args
 
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure each model and write its file."""
+    parser, args = arguments(argv)
+    try:
+        models = named_models(args.models)
+    except ValueError as error:
+        parser.error(str(error))
     for name, folder in models.items():
         try:
-            model, tokenizer = load(folder, args.device)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             parser.error(f"--models: {folder} cannot be loaded: {error}")
         try:
+            shards = [] if args.shards is None else map_shards(args.shards, read_index(args.shards, tokenizer))
+        except ValueError as error:
+            parser.error(f"--shards: {error}")
+        try:
             domains = Domains(args.heldout, tokenizer, args.max_tokens)
         except (OSError, ValueError) as error:
-            parser.error(str(error))
-        size = model.config.vocab_size
-        counts: dict[int, int] = {}
-        if shards is not None:
-            parts = [np.array(ids, np.int64) for documents in domains.documents.values() for ids in documents]
-            bigrams = np.unique(np.concatenate([ids[:-1] * size + ids[1:] for ids in parts]))
-            found = count_in_shards(tqdm(shards, "bigrams", disable=None), bigrams, size)
-            counts = dict(zip(bigrams.tolist(), found.tolist()))
-        options = {"tokens_at_once": args.tokens_at_once, "device": args.device}
-        result: dict[str, Any] = {
-            "model": name,
-            "parameters": model.num_parameters(),
-            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU",
-            "context": args.context,
-            **measure_domains(model, domains, counts, context=args.context, **options),
-            "positions": measure_positions(model, domains, lengths=tuple(args.lengths), **options)
-            if args.lengths
-            else {},
-            "curve": training_curve(Path(folder)),
-        }
-        figures = Path(folder) / "training_figures.json"
-        if figures.is_file():
-            result["training"] = json.loads(figures.read_text(encoding="utf-8"))
-        if args.speed:
-            result["speed"] = measure_speed(model, context=args.context, prompt=max(args.lengths, default=16384))
-        with written(args.output / f"{name}.json") as path:
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        for domain, row in result["domains"].items():
-            print(
-                f"{name:16s} {domain:14s} {row['perplexity']:9.3f} perplexity {row['bits_per_byte']:.4f} bits per byte"
-            )
-        del model
+            parser.error(f"--heldout: {error}")
+        measure(name, folder, domains, shards, args)
 
 
 if __name__ == "__main__":

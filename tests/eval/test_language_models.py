@@ -1,12 +1,16 @@
 """Language models on the domains of a corpus: every figure against a plain computation."""
 
+import argparse
 import csv
 import json
 import math
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.eval import language_models, plot_language_models
@@ -15,6 +19,7 @@ from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.shards import write_index, write_shard
 
 
+ROOT = Path(__file__).parents[2]
 TEXTS = {
     "books": ["the cat sat on the mat and the cat saw the dog", "a dog"],
     "manuals": ["to be or not to be, that is the question of the man"],
@@ -144,14 +149,56 @@ def test_tables_and_pictures_of_all_models(folder, found, tmp_path):
     assert not (tmp_path / "speed.csv").exists()
 
 
-def test_bad_input_is_named(folder, capsys):
+def test_generation_is_timed_in_bfloat16_without_autocast(folder, tmp_path, monkeypatch):
+    """Autocast would keep keys of softmax layers in float32, and the training step's weights would take memory."""
+    timed = []
+
+    def time_generate(model, ids, steps, cache):
+        assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+        timed.append((model.dtype, model.training, tuple(ids.shape), cache, trained[0]()))
+        return {"ms_per_token": 3.0, "first_4_ms": 4.0, "tokens_per_s": 1e3 / 3, "peak_gib": 0.5}
+
+    def measure_training(model, context):
+        trained.append(weakref.ref(model))
+        return {"training_gib": 1.0}
+
+    trained = []
+    monkeypatch.setattr(language_models, "time_generate", time_generate)
+    monkeypatch.setattr(language_models, "measure_training", measure_training)
+    options = {"device": "cpu", "context": 16, "lengths": [8], "tokens_at_once": 40, "speed": True, "output": tmp_path}
+    domains = language_models.Domains(folder / "held", byte_tokenizer())
+    language_models.measure("x", str(folder / "run" / "final"), domains, [], argparse.Namespace(**options))
+    assert timed == [(torch.bfloat16, False, (1, 8), "dynamic", None)]
+    speed = json.loads((tmp_path / "x.json").read_text())["speed"]
+    assert speed == {
+        "training_gib": 1.0,
+        "generation_prompt": 8,
+        "generation_ms_per_token": 3.0,
+        "generation_gib": 0.5,
+    }
+
+
+def test_bad_input_is_named(folder, tmp_path, capsys):
+    model = str(folder / "run" / "final")
     command = ["--models", "x=y", "--heldout", str(folder / "held"), "--output", str(folder / "o"), "--device", "cpu"]
+    write_index(tmp_path / "other", AutoTokenizer.from_pretrained(ROOT / "checkpoints" / "stories-12m"), {})
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "books.jsonl").write_text('{"text": " "}\n')
     for more, message in (
-        (["--context", "1"], "at least 2"),
-        (["--speed"], "needs a GPU"),
-        (["--shards", str(folder)], "no folder of shards"),
+        (["--context", "1"], "--context must be at least 2, got 1"),
+        (["--lengths", "8", "0"], "--lengths must be at least 2, got 0"),
+        (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        (["--tokens-at-once", "-1"], "--tokens-at-once must be at least 1, got -1"),
+        (["--speed"], "needs a GPU, and --device is cpu"),
         (["--models", "x=./nowhere"], "--models: ./nowhere cannot be loaded"),
+        (["--models", "a/final", "b/final"], "--models: a/final and b/final are both named 'final'"),
+        (["--models", "a/b=c"], "--models: 'a/b=c' must be NAME=DIR"),
+        (["--models", model, "--shards", str(folder)], "--shards: " + str(folder) + " is no folder of shards"),
+        (["--models", model, "--shards", str(tmp_path / "other")], "holds ids of another tokenizer"),
+        (["--models", model, "--heldout", str(tmp_path / "no")], "--heldout: there is no folder"),
+        (["--models", model, "--heldout", str(tmp_path / "blank")], "books.jsonl holds no document of two tokens"),
     ):
         with pytest.raises(SystemExit):
             language_models.main([*command, *more])
         assert message in capsys.readouterr().err
+    assert not (folder / "o").exists()
