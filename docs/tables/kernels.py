@@ -1,0 +1,247 @@
+"""Tables of docs/kernels.md and docs/kernels-log.md, and of the PyTorch backend in docs/results.md."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from modeling_rebased.eval.plot_style import label_of
+
+from .form import TABLES, across, down, number, results, shown, table
+
+
+def kernel_times(folder: str, kind: str) -> dict[str, dict[int, float]]:
+    """Return milliseconds by method and length; `kind` is "forward" or "training"."""
+    times: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in results(f"kernels/{folder}"):
+        times[row["method"]][row["T"]] = row[f"{kind}_ms"]
+    return times
+
+
+def kernels(folder: str, kind: str, floor: bool = False) -> str:
+    """Return the times of all methods by length."""
+    times = kernel_times(f"{folder}/kernels.csv", kind)
+    if folder == "h100-f64":
+        for name, found in kernel_times("h100-f64/retention.csv", kind).items():
+            if name != "rebased":
+                times[name] = found
+    lengths = list(times["rebased"])
+    rows = [[label_of(name), *(number(found.get(length)) for length in lengths)] for name, found in times.items()]
+    if floor:
+        first = results(f"kernels/{folder}/kernels.csv")[0][f"floor_{kind}_ms"]
+        rows.append(["inputs and outputs moved once", *[number(first)] * len(lengths)])
+    return table(["T", *(f"{length:,}" for length in lengths)], rows)
+
+
+TABLES |= {
+    "kernels-forward": lambda: kernels("h100", "forward", floor=True),
+    "kernels-training": lambda: kernels("h100", "training", floor=True),
+    "kernels-64-forward": lambda: kernels("h100-f64", "forward"),
+    "kernels-64-training": lambda: kernels("h100-f64", "training"),
+}
+
+
+@shown("kernels-ratios")
+def kernel_ratios() -> str:
+    """Return how many times as fast ReBased is as the others, and its extra memory, for F = 16."""
+    rows = []
+    lengths = list(kernel_times("h100/kernels.csv", "forward")["rebased"])
+    for kind, name in (("forward", "forward"), ("training", "forward and backward")):
+        times = kernel_times("h100/kernels.csv", kind)
+        for other in ("softmax", "fla parallel_rebased", "fla chunk_simple_gla"):
+            ratios = [number(times[other][n] / times["rebased"][n], 2) if n in times[other] else "" for n in lengths]
+            rows.append([f"{name}, {label_of(other)}", *ratios])
+    memory = {row["T"]: row["extra_gib"] for row in results("kernels/h100/kernels.csv")[: len(lengths)]}
+    rows.append(["extra memory of ReBased, GiB", *(f"{memory[n]:.2f}" for n in lengths)])
+    return table(["T", *(f"{length:,}" for length in lengths)], rows)
+
+
+@shown("kernels-64-memory")
+def extra_memory_64() -> str:
+    """Return the extra memory for F = 64."""
+    rows = (row for row in results("kernels/h100-f64/kernels.csv") if row["method"] == "rebased")
+    return across(rows, "T: {T:,} | extra memory of ReBased, GiB: {extra_gib:.2f}")
+
+
+@shown("decode")
+def decode() -> str:
+    """Return the time of one token of one layer."""
+    return across(
+        results("generation/h100/decode.csv"),
+        "batch: {batch} | one token, µs: {us:.1f} | the same, states by slot number, µs: {by_slot_us:.1f} | "
+        "reading and writing the state once, µs: {floor_us:.1f}",
+    )
+
+
+def whole_models(name: str, **where: Any) -> dict[str, dict[str, Any]]:
+    """Return the rows of training.csv or generation.csv that have these values, by model without its size."""
+    rows = results(f"generation/h100/{name}.csv")
+    found = [row for row in rows if all(str(row[key]) == str(value) for key, value in where.items())]
+    return {row["model"].removeprefix("150m-"): row for row in found}
+
+
+@shown("models-training")
+def models_training() -> str:
+    """Return the training steps of whole models."""
+    rows = []
+    for length, compiled in sorted({(row["T"], row["compiled"]) for row in results("generation/h100/training.csv")}):
+        found = whole_models("training", T=length, compiled=compiled)
+        ours, softmax = found["rebased"], found["softmax"]
+        ratio = ours["tokens_per_s"] / softmax["tokens_per_s"]
+        rows.append({"ours": ours, "softmax": softmax, "ratio": ratio})
+    return down(
+        rows,
+        "T: {ours[T]:,} | layers compiled: {ours[compiled]:yes} | ReBased: {ours[tokens_per_s]:,.0f} | "
+        "softmax: {softmax[tokens_per_s]:,.0f} | ratio: {ratio:3sig} | ReBased, peak GiB: {ours[peak_gib]:.1f} | "
+        "softmax, peak GiB: {softmax[peak_gib]:.1f}",
+    )
+
+
+@shown("models-generation")
+def models_generation() -> str:
+    """Return `generate()` of whole models."""
+    rows = []
+    for ours in results("generation/h100/generation.csv"):
+        if ours["model"] == "150m-rebased":
+            same = {key: ours[key] for key in ("batch", "context", "cache")}
+            softmax = whole_models("generation", **same).get("softmax", dict.fromkeys(ours))
+            # What is no number there could not be measured.
+            rows.append({"ours": ours, "softmax": {k: None if v != v else v for k, v in softmax.items()}})
+    return down(
+        rows,
+        "cache: {ours[cache]} | batch: {ours[batch]} | context: {ours[context]:,} | "
+        "ms per step, ReBased: {ours[ms_per_token]:,.2f} | softmax: {softmax[ms_per_token]:,.2f} | "
+        "ms for the context and 4 tokens, ReBased: {ours[first_4_ms]:,.0f} | softmax: {softmax[first_4_ms]:,.0f} | "
+        "peak GiB, ReBased: {ours[peak_gib]:,.1f} | softmax: {softmax[peak_gib]:,.1f}",
+    )
+
+
+@shown("cpu-generation")
+def cpu_generation() -> str:
+    """Return `generate()` of small models on a CPU."""
+    return down(
+        results("generation/cpu/cpu.csv"),
+        "model: {model} | fastest call, ms per token: {min_ms:.1f} | median: {median_ms:.1f} | "
+        "tokens per second of the fastest: {tokens_per_s:,.0f}",
+    )
+
+
+@shown("loop")
+def loop_of_generate() -> str:
+    """Return the host time of a step of `generate()` in which nothing is computed."""
+    return down(results("generation/cpu/loop.csv"), "part: {part} | µs per step: {us:.0f}")
+
+
+@shown("convolution")
+def convolution() -> str:
+    """Return what the two forms of the short convolution give."""
+    return down(
+        results("generation/h100/convolution.csv"),
+        "convolution: {convolution} | layers compiled: {compiled:yes} | tokens per second: {tokens_per_s:,.0f} | "
+        "peak GiB: {peak_gib:.1f} | ms of a prefill: {prefill_ms:3sig}",
+        words=2,
+    )
+
+
+@shown("models-changes")
+def models_changes() -> str:
+    """Return what each change of a training step gave."""
+    columns = "step: {change} | tokens per second: {tokens_per_s:,.0f} | peak GiB: {peak_gib:.1f}"
+    return down(results("generation/h100/changes.csv"), columns)
+
+
+@shown("step")
+def step_parts() -> str:
+    """Return the GPU's work in a training step, by what it is for."""
+    rows = sorted(results("generation/h100/step.csv"), key=lambda row: row["part"] == "other")
+    total = {key: sum(row[key] or 0 for row in rows) for key in ("ms", "ms_in_mixed_precision")}
+    return down(
+        [*({key: value or None for key, value in row.items()} for row in rows), {"part": "sum", **total}],
+        "part: {part} | bfloat16, forward and backward, ms: {ms:.1f} | "
+        "rebased-train in mixed precision before the change, ms: {ms_in_mixed_precision:.1f}",
+    )
+
+
+@shown("first")
+def first_calls() -> str:
+    """Return the seconds of the first training step and of the first prefill, by version."""
+    versions: dict[str, dict[str, Any]] = {}
+    for row in results("generation/h100/first.csv"):
+        versions.setdefault(row["version"], {"version": row["version"]})[row["what"]] = row["first_s"]
+    return down(
+        versions.values(),
+        "version: {version} | first training step, 16,384 tokens: {step:3sig} | "
+        "first prefill, 32,768 tokens: {prefill:3sig}",
+    )
+
+
+@shown("range")
+def passes_for_range() -> str:
+    """Return the times of attention with and without `normalized=True`, by version."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in results("kernels/h100/range.csv"):
+        key = row["kernel"], row["version"], row["normalized"]
+        rows.setdefault(key, {**row})[f"at_{row['T']}"] = row
+    return down(
+        rows.values(),
+        "kernel: {kernel:name} | version: {version} | `normalized=True`: {normalized:yes} | "
+        "forward, T = 2,048: {at_2048[forward_ms]:.2f} | "
+        "forward and backward, T = 2,048: {at_2048[training_ms]:.2f} | "
+        "forward, T = 8,192: {at_8192[forward_ms]:.2f} | "
+        "forward and backward, T = 8,192: {at_8192[training_ms]:.2f}",
+        words=3,
+    )
+
+
+@shown("train-lm")
+def train_lm() -> str:
+    """Return the speed of rebased-train."""
+    rows = results("generation/h100/train-lm.csv")
+    return down(
+        ({**row, "model": row["model"].removeprefix("150m-")} for row in rows),
+        "model: {model:name} | version: {version} | tokens per second: {tokens_per_s:,.0f} | ms per step: {ms:.1f} | "
+        "peak GiB: {peak_gib:.1f}",
+        words=2,
+    )
+
+
+@shown("loss-chunks")
+def loss_chunks() -> str:
+    """Return the time of the loss and its gradients by the size of a chunk."""
+    return across(results("generation/h100/loss-chunks.csv"), "tokens per chunk: {chunk:,} | ms: {ms:.1f}")
+
+
+@shown("counters")
+def counters() -> str:
+    """Return the hardware counters by kernel."""
+    names = ["state sums of keys", "scan of key states", "forward", "dq", "state sums of queries"]
+    names += ["scan of query states", "dk and dv"]
+    rows = zip(names, results("kernels/h100/counters.csv"), strict=True)
+    return down(
+        ({**row, "kernel": name} for name, row in rows),
+        "kernel: {kernel} | µs: {us:.0f} | shared memory and L1, %: {l1_pct:.0f} | L2, %: {l2_pct:.0f} | "
+        "device memory, %: {dram_pct:.0f} | matrix units, %: {matrix_units_pct:.0f} | "
+        "issue slots, %: {issue_slots_pct:.0f} | warps per multiprocessor: {warps_an_sm:.0f} | "
+        "registers per thread: {registers:.0f}",
+    )
+
+
+@shown("versions")
+def versions() -> str:
+    """Return the time of all kernels of forward and backward together, by version of the kernels."""
+    total: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for row in results("kernels/h100-versions/kernels.csv"):
+        total[row["version"]][row["T"]] += row["us"]
+    rows = [[name, *(f"{found[n]:,.0f}" for n in (2048, 8192, 131072))] for name, found in total.items()]
+    return table(["version", "T = 2,048", "8,192", "131,072"], rows)
+
+
+@shown("eager")
+def eager() -> str:
+    """Return the times of the PyTorch backend on a CPU."""
+    return across(
+        results("eager/eager.csv"),
+        "T: {tokens:,} | forward, linear form: {chunked:2sig} | forward, quadratic form: {quadratic:2sig} | "
+        "forward and backward, linear form: {chunked fwd+bwd:2sig} | "
+        "forward and backward, quadratic form: {quadratic fwd+bwd:2sig}",
+    )

@@ -1,0 +1,169 @@
+"""Tables of docs/results.md: MAD, in-context language learning, language models and their corpus."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from modeling_rebased.eval import plot_icll, plot_mad
+from modeling_rebased.eval.plot_mqar import (
+    read_runs,
+)
+from modeling_rebased.eval.plot_style import label_of
+
+from .form import RESULTS, ROOT, TABLES, down, results, shown, table
+
+
+def finished(name: str) -> list[dict[str, Any]]:
+    """Return the finished runs in a folder of results."""
+    return [run for run in read_runs(sorted((RESULTS / name).glob("*.jsonl"))) if not run.get("stopped")]
+
+
+TABLES |= {
+    "mad-scores": lambda: plot_mad.markdown(finished("mad")),
+    "icll": lambda: plot_icll.markdown(finished("icll")),
+}
+
+
+@shown("mad-fuzzy")
+def mad_fuzzy() -> str:
+    """Return the accuracy on fuzzy recall at its best epoch and at the last."""
+    rows = []
+    for run in (run for run in finished("mad") if run["task"] == "fuzzy_recall"):
+        best = max(run["history"], key=lambda entry: entry["accuracy"])
+        last = run["history"][-1]
+        figures = [f"{best['accuracy']:.3f}", f"{last['accuracy']:.3f}"]
+        rows.append([label_of(run["model"]), f"{run['lr']:g}", best["epoch"], *figures])
+    rows.sort(key=lambda row: float(row[1]))
+    return table(["model", "rate", "best epoch", "accuracy there", "at the end"], rows)
+
+
+@shown("small-models")
+def small_models() -> str:
+    """Return the figures of the three byte-level models of 6.65 million parameters."""
+    figures = json.loads((ROOT / "checkpoints/english-6m/training_figures.json").read_text(encoding="utf-8"))
+    parameters = {"english-6m": figures["parameters"], **figures["twins_parameters"]}
+    names = {"english-6m": "ReBased", "english-6m-based": "Based", "english-6m-softmax": "softmax"}
+    found = figures["heldout_english"]
+    return down(
+        ({"model": names[name], "parameters": parameters[name], **found[name]} for name in names),
+        "model: {model} | parameters: {parameters:,} | bits per byte: {bits_per_byte:.3f} | "
+        "byte perplexity: {byte_perplexity:.3f} | word perplexity: {word_perplexity:,.0f}",
+    )
+
+
+@shown("stories")
+def stories() -> str:
+    """Return the figures of the models of short stories, and of the judge's own stories."""
+    figures = json.loads((ROOT / "checkpoints/stories-12m/training_figures.json").read_text(encoding="utf-8"))[
+        "models"
+    ]
+    names = {"stories-12m": "ReBased", "stories-12m-based": "Based", "stories-12m-softmax": "softmax"}
+    names["judge"] = "SmolLM2-135M-Instruct"
+    judged = {row["model"]: row for row in results("stories/stories.csv")}
+    rows = []
+    for name, label in names.items():
+        own = figures.get(name)
+        size = f"{own['parameters']:,}" if own else "135 million"
+        bits = own["eval_bits_per_byte"] if own else None
+        rows.append({**judged.get(name, dict.fromkeys(judged["judge"])), "model": label, "size": size, "bits": bits})
+    return down(
+        rows,
+        "model: {model} | parameters: {size} | bits per byte, held out: {bits:.4f} | ended: {ended:.1%} | "
+        "persons: {persons:.1%} | repeated: {repeated:.1%} | perplexity: {perplexity:.1f} | words: {words:.0f} | "
+        "copied: {copied:.0%}",
+    )
+
+
+@shown("slices")
+def slices() -> str:
+    """Return the losses by slice."""
+    found = json.loads((RESULTS / "recall_slices/slices.json").read_text(encoding="utf-8"))
+    return down(
+        ({"model": model, **row} for model, each in found.items() for row in each["slices"]),
+        "model: {model:name} | slice: {slice} | bytes: {tokens:,} | share: {share:.1%} | "
+        "loss, nats per byte: {loss:.4f} | perplexity: {perplexity:.3f} | accuracy: {accuracy:.1%}",
+        words=2,
+    )
+
+
+@shown("corpus-domains")
+def corpus_domains() -> str:
+    """Return the size of each domain of the mixed corpus, and of its held-out part."""
+    domains: dict[str, dict[str, Any]] = {}
+    for row in results("corpus/corpus.csv"):
+        counts = {f"{row['part']}_{key}": value for key, value in row.items() if isinstance(value, int)}
+        domains.setdefault(row["domain"], {}).update(counts)
+    keys = next(iter(domains.values()))
+    domains["all"] = {key: sum(row[key] for row in domains.values()) for key in keys}
+    rows = []
+    for name, row in domains.items():
+        millions = {"bytes": row["train_bytes"] / 1e6, "tokens": row["train_tokens"] / 1e6}
+        rows.append({"domain": name, **row, **millions})
+    return down(
+        rows,
+        "domain: {domain} | packages: {train_packages} | documents: {train_documents:,} | "
+        "million bytes: {bytes:.1f} | million tokens: {tokens:.1f} | held-out documents: {heldout_documents:,} | "
+        "held-out tokens: {heldout_tokens:,}",
+    )
+
+
+def by_model(rows: list[dict[str, Any]], kind: str, value: str, digits: str) -> tuple[list[Any], list[list[str]]]:
+    """Return the different values of column `kind`, and for each model its label and its `value` at each of them."""
+    kinds = list(dict.fromkeys(row[kind] for row in rows))
+    found: dict[str, dict[Any, str]] = defaultdict(dict)
+    for row in rows:
+        found[row["model"]][row[kind]] = format(row[value], digits)
+    return kinds, [[label_of(model), *(cells[kind] for kind in kinds)] for model, cells in found.items()]
+
+
+@shown("lm-domains")
+def lm_domains() -> str:
+    """Return bits per byte of each domain, and the perplexity over all domains."""
+    rows = results("language_models/domains.csv")
+    domains, lines = by_model(rows, "domain", "bits_per_byte", ".3f")
+    parameters = {label_of(row["model"]): f"{row['parameters']:,}" for row in rows}
+    overall = [row for row in results("language_models/slices.csv") if row["domain"] == row["slice"] == "all"]
+    perplexities = {label_of(row["model"]): f"{row['perplexity']:.2f}" for row in overall}
+    return table(
+        ["model", "parameters", *domains, "perplexity of all"],
+        [[name, parameters[name], *bits, perplexities[name]] for name, *bits in lines],
+    )
+
+
+@shown("lm-slices")
+def lm_slices() -> str:
+    """Return the loss of each slice over all domains, and its share of the tokens."""
+    rows = [row for row in results("language_models/slices.csv") if row["domain"] == "all"]
+    slices, lines = by_model(rows, "slice", "loss", ".3f")
+    shares = {row["slice"]: f"{row['share']:.1%}" for row in rows}
+    return table(["loss, nats per token", *slices], [*lines, ["share of tokens", *(shares[name] for name in slices)]])
+
+
+@shown("lm-distance")
+def lm_distance() -> str:
+    """Return the loss of recall tokens by the distance to the earlier bigram."""
+    rows = [row for row in results("language_models/distance.csv") if row["distance_from"] >= 8]
+    distances, lines = by_model(rows, "distance_from", "loss", ".3f")
+    return table(["loss at a distance from", *(f"{distance:,}" for distance in distances)], lines)
+
+
+@shown("lm-lengths")
+def lm_lengths() -> str:
+    """Return the loss of the same documents in windows of each length."""
+    sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in results("language_models/positions.csv"):
+        total = sums[row["model"], row["length"]]
+        total[0] += row["loss"] * row["tokens"]
+        total[1] += row["tokens"]
+    rows = [{"model": model, "length": n, "loss": loss / count} for (model, n), (loss, count) in sums.items()]
+    lengths, lines = by_model(rows, "length", "loss", ".3f")
+    return table(["tokens per window", *(f"{length:,}" for length in lengths)], lines)
+
+
+@shown("lm-speed")
+def lm_speed() -> str:
+    """Return speed and memory of a training step of each model."""
+    columns = "model: {label} | tokens per second: {training_tokens_per_second:,.0f} | peak, GiB: {training_gib:.1f}"
+    return down(({"label": label_of(row["model"]), **row} for row in results("language_models/speed.csv")), columns)
