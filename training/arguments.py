@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -77,7 +80,57 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
         parser.error(f"{error}. The extra brings it: pip install 'modeling-rebased[train]'")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; --help-all shows all options")
+    if wrong := _wrong_value(parsed[-1]):
+        parser.error(wrong)
     return tuple(parsed)
+
+
+def _wrong_value(args: TrainingArguments) -> str | None:
+    """Return what is wrong with values that the Trainer takes until it begins to train, or for good."""
+    for name in ("learning_rate", "weight_decay", "adam_epsilon"):
+        if not 0 <= (value := getattr(args, name)) < math.inf:
+            return f"--{name} must be at least 0 and finite, got {value:g}"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= (value := getattr(args, name)) < 1:
+            return f"--{name} must be at least 0 and less than 1, got {value:g}"
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (value := getattr(args, name)) < 1:
+            return f"--{name} must be at least 1, got {value}"
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
+        return f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no trainer_state.json"
+    return None
+
+
+def check_paths(files: Mapping[str, Sequence[str] | None], output_dir: str) -> None:
+    """Refuse paths that cannot be read or written.
+
+    Args:
+        files: the files of each argument, by its name.
+        output_dir: a folder, or a new one.
+
+    Raises:
+        ValueError: a file is missing, or `output_dir` is a file.
+    """
+    for name, paths in files.items():
+        missing = [path for path in paths or [] if not Path(path).exists()]
+        if missing:
+            raise ValueError(f"--{name}: there is no {', '.join(missing)}")
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; it must be a folder, or a new one")
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a recipe.
+
+    Raises:
+        ValueError: the file is no YAML in UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the recipe {path} is no YAML: {error}") from error
 
 
 def command_line(content: Mapping[str, Any]) -> list[str]:

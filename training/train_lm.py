@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,7 +45,7 @@ from modeling_rebased.configuration import config_names, config_path
 from modeling_rebased.modeling_rebased import ReBasedRMSNorm
 from modeling_rebased.triton_rebased import triton_unavailable_reason
 
-from .arguments import command_line, parse_dataclasses
+from .arguments import check_paths, command_line, parse_dataclasses, read_yaml
 from .byte_tokenizer import byte_tokenizer
 from .card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from .context_parallel import ContextParallelTrainer
@@ -145,13 +144,10 @@ def read_recipe(path: Path) -> list[str]:
     """Return the arguments in a recipe, as on a command line.
 
     Raises:
-        ValueError: the file holds no arguments.
+        ValueError: the file is no YAML, or holds no arguments.
         OSError: it cannot be read.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"the recipe {path} is no YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"the recipe {path} must hold lines such as `learning_rate: 1.0e-3`, but holds {content!r}")
     return command_line(content)
@@ -170,20 +166,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, LMT
         argv = argv[1:]
     classes = (ModelArguments, DataArguments, LMTrainingArguments)
     return parse_dataclasses("rebased-train", __doc__, classes, [*recipe, *argv])
-
-
-def check_paths(data_args: DataArguments, output_dir: str) -> None:
-    """Refuse paths that cannot be read or written.
-
-    Raises:
-        ValueError: a file of --train_file or --eval_file is missing, or --output_dir is a file.
-    """
-    for name in ("train_file", "eval_file"):
-        missing = [file for file in getattr(data_args, name) or [] if not Path(file).exists()]
-        if missing:
-            raise ValueError(f"--{name}: there is no {', '.join(missing)}")
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file; it must be a folder, or a new one")
 
 
 # ---------------------------------------------------------------- model and tokenizer
@@ -368,7 +350,7 @@ def _main(argv: list[str]) -> None:
         if args.device.type == "cpu":
             args.dataloader_pin_memory = False  # which would only warn
         set_seed(args.seed)
-        check_paths(data_args, args.output_dir)
+        check_paths({"train_file": data_args.train_file, "eval_file": data_args.eval_file}, args.output_dir)
         if args.use_liger_kernel:
             # The library would pass over a model that Liger does not know without a word.
             raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")

@@ -195,12 +195,13 @@ def test_a_recipe_may_leave_fields_out_and_hold_lists_and_objects():
         ("", "recipe .*recipe.yaml must hold lines .* but holds None"),
         ("- learning_rate", "recipe .*recipe.yaml must hold lines"),
         ("a: [1", "recipe .*recipe.yaml is no YAML"),
+        ("a: \udcff", "recipe .*recipe.yaml is no YAML: 'utf-8' codec"),
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(SystemExit, match=f"rebased-train: error: .*{message}"):
         train_lm.main([str(path), "--output_dir", str(tmp_path / "out")])
 
@@ -211,6 +212,12 @@ def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
         (("--learning_rat", "3"), "unrecognized arguments: --learning_rat 3;"),
         (("--eval_delayed", "3"), "unrecognized arguments: --eval_delayed 3;"),
         (("--load_best_model_at_end", "True", "--eval_strategy", "no"), "--load_best_model_at_end requires"),
+        (("--learning_rate", "-1"), "--learning_rate must be at least 0 and finite, got -1"),
+        (("--weight_decay", "nan"), "--weight_decay must be at least 0 and finite, got nan"),
+        (("--adam_beta2", "1"), "--adam_beta2 must be at least 0 and less than 1, got 1"),
+        (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1, got 0"),
+        (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1, got 0"),
+        (("--resume_from_checkpoint", "no"), "--resume_from_checkpoint no is no checkpoint"),
     ],
 )
 def test_an_unknown_or_impossible_argument_is_an_error_with_a_short_usage(
