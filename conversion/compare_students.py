@@ -301,7 +301,7 @@ class Comparison:
             for key, found in zip(("training", "curves", "perplexity"), read_training(name, Path(folder))):
                 self.results.setdefault(key, []).extend(found)
         self.texts = {
-            (name, length): read_blocks([name], self.tokenizer, length)
+            (name, length): read_blocks([name], self.tokenizer, length, "--lengths")
             for name in arguments.text
             for length in arguments.lengths
         }

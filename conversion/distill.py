@@ -44,8 +44,8 @@ from transformers import (
     set_seed,
 )
 
-from modeling_rebased import ReBasedForCausalLM
-from modeling_rebased.training.arguments import parse_dataclasses
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.training.arguments import check_paths, parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from modeling_rebased.training.folders import gathered_model, save_model, written
 from modeling_rebased.training.resume import (
@@ -57,6 +57,7 @@ from modeling_rebased.training.resume import (
 )
 from modeling_rebased.training.shards import tokenizer_identity
 from modeling_rebased.training.text import TokenBlocks
+from modeling_rebased.training.train_lm import check_kernels
 
 from .distill_arguments import RECIPES, DistillArguments, DistillTrainingArguments, read_recipe
 from .distill_trainer import DistillTrainer, freeze_all_but_transferred, without_mlps
@@ -115,16 +116,37 @@ def check_pair(teacher: PreTrainedModel, student: ReBasedForCausalLM) -> None:
             raise ConversionError(f"{name} must be the same for --teacher and --student, but is {theirs} and {ours}.")
 
 
-def read_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> TokenBlocks:
-    """Return the blocks of some files.
+def read_blocks(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "--context_length"
+) -> TokenBlocks:
+    """Return the blocks of some files, whose length `argument` gives.
 
     Raises:
         ConversionError: a file cannot be read, or the files hold less than one block.
     """
     try:
-        return TokenBlocks(files, tokenizer, length)
+        return TokenBlocks(files, tokenizer, length, argument=argument)
     except ValueError as error:
-        raise ConversionError(str(error)) from error
+        raise ConversionError(f"{error}.") from error
+
+
+def read_texts(distill: DistillArguments) -> tuple[PreTrainedTokenizerBase, TokenBlocks, dict[tuple, TokenBlocks]]:
+    """Return the teacher's tokenizer, the text to train on, and the held-out text by file and length.
+
+    Raises:
+        ConversionError: there is no tokenizer, a file cannot be read, or files hold less than one block.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(distill.teacher)
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"--teacher {distill.teacher!r} gives no tokenizer: {error}") from error
+    argument = "--context_length" if distill.eval_length is None else "--eval_length"
+    held_out = {
+        (name, length): read_blocks([name], tokenizer, length, argument)
+        for name in distill.eval_file or []
+        for length in distill.eval_length or [distill.context_length]
+    }
+    return tokenizer, read_blocks(distill.train_file, tokenizer, distill.context_length), held_out
 
 
 def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> None:
@@ -133,15 +155,21 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
     Raises:
         ConversionError: an argument does not fit; the message names it.
     """
-    if distill.max_seconds is not None and distill.max_seconds <= 0:
+    try:
+        check_paths({"train_file": distill.train_file, "eval_file": distill.eval_file}, str(arguments.output_dir))
+    except ValueError as error:
+        raise ConversionError(f"{error}.") from error
+    if distill.eval_length is not None and not distill.eval_file:
+        raise ConversionError("--eval_length is given, but no --eval_file to measure.")
+    if distill.max_seconds is not None and not distill.max_seconds > 0:
         raise ConversionError(f"--max_seconds is {distill.max_seconds}; it must be positive.")
     if distill.max_seconds is not None and 0 < arguments.warmup_steps < 1:
         raise ConversionError(
             f"--warmup_steps is {arguments.warmup_steps:g}, a share of all steps, whose number --max_seconds leaves "
             "open; it must be 0 or a number of steps."
         )
-    if not distill.temperature > 0:
-        raise ConversionError(f"--temperature is {distill.temperature}; it must be positive.")
+    if not 0 < distill.temperature < math.inf:
+        raise ConversionError(f"--temperature is {distill.temperature}; it must be positive and finite.")
     if not 0 <= distill.text_weight <= 1:
         raise ConversionError(f"--text_weight is {distill.text_weight}; it must be 0 to 1.")
     if distill.lora_rank < 0:
@@ -150,7 +178,10 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
         raise ConversionError("--lora_rank is for stage logits; stage transfer trains few weights as it is.")
     if distill.stage == "transfer" and arguments.gradient_checkpointing:
         raise ConversionError("--gradient_checkpointing is for stage logits; transfer keeps no long graph.")
-    load_config(Path(distill.student))
+    try:
+        check_kernels(_student_config(distill), arguments)
+    except ValueError as error:
+        raise ConversionError(f"{error}.") from error
     # Anything else that is no folder is looked for on the Hub, where a misspelt path is not either.
     if not Path(distill.teacher).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)", distill.teacher):
         raise ConversionError(
@@ -166,13 +197,20 @@ def load_pair(distill: DistillArguments, dtype: torch.dtype) -> tuple[PreTrained
         ConversionError: weights are missing, or the two do not fit each other.
     """
     teacher = load_model(AutoModelForCausalLM, distill.teacher, f"--teacher {distill.teacher!r}", dtype=dtype)
+    where = f"--student {distill.student!r}"
+    student = load_model(
+        ReBasedForCausalLM, distill.student, where, config=_student_config(distill), dtype=torch.float32
+    )
+    check_pair(teacher, student)
+    return teacher, student
+
+
+def _student_config(distill: DistillArguments) -> ReBasedConfig:
+    """Return the student's configuration, with the backend that was asked for."""
     config = load_config(Path(distill.student))
     if distill.kernel_backend is not None:
         config.kernel_backend = distill.kernel_backend
-    where = f"--student {distill.student!r}"
-    student = load_model(ReBasedForCausalLM, distill.student, where, config=config, dtype=torch.float32)
-    check_pair(teacher, student)
-    return teacher, student
+    return config
 
 
 def run(distill: DistillArguments, arguments: TrainingArguments, command: str = "") -> list[dict[str, Any]]:
@@ -192,13 +230,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
     """
     set_seed(arguments.seed)
     check_arguments(distill, arguments)
-    tokenizer = AutoTokenizer.from_pretrained(distill.teacher)
-    train = read_blocks(distill.train_file, tokenizer, distill.context_length)
-    held_out = {
-        (name, length): read_blocks([name], tokenizer, length)
-        for name in distill.eval_file or []
-        for length in distill.eval_length or [distill.context_length]
-    }
+    tokenizer, train, held_out = read_texts(distill)
     summary = Path(arguments.output_dir) / "perplexity.json"
     identity = _identity(distill, tokenizer, train, arguments.seed)
     record = RunRecord(arguments.output_dir, identity, arguments.world_size)
@@ -220,30 +252,26 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
     before = student.to(arguments.device)
     for row, blocks in zip(rows, held_out.values()):
         row["before"] = perplexity(before, blocks)
-    trainer = DistillTrainer(
-        model=trained,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=next(iter(held_out.values()), None),
-        teacher=teacher,
-        distill=distill,
-    )
+    try:
+        trainer = DistillTrainer(
+            model=trained,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=next(iter(held_out.values()), None),
+            teacher=teacher,
+            distill=distill,
+        )
+    except ValueError as error:  # of the library's checks
+        raise ConversionError(f"{error}.") from error
     _check_parallelism(distill, trainer)
+    newest = latest_complete_checkpoint(arguments.output_dir, record.fewest_processes)
     started = time.monotonic()
-    train_from(trainer, latest_complete_checkpoint(arguments.output_dir, record.fewest_processes))
+    train_from(trainer, arguments.resume_from_checkpoint or newest)
     seconds = time.monotonic() - started
 
     finished = _finished_student(distill, trainer, student)
     if finished is not None:
-        steps = trainer.state.global_step
-        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        said = {
-            "stage": distill.stage,
-            "steps": steps,
-            "tokens": steps * batch * distill.context_length,
-            "seconds": round(seconds, 1),
-            "perplexity": rows,
-        }
+        said = _figures(distill, trainer, seconds) | {"perplexity": rows}
         folder = Path(arguments.output_dir) / "final"
         with written(folder) as path:
             save_model(path, finished, tokenizer)
@@ -255,8 +283,16 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         _card(finished, folder, distill, arguments, command, said).save(folder / "README.md")
         clock = trainer.clock.spent if trainer.clock is not None else 0.0
-        record.write({"steps": steps, "epochs": trainer.state.epoch or 0.0, "seconds": clock})
+        record.write({"steps": said["steps"], "epochs": trainer.state.epoch or 0.0, "seconds": clock})
     return rows
+
+
+def _figures(distill: DistillArguments, trainer: DistillTrainer, seconds: float) -> dict[str, Any]:
+    """Return what perplexity.json says of the training."""
+    args, steps = trainer.args, trainer.state.global_step
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens = steps * batch * distill.context_length
+    return {"stage": distill.stage, "steps": steps, "tokens": tokens, "seconds": round(seconds, 1)}
 
 
 def _fit_arguments(distill: DistillArguments, arguments: TrainingArguments) -> None:

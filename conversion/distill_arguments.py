@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import TrainingArguments
 
-from modeling_rebased.training.arguments import command_line
+from modeling_rebased.training.arguments import command_line, read_yaml
 
 from .report import ConversionError
 
@@ -95,14 +94,17 @@ def read_recipe(path: Path, stage: str | None) -> list[str]:
         ConversionError: the file is no such recipe, or it has no section for `stage`.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConversionError(f"{path} is no YAML file: {error}") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ConversionError(f"{error}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
         raise ConversionError(f"{path} is no recipe: it must have a section `stages`.")
     sections = content.pop("stages")
     if stage is None or stage not in sections:
         raise ConversionError(f"--stage is {stage}; it must be one of {path}'s stages: {', '.join(sections)}.")
+    section = sections[stage] or {}
+    if not isinstance(section, dict):
+        raise ConversionError(f"{path}'s stage {stage} must hold arguments, one per line, but holds {section!r}.")
     names = list(sections)
     shared = {"output_dir": "output", **content}
     folder = Path(shared["output_dir"])
@@ -110,5 +112,4 @@ def read_recipe(path: Path, stage: str | None) -> list[str]:
     given = {**shared, "output_dir": str(folder / stage)}
     if before >= 0:
         given["student"] = str(folder / names[before] / "final")
-    given |= sections[stage] or {}
-    return command_line(given)
+    return command_line(given | section)

@@ -162,7 +162,7 @@ def _rows_to_fit(files: Sequence[str | os.PathLike], tokenizer: PreTrainedTokeni
     if count < 512:
         raise ConversionError(f"--fit-tokens is {count}; it must be at least 512.")
     try:
-        blocks = TokenBlocks(list(map(str, files)), tokenizer, 512)
+        blocks = TokenBlocks(list(map(str, files)), tokenizer, 512, argument="the length of a row")
     except (ValueError, OSError) as error:
         raise ConversionError(f"--fit: {error}") from error
     rows = min(count // 512, len(blocks))

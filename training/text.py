@@ -104,6 +104,7 @@ class TokenBlocks(torch.utils.data.Dataset):
         cache_dir: folder for the encoded tokens. They are encoded once, stored there under a name that depends on text
             and tokenizer, and mapped into memory. Without a folder they are kept in memory. Shards are always mapped
             from where they are, and texts beside them are kept in memory.
+        argument: that gives the length, for messages.
 
     Attributes:
         tokens: all tokens, [tokens], uint16, or uint32 if the tokenizer has more than 65,536 tokens.
@@ -120,9 +121,10 @@ class TokenBlocks(torch.utils.data.Dataset):
         tokenizer: PreTrainedTokenizerBase,
         length: int,
         cache_dir: str | os.PathLike | None = None,
+        argument: str = "--context_length",
     ) -> None:
         if length < 2:
-            raise ValueError(f"--context_length is {length}; it must be at least 2: a token, and one to predict")
+            raise ValueError(f"{argument} is {length}; it must be at least 2: a token, and one to predict")
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         self.num_bytes, identity = 0, hashlib.sha256(tokenizer_identity(tokenizer).encode())
         parts: list[np.ndarray | list[str]] = []
@@ -158,7 +160,8 @@ class TokenBlocks(torch.utils.data.Dataset):
         self.length = length
         if len(self.tokens) < length:
             names = ", ".join(map(str, files))
-            raise ValueError(f"--context_length is {length}, but {names} hold only {len(self.tokens)} tokens")
+            verb = "holds" if len(files) == 1 else "hold"
+            raise ValueError(f"{argument} is {length}, but {names} {verb} only {len(self.tokens)} tokens")
 
     def _encoded(
         self, parts: list[np.ndarray | list[str]], tokenizer: PreTrainedTokenizerBase

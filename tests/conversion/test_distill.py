@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from modeling_rebased.conversion import ConversionError, distill_arguments, linearize
+from modeling_rebased.conversion import ConversionError, distill, distill_arguments, linearize
 from modeling_rebased.conversion.distill import check_pair, main, parse_arguments, perplexity
 from modeling_rebased.conversion.distill_arguments import DistillArguments
 from modeling_rebased.conversion.distill_trainer import DistillTrainer, freeze_all_but_transferred, without_mlps
 from modeling_rebased.conversion.losses import LogitsLoss, _loss_part, logits_loss, relative_error
+from modeling_rebased.training import train_lm
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.text import TokenBlocks, read_token_ids
 from tests.conversion.teacher import make_teacher
@@ -310,12 +311,20 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_before(folder, tmp_path, mo
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
-def test_wrong_arguments(folder, tmp_path, capsys):
+def test_wrong_arguments(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_lm, "triton_unavailable_reason", lambda *given: "no GPU")
     assert main(command(folder, "transfer", tmp_path / "out", "--lora_rank", "2")) == 1
     assert "--lora_rank is for stage logits" in capsys.readouterr().err
     assert main(command(folder, "logits", tmp_path / "out", "--context_length", "99999")) == 1
     assert "--context_length is 99999" in capsys.readouterr().err
-    for name, value in (("temperature", "0"), ("text_weight", "1.5"), ("lora_rank", "-1")):
+    for name, value in (
+        ("temperature", "0"),
+        ("temperature", "inf"),
+        ("text_weight", "1.5"),
+        ("lora_rank", "-1"),
+        ("max_seconds", "nan"),
+        ("eval_length", "1"),
+    ):
         assert main(command(folder, "logits", tmp_path / "out", f"--{name}", value)) == 1
         assert f"rebased-distill: error: --{name} is " in capsys.readouterr().err
     for name in ("teacher", "student"):
@@ -325,9 +334,30 @@ def test_wrong_arguments(folder, tmp_path, capsys):
         expected = "nowhere' has no config.json" if name == "student" else "--teacher is"
         assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    shutil.copytree(folder / "teacher", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    for more, message in (
+        (("--train_file", "no.txt"), "--train_file: there is no no.txt"),
+        (("--output_dir", __file__), "is a file; it must be a folder"),
+        (("--eval_file", str(folder / "text.txt"), "--eval_length", "99999"), "--eval_length is 99999, but "),
+        (("--kernel_backend", "triton"), "--kernel_backend triton cannot run here: no GPU"),
+        (("--teacher", str(tmp_path / "mute")), "mute' gives no tokenizer"),
+        (("--report_to", "nobody"), "nobody is not supported"),
+    ):
+        assert main([*command(folder, "transfer", tmp_path / "out"), *more]) == 1
+        assert message in capsys.readouterr().err
     other = ReBasedForCausalLM(ReBasedConfig(vocab_size=11, hidden_size=32, num_hidden_layers=2))
     with pytest.raises(ConversionError, match="vocab_size must be the same"):
         check_pair(LlamaForCausalLM.from_pretrained(folder / "teacher"), other)
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(folder, tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "trainer_state.json").write_text("{}")
+    taken = []
+    monkeypatch.setattr(distill, "train_from", lambda trainer, checkpoint: taken.append(checkpoint) or trainer.train())
+    more = ["--resume_from_checkpoint", str(tmp_path / "kept")]
+    assert main(command(folder, "transfer", tmp_path / "out", *more, steps=1)) == 0
+    assert taken == [str(tmp_path / "kept")]
 
 
 def test_a_finished_run_says_so_and_another_is_refused(folder, tmp_path, capsys):
@@ -407,7 +437,12 @@ def test_stages_of_a_recipe_follow_one_another(folder, tmp_path, capsys):
         name = "model.layers.0.mlp.up_proj.weight"
         assert 0 < (before[name] - after[name]).abs().max() < 0.1
     assert parse_arguments([str(recipe), "--stage", "long", "--max_steps", "7"])[1].max_steps == 7
-    for wrong, message in (("stages: 3", "must have a section"), ("a: [", "no YAML"), ("stages: {x: }", "stages: x")):
+    for wrong, message in (
+        ("stages: 3", "must have a section"),
+        ("a: [", "no YAML"),
+        ("stages: {x: }", "stages: x"),
+        ("stages: {logits: 3}", "stage logits must hold arguments, one per line, but holds 3"),
+    ):
         recipe.write_text(wrong)
         assert main([str(recipe), "--stage", "logits"]) == 1
         assert message in capsys.readouterr().err

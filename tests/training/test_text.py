@@ -144,7 +144,7 @@ def test_blocks_of_several_files(tmp_path):
         TokenBlocks(files, tokenizer, 18)
     (tmp_path / "empty.txt").write_text(" ")
     for cache_dir in (None, tmp_path / "cache"):
-        with pytest.raises(ValueError, match="hold only 0 tokens"):
+        with pytest.raises(ValueError, match="holds only 0 tokens"):
             TokenBlocks([str(tmp_path / "empty.txt")], tokenizer, 2, cache_dir)
     with pytest.raises(ValueError, match="--context_length is 1; it must be at least 2"):
         TokenBlocks(files, tokenizer, 1)
