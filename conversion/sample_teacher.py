@@ -86,7 +86,12 @@ class RoomyLayer(DynamicLayer):
 
 @torch.no_grad()
 def sample_rows(
-    model: PreTrainedModel, prompts: torch.Tensor, length: int, temperature: float, generator: torch.Generator
+    model: PreTrainedModel,
+    prompts: torch.Tensor,
+    length: int,
+    temperature: float,
+    generator: torch.Generator,
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Return rows that begin with `prompts` and go on with samples, int64 [B, length].
 
@@ -94,8 +99,10 @@ def sample_rows(
         model: a softmax model.
         prompts: int64 [B, T], without padding, with T < length.
         length: tokens of a row.
-        temperature: of the sampling. All tokens can be drawn.
+        temperature: of the sampling.
         generator: on the model's device.
+        vocab_size: only tokens below this are drawn. By default all of the model's, of which a tokenizer may lack the
+            last ones.
     """
     rows = torch.empty(prompts.shape[0], length, dtype=torch.int64, device=model.device)
     begun = prompts.shape[1]
@@ -103,7 +110,8 @@ def sample_rows(
     cache = Cache(layers=[RoomyLayer(length - 1) for _ in range(model.config.num_hidden_layers)])
     for position in range(begun, length):
         new = rows[:, :begun] if position == begun else rows[:, position - 1 : position]
-        logits = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = logits[:, -1, :vocab_size].float()
         # The largest of logits minus log of exponential noise is a sample (Gumbel), and the host need not wait for it.
         noise = torch.empty_like(logits).exponential_(generator=generator)
         rows[:, position] = (logits / temperature - noise.log_()).argmax(-1)
@@ -156,13 +164,13 @@ class Prompts:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, openings: Sequence[str], shares: Sequence[float], seed: int
     ) -> None:
-        if min(shares) < 0 or sum(shares) <= 0:
-            raise ValueError(f"--shares is {shares}; no share may be negative, and one must be positive.")
+        if not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
+            raise ValueError(f"--shares is {shares}; each must be a number of at least 0, and one must be positive.")
+        if shares[1] and len(openings) == 0:
+            raise ValueError("--openings holds no opening.")
         self.shares, self.seed = shares, seed
         self.start = start_token(tokenizer)
-        self.openings = tokenizer(list(openings), add_special_tokens=False)["input_ids"]
-        if shares[1] and len(self.openings) == 0:
-            raise ValueError("--openings holds no opening.")
+        self.openings = tokenizer(list(openings), add_special_tokens=False)["input_ids"] if openings else []
         self.chat = before_user(tokenizer) if shares[2] else []
 
     def kind(self, number: int) -> str:
@@ -192,6 +200,51 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def teacher_tokenizer(teacher: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a teacher whose layers all have full softmax attention.
+
+    Raises:
+        ValueError: they have not, or there is no model or no tokenizer.
+    """
+    try:
+        config = AutoConfig.from_pretrained(teacher)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"TEACHER {str(teacher)!r} is no folder of a model: {error}") from error
+    others = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
+    if others:
+        raise ValueError(f"TEACHER must have full softmax attention in every layer, but its cache has {others}.")
+    try:
+        return AutoTokenizer.from_pretrained(teacher)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"TEACHER {str(teacher)!r} has no tokenizer: {error}") from error
+
+
+def read_openings(path: str | os.PathLike) -> list[str]:
+    """Return the lines of a file that are not blank.
+
+    Raises:
+        ValueError: the file cannot be read, or is no text in UTF-8.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--openings {path} cannot be read: {error}") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def check_made_by(folder: Path, made_by: dict[str, Any]) -> None:
+    """Refuse a folder whose index says that its shards were made in another way.
+
+    Raises:
+        ValueError: names the settings that differ.
+    """
+    if (folder / INDEX).exists():
+        known = load_index(folder).get("made_by", {})
+        other = [f"{name} {known.get(name)!r}" for name, value in made_by.items() if known.get(name) != value]
+        if other:
+            raise ValueError(f"{folder} holds shards of other settings: {', '.join(other)}.")
 
 
 def sample_shards(
@@ -233,17 +286,20 @@ def sample_shards(
     Raises:
         ValueError: an argument is wrong, or `output` holds shards of other settings.
     """
-    for name, number in (("--tokens", tokens), ("--batch-size", batch_size), ("--temperature", temperature)):
-        if not number > 0:
+    for name, number in (
+        ("--tokens", tokens),
+        ("--batch-size", batch_size),
+        ("--temperature", temperature),
+        ("--max-seconds", max_seconds),
+    ):
+        if not 0 < number < math.inf and not (number == math.inf and name == "--max-seconds"):
             raise ValueError(f"{name} is {number}; it must be positive.")
-    config = AutoConfig.from_pretrained(teacher)
-    others = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
-    if others:
-        raise ValueError(f"TEACHER must have full softmax attention in every layer, but its cache has {others}.")
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"OUTPUT {folder} is a file; it must be a folder, or a new one.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    lines = [each for each in Path(openings).read_text(encoding="utf-8").splitlines() if each.strip()]
+    tokenizer = teacher_tokenizer(teacher)
+    lines = read_openings(openings)
     prompts = Prompts(tokenizer, lines, shares, seed)
     longest = max(9, len(prompts.chat)) + 1
     if length < longest:
@@ -259,11 +315,7 @@ def sample_shards(
         "seed": seed,
     }
     with locked(folder):
-        if (folder / INDEX).exists():
-            known = load_index(folder).get("made_by", {})
-            other = [f"{name} {known.get(name)!r}" for name, value in made_by.items() if known.get(name) != value]
-            if other:
-                raise ValueError(f"{folder} holds shards of other settings: {', '.join(other)}.")
+        check_made_by(folder, made_by)
         write_index(folder, tokenizer, made_by)
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -276,7 +328,8 @@ def sample_shards(
             continue
         started = time.monotonic()
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
-        rows = sample_rows(model, prompts(number, batch_size).to(device), length, temperature, generator)
+        begun = prompts(number, batch_size).to(device)
+        rows = sample_rows(model, begun, length, temperature, generator, len(tokenizer))
         with locked(folder):
             write_shard(folder, number, rows.flatten().cpu().numpy(), len(tokenizer))
             total = write_index(folder, tokenizer, made_by)

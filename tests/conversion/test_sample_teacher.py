@@ -79,6 +79,17 @@ def test_samples_have_the_models_distribution(teacher):
         assert ((found - expected).abs() < 5 * (expected * (1 - expected) / len(rows)).sqrt() + 1e-4).all()
 
 
+def test_tokens_that_the_tokenizer_lacks_are_not_drawn(tmp_path):
+    """Models often have more embeddings than tokens, so that their number is a multiple of 64."""
+    with torch.no_grad():
+        model = make_teacher(vocab_size=320)
+        model.lm_head.weight[258:] = model.lm_head.weight[:62]  # as likely as others
+    model.save_pretrained(tmp_path / "teacher")
+    chat_tokenizer().save_pretrained(tmp_path / "teacher")
+    sample_shards(tmp_path / "teacher", tmp_path / "out", tokens=600, length=30, batch_size=20, shares=(1, 0, 0))
+    assert np.fromfile(tmp_path / "out" / "shard-00000.bin", "<u2").max() < 258
+
+
 def test_one_process_or_several_write_the_same_and_a_stopped_run_goes_on(teacher, tmp_path):
     settings = {"tokens": 4 * 96 - 5, "length": 32, "batch_size": 3}
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -131,9 +142,21 @@ def test_wrong_arguments(teacher, tmp_path, capsys):
     assert "--temperature is 0.0" in refused("--tokens", "9", "--temperature", "0")
     assert "at least 23, for the longest prompt" in refused("--tokens", "9", "--length", "22")
     assert "--shares is [0.0, 0.0, 0.0]" in refused("--tokens", "9", "--shares", "0", "0", "0")
+    assert "--shares is [nan, 0.0, 1.0]" in refused("--tokens", "9", "--shares", "nan", "0", "1")
+    assert "--max-seconds is nan" in refused("--tokens", "9", "--max-seconds", "nan")
+    assert "--openings no.txt cannot be read" in refused("--tokens", "9", "--openings", "no.txt")
+    (tmp_path / "blank.txt").write_bytes(b" \n")
+    assert "--openings holds no opening" in refused("--tokens", "9", "--openings", str(tmp_path / "blank.txt"))
+    (tmp_path / "blank.txt").write_bytes(b"\xff")
+    assert "blank.txt cannot be read: 'utf-8'" in refused("--tokens", "9", "--openings", str(tmp_path / "blank.txt"))
     assert not (tmp_path / "out").exists()
-    byte_tokenizer().save_pretrained(tmp_path / "mute")
+    assert main([str(teacher), __file__, "--tokens", "9"]) == 1
+    assert "is a file; it must be a folder" in capsys.readouterr().err
+    (tmp_path / "mute").mkdir()
     shutil.copy(teacher / "config.json", tmp_path / "mute")
+    assert main([str(tmp_path / "mute"), str(tmp_path / "out"), "--tokens", "9"]) == 1
+    assert "mute' has no tokenizer" in capsys.readouterr().err
+    byte_tokenizer().save_pretrained(tmp_path / "mute")
     assert main([str(tmp_path / "mute"), str(tmp_path / "out"), "--tokens", "9"]) == 1
     assert "has no chat format" in capsys.readouterr().err
     sample_shards(teacher, tmp_path / "out", tokens=60, length=30, batch_size=2)
