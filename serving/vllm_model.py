@@ -45,6 +45,7 @@ from .vllm_states import (
     LinearAttentionStates,
     ShortConvStates,
     StatePage,
+    clear_new_pages_on_cpu,
     state_copy_functions,
     vllm_state_shapes,
 )
@@ -427,6 +428,8 @@ class ReBasedForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsQuant):
         super().__init__()
         config: ReBasedConfig = vllm_config.model_config.hf_config
         self.config = config
+        if config.is_recurrent:
+            clear_new_pages_on_cpu()
         self.model = ReBasedModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,

@@ -24,6 +24,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadata
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from modeling_rebased import rebased_attention
 from modeling_rebased.attention_rebased import rebased_attention_decode
@@ -80,6 +81,27 @@ class StatePage(nn.Module, MambaBase):
         """Return the states of the convolutions, [slots, channels, conv_kernel_size - 1], strided."""
         state = self.kv_cache[len(self.kv_cache) - 1 - place]
         return state if is_conv_state_dim_first() else state.transpose(-1, -2)
+
+
+def clear_new_pages_on_cpu() -> None:
+    """Let vLLM's runner for CPUs clear new pages of sliding windows, as its runner for GPUs does.
+
+    A page may hold a state that a former request has left. Its float32 numbers, read as keys and values in bfloat16,
+    can be infinite or NaN. The attention kernel multiplies what lies behind the last token by zero, and the answer
+    becomes NaN too. vLLM 0.32 clears the pages of full attention only.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    def zero_block_ids(self: CPUModelRunner, block_ids: list[int]) -> None:
+        for group in self.kv_cache_config.kv_cache_groups:
+            if isinstance(group.kv_cache_spec, AttentionSpec):
+                for name in group.layer_names:
+                    pages = self.compilation_config.static_forward_context[name].kv_cache
+                    pages.unflatten(0, (self.kv_cache_config.num_blocks, -1))[block_ids] = 0
+
+    CPUModelRunner._zero_block_ids = zero_block_ids
 
 
 def register_layer(prefix: str, layer: nn.Module) -> None:

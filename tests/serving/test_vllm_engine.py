@@ -123,6 +123,18 @@ def test_sequences_are_preempted_and_resumed(tmp_path):
         assert testing.metric(llm, "vllm:num_preemptions") > 0
 
 
+def test_pages_that_states_have_left(tmp_path):
+    """In bfloat16 the answers stay the same when keys and values come to lie where states were."""
+    folder = testing.save_model("based", tmp_path / "model")
+    prompts = testing.random_prompts([3, 20, 50, 70], 200)
+    options = {"dtype": "bfloat16", "num_gpu_blocks_override": 20, "enable_prefix_caching": False}
+    with testing.engine(folder, skip_tokenizer_init=True, **options) as llm:
+        expected = testing.greedy(llm, prompts, NEW_TOKENS)
+        assert len({tuple(answer) for answer in expected}) == len(prompts)
+        for _ in range(4):
+            assert testing.greedy(llm, prompts, NEW_TOKENS) == expected
+
+
 @pytest.mark.parametrize("name", ["paper", "norm-by-head"])
 def test_prefix_caching(name, tmp_path):
     """Prompts with a common beginning continue from cached states and give the same tokens as without."""
