@@ -770,6 +770,7 @@ KEYWORDS = frozenset(
         *TransformersKwargs.__annotations__,
         *inspect.signature(ForCausalLMLoss).parameters,
         "return_dict",
+        "skip_logits",  # of the language model; Trainer gives it to every head in evaluation with `use_liger_kernel`
         "token_type_ids",
         "tokenizer",  # `transformers serve` gives it to `generate`, which passes it on to every model
     }
@@ -799,7 +800,7 @@ class ReBasedDecoderLayer(GradientCheckpointingLayer):
         self.mlp = nn.Identity() if config.mlp_type == "none" else ReBasedMLP(config)
         self.input_layernorm = build_norm(config)
         self.post_attention_layernorm = build_norm(config)
-        self.residual_dropout = config.residual_dropout
+        self.dropout = nn.Dropout(config.residual_dropout)  # a module, which TRL finds where it switches dropout off
 
     def forward(
         self,
@@ -815,14 +816,14 @@ class ReBasedDecoderLayer(GradientCheckpointingLayer):
             hidden_states = self.conv(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
         else:
             hidden_states, _ = self.self_attn(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
-        if self.training:  # in generation, calls that do nothing add up to 0.4 ms per token of 20 layers
-            hidden_states = F.dropout(hidden_states, self.residual_dropout)
+        if self.dropout.training:  # in generation, calls that do nothing add up to 0.4 ms per token of 20 layers
+            hidden_states = self.dropout(hidden_states)
         hidden_states = residual + hidden_states
 
         residual = hidden_states
         hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
-        if self.training:
-            hidden_states = F.dropout(hidden_states, self.residual_dropout)
+        if self.dropout.training:
+            hidden_states = self.dropout(hidden_states)
         return residual + hidden_states
 
 
@@ -992,6 +993,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         self.embed_positions = None
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([ReBasedDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = build_norm(config)
         self.rotary_emb = self.linear_rotary_emb = None
@@ -1054,7 +1056,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if self.embed_positions is not None:
             self._check_positions(position_ids)
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
-        hidden_states = F.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
+        hidden_states = self.dropout(inputs_embeds)
         position_embeddings = linear_position_embeddings = None
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -1382,7 +1384,10 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
             skip_logits = self.training and hidden_states.is_cuda
             skip_logits = skip_logits and self._why_logits_are_needed(hidden_states, labels, logits_to_keep) is None
         elif skip_logits and (reason := self._why_logits_are_needed(hidden_states, labels, logits_to_keep)):
-            raise ValueError(f"`skip_logits=True` is not possible: {reason}.")
+            raise ValueError(
+                f"`skip_logits=True` is not possible: {reason}. Trainer asks for it in evaluation if "
+                "`use_liger_kernel=True`, which this model has no use for."
+            )
         loss = logits = None
         if skip_logits:
             _check_labels(hidden_states, labels, kwargs.get("shift_labels"))

@@ -392,7 +392,7 @@ def test_bad_inputs_are_named():
 )
 def test_classification_heads(name, head, labels, shape):
     model = head(make_config(name, num_labels=3, pad_token_id=0))
-    out = model(make_ids(), labels=labels)
+    out = model(make_ids(), labels=labels, skip_logits=True)  # as Trainer does with `use_liger_kernel`
     assert out.logits.shape == shape
     out.loss.backward()
     assert all(p.grad is not None for p in model.model.layers.parameters())
@@ -709,3 +709,13 @@ def test_dropout_is_for_training_and_of_the_size_that_is_given(field):
         assert torch.equal(model(ids).logits, expected)
         torch.manual_seed(0)
         assert torch.equal(model.train()(ids).logits, expected) == (value == 0)
+
+
+def test_dropout_can_be_switched_off_by_module():
+    """TRL's DPOTrainer and RewardTrainer do it so, before they compare a model with another."""
+    model, ids = ReBasedForCausalLM(make_config("paper", residual_dropout=0.5, embedding_dropout=0.5)), make_ids()
+    expected = model.eval()(ids).logits
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0
+    torch.testing.assert_close(model(ids).logits, expected)
