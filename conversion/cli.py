@@ -69,6 +69,121 @@ EXAMPLES = {
 }
 
 
+Add = Callable[..., Any]  # ArgumentParser.add_argument
+
+
+def _options_of_from_authors(add: Add) -> None:
+    add("--num-heads", type=int, help="attention heads (12 in the MQAR runs)")
+    add("--kernel", choices=["rebased", "based"], help="needed where there is no learnt normalisation to tell")
+    add(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="whether q and k are normalised, where no parameter tells",
+    )
+    add(
+        "--use-beta",
+        action=argparse.BooleanOptionalAction,
+        help="whether a beta beside a gamma is used (default: if it is not all 0)",
+    )
+    add("--attention-eps", type=float, default=1e-12, help="of the normaliser (default: 1e-12)")
+    add("--embedding-dropout", type=float, default=0.0, help="for training on (default: 0)")
+    add("--max-position-embeddings", type=int, help="length trained on, without learned positions")
+
+
+def _options_of_from_fla(add: Add) -> None:
+    add("--num-heads", type=int, help="attention heads, where neither gamma nor beta tells")
+    add(
+        "--normalize", action=argparse.BooleanOptionalAction, help="whether q and k are normalised (default: they are)"
+    )
+    add("--attention-eps", type=float, default=1e-5, help="the layer's eps (default: 1e-5)")
+    add("--norm-eps", type=float, default=1e-6, help="of a whole model's RMSNorm (default: 1e-6)")
+    add("--max-position-embeddings", type=int, help="length trained on")
+
+
+def _options_of_to_fla(add: Add) -> None:
+    add("--layer", type=int, help="convert this layer alone")
+    add("--attention-only", action="store_true", help="convert the attention layers alone")
+
+
+def _options_of_from_based(add: Add) -> None:
+    add("--num-heads", type=int, help="attention heads, where no config.json tells (16 as released)")
+    add("--window-size", type=int, help="window_size, where no config.json tells it; a token sees half of it")
+    add("--attention-eps", type=float, help="of the normaliser (default: the checkpoint's, or 1e-12)")
+    add("--norm-eps", type=float, help="of RMSNorm (default: the checkpoint's, or 1e-5)")
+    add("--rope-theta", type=float, help="of the rotary embedding (default: the checkpoint's, or 10000)")
+    add("--max-position-embeddings", type=int, help="length trained on (default: the checkpoint's, or 2048)")
+    add("--tokenizer", help="folder with GPT-2's tokenizer, which the released models use")
+
+
+def _options_of_linearize(add: Add) -> None:
+    add("--layers", default="window", help="pure, window, hybrid, softmax, or a type for each layer (default: window)")
+    add("--feature-dim", type=int, help="size of linear queries and keys (default: 64, or the head's own if smaller)")
+    add("--window", type=int, default=64, help="tokens that the window sees (default: 64)")
+    add(
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        help="whether linear queries and keys are rotated by position (default: where that is possible)",
+    )
+    add("--decay", choices=["gate"], help="let linear layers learn to forget, by a gate that starts open")
+    add("--fit", nargs="+", metavar="TEXT", help="texts to fit the linear layers to, layer by layer")
+    add("--fit-tokens", type=int, default=32768, help="tokens of them that are used (default: 32768)")
+
+
+def _options_of_export(add: Add) -> None:
+    add("--license", help="the Hub's identifier, such as apache-2.0; 'other' needs --license-name")
+    add("--license-name", help="of another license")
+    add("--license-link", help="address of its text")
+    add("--name", help="the model's name in its card")
+    add("--dataset", dest="datasets", action="append", help="trained on; may be repeated")
+    add("--language", dest="languages", action="append", help="such as en; may be repeated")
+    add("--base-model", help="the Hub's name of the model that this one was made from")
+    add("--tag", dest="tags", action="append", help="one more tag; may be repeated")
+    add(
+        "--results",
+        action="append",
+        help="lm-eval's output: a file, or a folder, of which the newest file of this model is taken; may be repeated",
+    )
+    add("--card-text", help="Markdown file to stand in the card")
+    add("--tokenizer", help="folder with a tokenizer, if SOURCE has none")
+    add("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    add("--max-shard-size", default="5GB", help="of one safetensors file (default: 5GB)")
+    add("--push", metavar="USER/NAME", help="upload to this repository of the Hub")
+    add("--private", action="store_true", help="create the repository as a private one")
+
+
+def _options_of_kernels(add: Add) -> None:
+    add("--overwrite", action="store_true", help="replace DIR if it exists")
+
+
+def _options_of_verify(add: Add) -> None:
+    add("--source", help="folder of the model it was made from")
+    add("--tolerance", type=float, default=1e-5, help="of the logits, in float32 (default: 1e-5)")
+    add("--new-tokens", type=int, default=8, help="tokens to generate (default: 8)")
+    add("--timeout", type=float, default=900, help="seconds to wait (default: 900)")
+
+
+FOLDER = "the folder of a ReBased model"
+TEACHER = "folder or GGUF file of a Llama, Mistral or Qwen model, or its copy with softmax in every layer"
+# The function of each command, what it takes, what it makes, and what adds its options.
+COMMANDS: dict[str, tuple[Callable[..., Any], str, str | None, Callable[[Add], None] | None]] = {
+    "from-authors": (
+        from_authors,
+        "checkpoint of the authors' code, a file of torch.save",
+        "new folder",
+        _options_of_from_authors,
+    ),
+    "to-authors": (to_authors, FOLDER, "new file, of torch.save", None),
+    "from-fla": (from_fla, "state_dict of a layer, layers or a model", "new folder", _options_of_from_fla),
+    "to-fla": (to_fla, FOLDER, "new file, of torch.save or .safetensors", _options_of_to_fla),
+    "from-based": (from_based, "folder or file of a released Based model", "new folder", _options_of_from_based),
+    "linearize": (linearize, TEACHER, "new folder", _options_of_linearize),
+    "to-rebased": (to_rebased, "folder of a Based model of this package", "new folder", None),
+    "export": (export, FOLDER, "new folder", _options_of_export),
+    "kernels": (export_kernels, "new folder", None, _options_of_kernels),
+    "verify": (verify, "the folder to load; its own code is run", None, _options_of_verify),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rebased-convert",
@@ -78,8 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, function: Callable[..., Any], source: str, destination: str | None) -> argparse.ArgumentParser:
+    for name, (function, source, destination, add_options) in COMMANDS.items():
         summary = (inspect.getdoc(function) or "").split("\n")[0]
         command = commands.add_parser(
             name,
@@ -99,109 +213,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="list what maps where and what is inferred; write nothing"
             )
-        return command
-
-    folder = "the folder of a ReBased model"
-    command = add("from-authors", from_authors, "checkpoint of the authors' code, a file of torch.save", "new folder")
-    command.add_argument("--num-heads", type=int, help="attention heads (12 in the MQAR runs)")
-    command.add_argument(
-        "--kernel", choices=["rebased", "based"], help="needed where there is no learnt normalisation to tell"
-    )
-    command.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        help="whether q and k are normalised, where no parameter tells",
-    )
-    command.add_argument(
-        "--use-beta",
-        action=argparse.BooleanOptionalAction,
-        help="whether a beta beside a gamma is used (default: if it is not all 0)",
-    )
-    command.add_argument("--attention-eps", type=float, default=1e-12, help="of the normaliser (default: 1e-12)")
-    command.add_argument("--embedding-dropout", type=float, default=0.0, help="for training on (default: 0)")
-    command.add_argument("--max-position-embeddings", type=int, help="length trained on, without learned positions")
-
-    add("to-authors", to_authors, folder, "new file, of torch.save")
-
-    command = add("from-fla", from_fla, "state_dict of a layer, layers or a model", "new folder")
-    command.add_argument("--num-heads", type=int, help="attention heads, where neither gamma nor beta tells")
-    command.add_argument(
-        "--normalize", action=argparse.BooleanOptionalAction, help="whether q and k are normalised (default: they are)"
-    )
-    command.add_argument("--attention-eps", type=float, default=1e-5, help="the layer's eps (default: 1e-5)")
-    command.add_argument("--norm-eps", type=float, default=1e-6, help="of a whole model's RMSNorm (default: 1e-6)")
-    command.add_argument("--max-position-embeddings", type=int, help="length trained on")
-
-    command = add("to-fla", to_fla, folder, "new file, of torch.save or .safetensors")
-    command.add_argument("--layer", type=int, help="convert this layer alone")
-    command.add_argument("--attention-only", action="store_true", help="convert the attention layers alone")
-
-    command = add("from-based", from_based, "folder or file of a released Based model", "new folder")
-    command.add_argument("--num-heads", type=int, help="attention heads, where no config.json tells (16 as released)")
-    command.add_argument(
-        "--window-size", type=int, help="window_size, where no config.json tells it; a token sees half of it"
-    )
-    command.add_argument("--attention-eps", type=float, help="of the normaliser (default: the checkpoint's, or 1e-12)")
-    command.add_argument("--norm-eps", type=float, help="of RMSNorm (default: the checkpoint's, or 1e-5)")
-    command.add_argument(
-        "--rope-theta", type=float, help="of the rotary embedding (default: the checkpoint's, or 10000)"
-    )
-    command.add_argument(
-        "--max-position-embeddings", type=int, help="length trained on (default: the checkpoint's, or 2048)"
-    )
-    command.add_argument("--tokenizer", help="folder with GPT-2's tokenizer, which the released models use")
-
-    source = "folder or GGUF file of a Llama, Mistral or Qwen model, or its copy with softmax in every layer"
-    command = add("linearize", linearize, source, "new folder")
-    command.add_argument(
-        "--layers", default="window", help="pure, window, hybrid, softmax, or a type for each layer (default: window)"
-    )
-    command.add_argument(
-        "--feature-dim", type=int, help="size of linear queries and keys (default: 64, or the head's own if smaller)"
-    )
-    command.add_argument("--window", type=int, default=64, help="tokens that the window sees (default: 64)")
-    command.add_argument(
-        "--rotate",
-        action=argparse.BooleanOptionalAction,
-        help="whether linear queries and keys are rotated by position (default: where that is possible)",
-    )
-    command.add_argument(
-        "--decay", choices=["gate"], help="let linear layers learn to forget, by a gate that starts open"
-    )
-    command.add_argument("--fit", nargs="+", metavar="TEXT", help="texts to fit the linear layers to, layer by layer")
-    command.add_argument("--fit-tokens", type=int, default=32768, help="tokens of them that are used (default: 32768)")
-
-    add("to-rebased", to_rebased, "folder of a Based model of this package", "new folder")
-
-    command = add("export", export, folder, "new folder")
-    command.add_argument("--license", help="the Hub's identifier, such as apache-2.0; 'other' needs --license-name")
-    command.add_argument("--license-name", help="of another license")
-    command.add_argument("--license-link", help="address of its text")
-    command.add_argument("--name", help="the model's name in its card")
-    command.add_argument("--dataset", dest="datasets", action="append", help="trained on; may be repeated")
-    command.add_argument("--language", dest="languages", action="append", help="such as en; may be repeated")
-    command.add_argument("--base-model", help="the Hub's name of the model that this one was made from")
-    command.add_argument("--tag", dest="tags", action="append", help="one more tag; may be repeated")
-    command.add_argument(
-        "--results",
-        action="append",
-        help="lm-eval's output: a file, or a folder, of which the newest file of this model is taken; may be repeated",
-    )
-    command.add_argument("--card-text", help="Markdown file to stand in the card")
-    command.add_argument("--tokenizer", help="folder with a tokenizer, if SOURCE has none")
-    command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
-    command.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default: 5GB)")
-    command.add_argument("--push", metavar="USER/NAME", help="upload to this repository of the Hub")
-    command.add_argument("--private", action="store_true", help="create the repository as a private one")
-
-    command = add("kernels", export_kernels, "new folder", None)
-    command.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-
-    command = add("verify", verify, "the folder to load; its own code is run", None)
-    command.add_argument("--source", help="folder of the model it was made from")
-    command.add_argument("--tolerance", type=float, default=1e-5, help="of the logits, in float32 (default: 1e-5)")
-    command.add_argument("--new-tokens", type=int, default=8, help="tokens to generate (default: 8)")
-    command.add_argument("--timeout", type=float, default=900, help="seconds to wait (default: 900)")
+        if add_options is not None:
+            add_options(command.add_argument)
     return parser
 
 
