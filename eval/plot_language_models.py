@@ -22,7 +22,7 @@ from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from .plot_style import color_of, label_lines, label_of, new_figure, plain_log_axis, save
 
 
-ORDER = ("rebased", "hybrid", "based", "softmax", "gated_deltanet", "mamba2")
+ORDER = ("rebased", "hybrid", "based", "softmax", "gated_deltanet", "mamba2", "rwkv7")
 
 
 def read_models(folder: Path) -> list[dict[str, Any]]:

@@ -109,13 +109,19 @@ def corpus_domains() -> str:
     )
 
 
+def label_with_seed(model: str) -> str:
+    """Return the label of a model such as "rebased, seed 1"."""
+    kind, comma, seed = model.partition(",")
+    return label_of(kind) + comma + seed
+
+
 def by_model(rows: list[dict[str, Any]], kind: str, value: str, digits: str) -> tuple[list[Any], list[list[str]]]:
     """Return the different values of column `kind`, and for each model its label and its `value` at each of them."""
     kinds = list(dict.fromkeys(row[kind] for row in rows))
     found: dict[str, dict[Any, str]] = defaultdict(dict)
     for row in rows:
         found[row["model"]][row[kind]] = format(row[value], digits)
-    return kinds, [[label_of(model), *(cells[kind] for kind in kinds)] for model, cells in found.items()]
+    return kinds, [[label_with_seed(model), *(cells[kind] for kind in kinds)] for model, cells in found.items()]
 
 
 @shown("lm-domains")
@@ -123,9 +129,9 @@ def lm_domains() -> str:
     """Return bits per byte of each domain, and the perplexity over all domains."""
     rows = results("language_models/domains.csv")
     domains, lines = by_model(rows, "domain", "bits_per_byte", ".3f")
-    parameters = {label_of(row["model"]): f"{row['parameters']:,}" for row in rows}
+    parameters = {label_with_seed(row["model"]): f"{row['parameters']:,}" for row in rows}
     overall = [row for row in results("language_models/slices.csv") if row["domain"] == row["slice"] == "all"]
-    perplexities = {label_of(row["model"]): f"{row['perplexity']:.2f}" for row in overall}
+    perplexities = {label_with_seed(row["model"]): f"{row['perplexity']:.2f}" for row in overall}
     return table(
         ["model", "parameters", *domains, "perplexity of all"],
         [[name, parameters[name], *bits, perplexities[name]] for name, *bits in lines],
@@ -166,4 +172,6 @@ def lm_lengths() -> str:
 def lm_speed() -> str:
     """Return speed and memory of a training step of each model."""
     columns = "model: {label} | tokens per second: {training_tokens_per_second:,.0f} | peak, GiB: {training_gib:.1f}"
-    return down(({"label": label_of(row["model"]), **row} for row in results("language_models/speed.csv")), columns)
+    return down(
+        ({"label": label_with_seed(row["model"]), **row} for row in results("language_models/speed.csv")), columns
+    )

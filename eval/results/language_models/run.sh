@@ -9,10 +9,11 @@
 #
 # PYTHON=... is the interpreter, STEPS=N the length of a run (6200: 406 million tokens), RATES="..." the rates,
 # SWEEP_STEPS=N the length of a trial, TRAIN="..." and MEASURE="..." options for every training and measurement.
-# Gated DeltaNet needs flash-linear-attention. Mamba-2 also needs mamba-ssm and causal-conv1d.
+# MEASURE=--speed also times each model. Its figures are right only if nothing else runs on the machine (GPUS=0).
+# Gated DeltaNet and RWKV-7 need flash-linear-attention. Mamba-2 also needs mamba-ssm and causal-conv1d.
 out=$1
 shift
-models=${*:-rebased:0 based:0 softmax:0 hybrid:0 gated-deltanet:0 mamba2:0 rebased:1 based:1 softmax:1}
+models=${*:-rebased:0 based:0 softmax:0 hybrid:0 gated-deltanet:0 mamba2:0 rwkv7:0 rebased:1 based:1 softmax:1}
 recipe=training/language_models.yaml
 python=${PYTHON:-python3}
 rm -rf "$out/taken"
@@ -23,7 +24,7 @@ export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true
 train() {
     local config=150m-$1 batch="" folder=$2
     case $1 in
-        gated-deltanet | mamba2)
+        gated-deltanet | mamba2 | rwkv7)
             config=configuration/peers/$config
             batch="--per_device_train_batch_size 16 --gradient_accumulation_steps 2"
             ;;
@@ -67,7 +68,7 @@ worker() {
             --max_steps "${STEPS:-6200}" || continue
         # shellcheck disable=SC2086
         $python -m modeling_rebased.eval.language_models --models "$label=$out/$name-$seed/final" \
-            --heldout data/corpus/heldout --shards data/corpus/train --output "$out/results" ${MEASURE---speed}
+            --heldout data/corpus/heldout --shards data/corpus/train --output "$out/results" $MEASURE
     done
 }
 
