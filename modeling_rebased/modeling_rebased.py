@@ -301,7 +301,7 @@ class ReBasedCausalConv(nn.Module):
             # Padding has the output of the real token before it, or of the first one.
             position = (kept.long().cumsum(1) - 1).clamp_min(kept.shape[1] - length)
             out = out.gather(1, position[..., None].expand_as(out))
-        out = out if gate is None else out * gate + hidden_states
+        out = out if gate is None else torch.addcmul(hidden_states, out, gate)
         return out if pending is None else out[:, -length:]
 
     def _convolve_shard(
@@ -359,18 +359,18 @@ class ReBasedCausalConv(nn.Module):
         once, at the end.
         """
         size, length = self.kernel_size, window.shape[1] - self.kernel_size
-        weight = self.conv.weight[:, 0]  # [size, kernel_size]
-        if weight.dtype in (torch.bfloat16, torch.float16):
-            weight = weight.float()  # so that products and sums are float32
-        out = window[:, size:] * weight[:, -1]
-        if self.conv.bias is not None:
-            out = out + self.conv.bias
+        taps, bias = self.conv.weight[:, 0].unbind(-1), self.conv.bias  # [size] each; the last tap is for the token
+        narrow = taps[0].dtype in (torch.bfloat16, torch.float16)  # products and sums are float32 all the same
+        if bias is not None:
+            out = torch.addcmul(bias.float() if narrow else bias, window[:, size:], taps[-1])
+        else:
+            out = window[:, size:] * (taps[-1].float() if narrow else taps[-1])
         for distance in range(1, size):
-            earlier = window[:, size - distance :][:, :length]
+            earlier = window[:, size - distance : -distance]
             if segment_ids is not None:
                 same = segment_ids == F.pad(segment_ids, (distance, 0), value=-1)[:, :length]
                 earlier = earlier * same[..., None]
-            out = torch.addcmul(out, earlier, weight[:, -1 - distance])
+            out = torch.addcmul(out, earlier, taps[-1 - distance])
         return out.to(window.dtype)
 
 
