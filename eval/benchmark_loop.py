@@ -1,11 +1,12 @@
-"""Time the host's part of a step of `generate()` with a static cache, on a CPU, by a model that computes nothing.
+"""Time the host's part of a step of `generate()` on a CPU, by a model that computes nothing or next to nothing.
 
     python -m modeling_rebased.eval.benchmark_loop --output eval/results/generation/cpu
 
 The model has the layers of the configuration, but is 32 wide, and its compiled step returns constants. So the table
 `loop.csv` has what `generate()`, the cache and torch.compile's guards take, and neither the computation nor what it
-costs to launch it on a GPU. The times are CPU time of one thread per step, in microseconds: the smallest difference of
-a long and a short call.
+costs to launch it on a GPU. The last row is a step with a dynamic cache, which is not compiled: the whole model
+without its attention operator, whose PyTorch form calls torch more often than the Triton one. The times are CPU time
+of one thread per step, in microseconds: the smallest difference of a long and a short call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from transformers import CompileConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, modeling_rebased
 from modeling_rebased.configuration import config_names, config_path
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 
@@ -66,8 +67,9 @@ class Loop:
     def __init__(self, model: ReBasedForCausalLM, steps: int, repeats: int):
         self.model, self.steps, self.repeats = model, steps, repeats
         self.ids = torch.randint(3, 500, (1, PROMPT))
-        self.compile_config = CompileConfig(backend=constants, fullgraph=True, mode=None, dynamic=False)
-        self.compile_config._compile_all_devices = True
+        compile_config = CompileConfig(backend=constants, fullgraph=True, mode=None, dynamic=False)
+        compile_config._compile_all_devices = True
+        self.options: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
         self.seconds(1 + steps, False)  # which compiles
 
     def seconds(self, count: int, minimum: bool) -> float:
@@ -79,8 +81,7 @@ class Loop:
             max_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
-            cache_implementation="static",
-            compile_config=self.compile_config,
+            **self.options,
             **options,
         )
         assert ids.shape[1] == PROMPT + count
@@ -122,6 +123,10 @@ def measure(name: str, steps: int, repeats: int) -> list[dict[str, Any]]:
             clock[0] = 0.0
             loop.seconds(1 + steps, False)
             fastest = min(fastest, clock[0])
+    del model.get_compiled_call
+    loop.options = {}
+    with patch.object(modeling_rebased, "rebased_attention_decode", lambda q, k, v, state, **options: v):
+        dynamic = loop.per_step()
     parts = {
         "the loop of `generate()` with a model that does nothing": alone,
         "of it: preparing the inputs of a step": 1e6 * fastest / (1 + steps),
@@ -129,6 +134,7 @@ def measure(name: str, steps: int, repeats: int) -> list[dict[str, Any]]:
         "the loop and a compiled step that computes nothing, without guards": unguarded,
         "the same with guards": guarded,
         "the same with `min_new_tokens`": guarded_minimum,
+        "a whole step with a dynamic cache, without the attention operator": dynamic,
     }
     return [{"part": part, "us": microseconds} for part, microseconds in parts.items()]
 
@@ -139,11 +145,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="150m-rebased", choices=config_names(), help="whose layers the model has")
     parser.add_argument("--steps", type=int, default=128, help="by which the long call is longer")
     parser.add_argument("--repeats", type=int, default=45, help="pairs of calls, of which the fastest count")
+    parser.add_argument(
+        "--skip-unchanged",
+        type=int,
+        metavar="NUMBER",
+        help="let torch.compile pass over the guards of modules that have not changed, if they have at most so many "
+        "tensors and dictionaries (`use_recursive_dict_tags_for_guards` of `torch._dynamo.config`)",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for loop.csv")
     args = parser.parse_args(with_dashes(argv))
     for name in ("steps", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.skip_unchanged is not None:
+        torch._dynamo.config.use_recursive_dict_tags_for_guards = args.skip_unchanged > 0
+        torch._dynamo.config.max_saved_pointers_for_recursive_dict_tags_check = args.skip_unchanged
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = measure(args.config, args.steps, args.repeats)

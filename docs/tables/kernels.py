@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -130,6 +131,65 @@ def cpu_generation() -> str:
 def loop_of_generate() -> str:
     """Return the host time of a step of `generate()` in which nothing is computed."""
     return down(results("generation/cpu/loop.csv"), "part: {part} | µs per step: {us:.0f}")
+
+
+def parts_of_generate(prefix: str) -> str:
+    """Return the parts of a step of `generate()` whose names begin with a prefix, or with "" those that have none."""
+    rows = results("generation/h200/steps.csv")
+    cases = list(dict.fromkeys((row["model"], row["cache"], row["batch"]) for row in rows))
+    found: dict[str, dict[tuple, float]] = defaultdict(dict)
+    for row in rows:
+        kind, colon, part = row["part"].rpartition(": ")
+        if kind + colon == prefix:
+            found[part][row["model"], row["cache"], row["batch"]] = row["ms"]
+    heads = [f"{label_of(model.removeprefix('150m-'))}, {cache}, {batch}" for model, cache, batch in cases]
+    last = ("in all", "number of kernels")
+    parts = sorted(found, key=lambda part: last.index(part) if part in last else -1)
+    return table(["part", *heads], [[part, *(number(found[part].get(case)) for case in cases)] for part in parts])
+
+
+TABLES |= {
+    "generate-host": lambda: parts_of_generate("host: "),
+    "generate-gpu": lambda: parts_of_generate("GPU: "),
+    "generate-without": lambda: parts_of_generate(""),
+}
+
+
+@shown("calls")
+def calls_of_changing_lengths() -> str:
+    """Return the time of short calls of `generate()` and the CUDA graphs after them, by what becomes of the states."""
+    rows = []
+    for keeps in (False, True):
+        calls = [row for row in results("generation/h200/calls.csv") if (str(row["states_kept"]) == "True") is keeps]
+        times = [row["ms"] for row in calls[2:]]
+        rows.append(
+            {"keeps": keeps, "ms": statistics.median(times), "most": max(times), "graphs": calls[-1]["graphs"]}
+        )
+    return down(
+        rows,
+        "states stay at their addresses: {keeps:yes} | median, ms: {ms:.0f} | slowest call, ms: {most:,.0f} | "
+        "CUDA graphs after the last call: {graphs}",
+    )
+
+
+@shown("first-parts")
+def parts_of_first_calls() -> str:
+    """Return the seconds of first calls, and of the stages of Triton's compiler in all threads together."""
+    stages = {"python": "python", "ttir": "passes", "ttgir": "passes", "llir": "llvm", "ptx": "llvm"}
+    stages |= {"cubin": "ptxas", "C compiler": "c"}
+    rows = {
+        (row["what"], row["caches"]): {**row, **dict.fromkeys(stages.values(), 0.0)}
+        for row in results("generation/h200/first.csv")
+    }
+    for row in results("generation/h200/first-kernels.csv"):
+        rows[row["what"], row["caches"]][stages[row["stage"]]] += row["seconds"]
+    return down(
+        rows.values(),
+        "first call: {what} | caches: {caches} | seconds: {first_s:.2f} | "
+        "Python to Triton's first form: {python:.2f} | Triton's passes: {passes:.2f} | "
+        "LLVM, down to PTX: {llvm:.2f} | ptxas: {ptxas:.2f} | C compiler: {c:.2f}",
+        words=2,
+    )
 
 
 @shown("convolution")

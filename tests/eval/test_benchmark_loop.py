@@ -12,7 +12,7 @@ def test_a_row_per_part(tmp_path, capsys):
     with (tmp_path / "loop.csv").open(newline="") as file:
         times = {row["part"]: float(row["us"]) for row in csv.DictReader(file)}
     printed = capsys.readouterr().out
-    assert len(times) == 6 and all(part in printed for part in times)
+    assert len(times) == 7 and all(part in printed for part in times)
     assert times["of it: preparing the inputs of a step"] > 0  # the others are differences, which noise may turn
 
 
