@@ -33,7 +33,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, shard_sequence
 from modeling_rebased.configuration import config_path
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.values import new_folder
 
 from .plots import plot_context_parallel
 from .timing import write_csv
@@ -326,7 +326,7 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     """Make the tables and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, help="folder for the results")
+    parser.add_argument("--output", type=new_folder, help="folder for the results")
     parser.add_argument("--config", default="150m-rebased", help="configuration of the model")
     parser.add_argument("--shards", type=int, nargs="*", default=[131072], help="tokens per GPU")
     parser.add_argument("--gpus", type=int, nargs="*", help="numbers of GPUs; by default 1, 2, 4, ... and all")

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from modeling_rebased import rebased_attention
 from modeling_rebased.eager_rebased import naive_rebased_attention
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.values import new_folder
 
 from .plots import plot_eager
 from .timing import median_ms, write_csv
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sequence")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
-    parser.add_argument("--output", type=Path, default=None, help="folder for the CSV and the plot")
+    parser.add_argument("--output", type=new_folder, default=None, help="folder for the CSV and the plot")
     arguments = parser.parse_args(with_dashes())
 
     torch.manual_seed(0)

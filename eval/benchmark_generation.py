@@ -38,6 +38,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.values import new_folder
 
 from .plots import plot_models
 from .timing import median_ms, write_csv
@@ -198,7 +199,7 @@ def cpu_table(rows: list[dict], folders: list[Path], rounds: int, steps: int) ->
 def main() -> None:
     """Make the three tables, or the one of a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, help="folder for the results")
+    parser.add_argument("--output", type=new_folder, help="folder for the results")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a training step")
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 16384], help="tokens of a sequence")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64], help="sequences that are generated at once")

@@ -32,13 +32,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.values import new_folder
 
 from .plots import kernels_title, plot_kernels
 from .timing import write_csv
@@ -272,7 +272,7 @@ def profile(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Check every method against the definition, time it, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, help="folder for kernels.csv, machine.json and kernels.png")
+    parser.add_argument("--output", type=new_folder, help="folder for kernels.csv, machine.json and kernels.png")
     parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
     parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")
     parser.add_argument("--heads", type=int, default=12, help="attention heads")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, modeling_rebased
 from modeling_rebased.configuration import config_names, config_path
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.values import new_folder
 
 from .timing import write_csv
 
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         help="let torch.compile pass over the guards of modules that have not changed, if they have at most so many "
         "tensors and dictionaries (`use_recursive_dict_tags_for_guards` of `torch._dynamo.config`)",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for loop.csv")
+    parser.add_argument("--output", type=new_folder, required=True, metavar="FOLDER", help="for loop.csv")
     args = parser.parse_args(with_dashes(argv))
     for name in ("steps", "repeats"):
         if getattr(args, name) < 1:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.values import new_folder
 
 from .benchmark_kernels import BAR, LENGTHS, compare, linear, make_inputs, time_ms, train
 from .timing import write_csv
@@ -104,7 +105,7 @@ def main() -> None:
     """Check and time every version at every length, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("versions", type=Path, nargs="+", help="folders like modeling_rebased")
-    parser.add_argument("--output", type=Path, help="folder for comparison.csv and kernels.csv")
+    parser.add_argument("--output", type=new_folder, help="folder for comparison.csv and kernels.csv")
     parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
     parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")
     parser.add_argument("--heads", type=int, default=12, help="attention heads")

@@ -38,6 +38,7 @@ from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.folders import written
 from modeling_rebased.training.sampling import chat, sample
 from modeling_rebased.training.text import read_documents
+from modeling_rebased.training.values import count, new_folder
 
 
 SAMPLES = 10
@@ -177,22 +178,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--judge", type=Path, required=True, help="folder of an instruct model")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER; may be repeated")
     parser.add_argument("--train-file", type=Path, help="the training text, to see how much is copied from it")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="stories per beginning")
-    parser.add_argument("--new-tokens", type=int, default=350, help="most tokens of a continuation")
-    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--samples", type=count, default=SAMPLES, help="stories per beginning")
+    parser.add_argument("--new-tokens", type=count, default=350, help="most tokens of a continuation")
+    parser.add_argument("--output", type=new_folder, required=True, help="folder")
     args = parser.parse_args(with_dashes(argv))
-    if any("=" not in each for each in args.model):
-        parser.error(f"--model is {args.model}; each must be NAME=FOLDER")
+    models: dict[str, Path | None] = {"judge": None}
+    for each in args.model:
+        name, found, folder = each.partition("=")
+        if not found or not name or "/" in name:
+            parser.error(f"--model must be NAME=FOLDER with a name that can be a file's, got {each!r}")
+        if name in models:
+            parser.error(f"--model: two are called {name!r}")
+        models[name] = Path(folder)
+    for path in (args.judge, *filter(None, models.values())):
+        if not (path / "config.json").is_file():
+            parser.error(f"{path} holds no model: it has no config.json")
     known = None
     if args.train_file is not None:
+        try:
+            documents = read_documents([args.train_file])
+        except (OSError, ValueError) as error:
+            parser.error(f"--train-file: {error}")
+        if not documents:
+            parser.error(f"--train-file {args.train_file} holds no text")
         with ProcessPoolExecutor() as pool:
-            known = np.unique(np.concatenate([*pool.map(hashes, read_documents([args.train_file]), chunksize=1000)]))
-
-    models: dict[str, Path | None] = {"judge": None}
-    models |= {name: Path(folder) for name, folder in (each.split("=", 1) for each in args.model)}
-    for folder in (args.judge, *filter(None, models.values())):
-        if not (folder / "config.json").is_file():
-            parser.error(f"{folder} holds no model: it has no config.json")
+            known = np.unique(np.concatenate([*pool.map(hashes, documents, chunksize=1000)]))
     judge, tokenizer = load(args.judge)
     rows, texts = [], {}
     for name, folder in models.items():

@@ -38,6 +38,7 @@ from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.folders import written
 from modeling_rebased.training.shards import map_shards, read_index
 from modeling_rebased.training.text import encode_all, read_documents
+from modeling_rebased.training.values import count, known_device, new_folder
 
 from .benchmark_generation import time_generate
 from .recall_slices import Slices, last_occurrence, score_windows
@@ -353,20 +354,15 @@ def arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse
     add("--shards", type=Path, metavar="FOLDER", help="training text, for the frequency of bigrams")
     add("--context", type=int, default=2048, help="tokens of a window")
     add("--lengths", type=int, nargs="*", default=list(LENGTHS), help="lengths for the loss by position")
-    add("--max-tokens", type=int, help="take no more documents of a domain once it has so many")
-    add("--tokens-at-once", type=int, default=65536, help="tokens of a batch")
+    add("--max-tokens", type=count, help="take no more documents of a domain once it has so many")
+    add("--tokens-at-once", type=count, default=65536, help="tokens of a batch")
     add("--speed", action="store_true", help="also measure speed and memory, on a GPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--output", type=Path, required=True, metavar="FOLDER", help="folder for the results")
+    add("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--output", type=new_folder, required=True, metavar="FOLDER", help="folder for the results")
     args = parser.parse_args(with_dashes(argv))
-    for option, values, least in (
-        ("--context", [args.context], 2),
-        ("--lengths", args.lengths, 2),
-        ("--max-tokens", [] if args.max_tokens is None else [args.max_tokens], 1),
-        ("--tokens-at-once", [args.tokens_at_once], 1),
-    ):
-        if min(values, default=least) < least:
-            parser.error(f"{option} must be at least {least}, got {min(values)}")
+    for option, values in (("--context", [args.context]), ("--lengths", args.lengths)):
+        if min(values, default=2) < 2:
+            parser.error(f"{option} must be at least 2, got {min(values)}")
     if args.speed and not args.device.startswith("cuda"):
         parser.error(f"--speed needs a GPU, and --device is {args.device}")
     return parser, args

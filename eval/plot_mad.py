@@ -20,6 +20,7 @@ from typing import Any
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.mad import TASKS
+from modeling_rebased.training.values import new_folder
 
 from .plot_mqar import read_runs
 from .plot_style import STYLES, color_of, label_of, new_figure, save
@@ -123,7 +124,7 @@ def write_report(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="JSONL", help=f"what rebased-{task} wrote")
-    parser.add_argument("--output", default=".", metavar="DIR", help="for the picture and the table")
+    parser.add_argument("--output", type=new_folder, default=".", metavar="DIR", help="for the picture and the table")
     args = parser.parse_args(with_dashes(argv))
     try:
         runs = usable([run for run in read_runs(args.results) if not run.get("stopped")])
@@ -131,7 +132,7 @@ def write_report(
         parser.error(str(error))
     if not runs:
         parser.error(f"no finished run in {', '.join(args.results)}")
-    folder = Path(args.output)
+    folder = args.output
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown(runs)
     print(table)

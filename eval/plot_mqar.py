@@ -26,6 +26,7 @@ from typing import Any
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.peers import PEERS
+from modeling_rebased.training.values import new_folder
 
 from .plot_style import color_of, label_of, new_figure, save
 
@@ -388,7 +389,9 @@ def main(argv: list[str] | None = None) -> None:
     """Read the runs and write the tables and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="JSONL", help="what train_mqar wrote")
-    parser.add_argument("--output", default=".", metavar="DIR", help="for the pictures and the tables")
+    parser.add_argument(
+        "--output", type=new_folder, default=".", metavar="DIR", help="for the pictures and the tables"
+    )
     args = parser.parse_args(with_dashes(argv))
     try:
         runs = read_runs(args.results)
@@ -397,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     found = cells(runs)
     if not found:
         parser.error(f"no finished run in {', '.join(args.results)}")
-    folder = Path(args.output)
+    folder = args.output
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"figure_1.md": markdown(found), "differences.md": differences(found), "table_1.md": ablation(found)}
     for name, table in tables.items():

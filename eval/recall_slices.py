@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.text import encode, read_documents
+from modeling_rebased.training.values import known_device, new_folder
 
 from .plots import plot_slices
 
@@ -276,10 +277,10 @@ def parse(
     add("--batch-size", type=int, default=1, help="windows scored at once")
     add("--mode", choices=("auto", "cache", "hidden"), default="auto", help="how a window is scored")
     add("--max-tokens", type=int, help="stop reading a document here")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--dtype", default="auto", help="auto, float32, bfloat16, ...")
     add("--trust-remote-code", action="store_true", help="run the code that lies in a checkpoint's folder")
-    add("--output", metavar="DIR", help="write slices.json, slices.md and slices.png there")
+    add("--output", type=new_folder, metavar="DIR", help="write slices.json, slices.md and slices.png there")
     args = parser.parse_args(with_dashes(argv))
     if args.known_text and args.order != 2:
         parser.error(f"--known-text counts bigrams, so it goes with --order 2, not {args.order}")
@@ -304,8 +305,6 @@ def parse(
         parser.error(f"--dtype is {args.dtype}; it must be auto or a dtype of torch, such as bfloat16")
     try:
         documents, known_documents = read_documents(args.text), read_documents(args.known_text)
-        if args.output:
-            Path(args.output).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not documents:
@@ -315,6 +314,7 @@ def parse(
 
 def write_report(results: dict[str, Slices], folder: Path) -> None:
     """Write slices.md, slices.json and slices.png."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "slices.md").write_text(markdown(results) + "\n", encoding="utf-8")
     report = {
         label: {"slices": slices.table(), "by_distance": {2**b: v for b, v in sorted(slices.by_distance.items())}}
@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(markdown(results))
     if args.output:
-        write_report(results, Path(args.output))
+        write_report(results, args.output)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from . import mqar
 from .arguments import HelpFormatter, with_dashes
 from .mqar import MQARExamples
 from .mqar_runs import Run
-from .sweep_arguments import count, list_of
+from .values import count, known_device, list_of
 
 
 def saved_epochs(folder: str | Path) -> dict[int, Path]:
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--epochs", type=list_of(count), help="which, with commas; default: around the deepest fall")
     add("--examples", type=count, default=512, help="of the test and of the training data")
     add("--batch-size", type=count, default=64, help="examples per forward pass")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--output", metavar="FILE", help="also write the measures there, one line of JSON per epoch")
     args = parser.parse_args(with_dashes(argv))
     try:

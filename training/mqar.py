@@ -23,7 +23,7 @@ import torch
 
 from .arguments import HelpFormatter
 from .random_numbers import GOLDEN, below, example_rows, mix, numbers, uniform
-from .sweep_arguments import count
+from .values import count, known_device
 
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--examples", type=count, default=100_000, help="examples to generate")
     parser.add_argument("--test-examples", type=count, default=3_000, help="examples of the test set")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
-    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--device", type=known_device, default="cpu", help="where to compute")
     parser.add_argument("--leakage", action="store_true", help="compare with the test set")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N sequences and labels")
     args = parser.parse_args(argv)

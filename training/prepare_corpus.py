@@ -46,6 +46,7 @@ from .folders import written
 from .prepare_text import clean, read_texts
 from .shards import compress_shard, tokenizer_identity, write_index, write_shard
 from .text import END_OF_TEXT, encode_all
+from .values import count, new_folder
 
 
 LONGEST = 1_000_000  # characters of a document; longer ones are cut
@@ -416,11 +417,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--packages", type=Path, default=Path(__file__).with_name("corpus_packages.yaml"), help="the list")
     add("--text", type=Path, help="folder, zip or tar archive of .txt files, for the entries `text:` of the list")
     add("--tokenizer", help="folder of a tokenizer, or a .gguf file (default: SmolLM2's, fetched)")
-    add("--held-out-tokens", type=int, default=400_000, help="of each domain")
-    add("--tokens-per-shard", type=int, default=1 << 23, help="of the training part")
+    add("--held-out-tokens", type=count, default=400_000, help="of each domain")
+    add("--tokens-per-shard", type=count, default=1 << 23, help="of the training part")
     add("--seed", type=int, default=0, help="decides the order of the documents")
     add("--skip-missing", action="store_true", help="go on without packages that cannot be fetched, and name them")
-    add("--output-dir", type=Path, required=True, help="folder for the files")
+    add("--output-dir", type=new_folder, required=True, help="folder for the files")
     args = parser.parse_args(with_dashes(argv))
     try:
         sources = read_list(args.packages)
@@ -435,9 +436,6 @@ def main(argv: list[str] | None = None) -> None:
             next(read_texts(args.text))
         except (OSError, ValueError) as error:
             parser.error(str(error))
-    for name, value in (("held-out-tokens", args.held_out_tokens), ("tokens-per-shard", args.tokens_per_shard)):
-        if value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
 
     work = args.output_dir / "work"
     texts, tokens = work / "text", work / "tokens"

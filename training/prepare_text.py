@@ -29,6 +29,7 @@ from .arguments import HelpFormatter, with_dashes
 from .corpus_text import decode
 from .folders import written
 from .text import END_OF_TEXT
+from .values import new_folder
 
 
 # Speeches from Lincoln to Obama, a book of verse and a novel; about 270 KB.
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bible", type=Path, help="output of `bible -f 'gen1:1-rev22:21'`")
     parser.add_argument("--dictionary", type=Path, help="gcide.dict.dz")
     parser.add_argument("--held-out", nargs="*", default=list(HELD_OUT), help="names (without .txt) to hold out")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the files")
+    parser.add_argument("--output-dir", type=new_folder, required=True, help="folder for the files")
     args = parser.parse_args(with_dashes(argv))
 
     try:

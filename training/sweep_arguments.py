@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +16,11 @@ from modeling_rebased.triton_rebased import triton_unavailable_reason
 
 from .arguments import HelpFormatter, with_dashes
 from .recipe import Options
+from .values import count, known_device, positive
 
 
 # Training tokens beyond which a CPU takes hours.
 MANY_TOKENS = 100_000_000
-
-
-def _number(text: str, kind: type, allowed: str, holds: Callable[[Any], bool]) -> Any:
-    """Read a number of the command line. argparse puts the argument's name before the error."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
-    return value
-
-
-def integer(text: str) -> int:
-    """Read an integer."""
-    return _number(text, int, "an integer", lambda value: True)
-
-
-def count(text: str) -> int:
-    """Read an integer of at least 1."""
-    return _number(text, int, "an integer of at least 1", lambda value: value >= 1)
-
-
-def positive(text: str) -> float:
-    """Read a positive number."""
-    return _number(text, float, "a positive number", lambda value: 0 < value < math.inf)
-
-
-def not_negative(text: str) -> float:
-    """Read a number of at least 0."""
-    return _number(text, float, "a number of at least 0", lambda value: 0 <= value < math.inf)
-
-
-def fraction(text: str) -> float:
-    """Read a number of at least 0 and less than 1."""
-    return _number(text, float, "at least 0 and less than 1", lambda value: 0 <= value < 1)
-
-
-def list_of(kind: Callable[[str], Any]) -> Callable[[str], list]:
-    """Return a reader of values with commas between them."""
-    return lambda text: [kind(item) for item in text.split(",")]
 
 
 def _check_writable(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -98,7 +57,7 @@ def sweep_parser(program: str, description: str, presets: dict[str, dict[str, An
     add("--work-dir", metavar="DIR", help="where unfinished runs are kept; default: beside OUTPUT")
     add("--jobs", type=count, default=1, help="kinds of model trained at once on the GPU")
     add("--take-turns", action="store_true", help="with --jobs: compile at once, but train one kind at a time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--device", type=known_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--kernel-backend", choices=("auto", "eager", "triton"), default="auto", help="of the linear attention")
     add("--fp32", action="store_true", help="no bf16 autocast")
     add("--no-compile", action="store_true", help="no torch.compile")
@@ -138,8 +97,6 @@ def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, exampl
         tokens: training tokens of the longest run. A CPU takes hours for many, and is told so.
     """
     on_gpu = args.device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: PyTorch finds no GPU here, --device cpu is possible")
     if args.kernel_backend == "triton":
         reason = triton_unavailable_reason(torch.device(args.device), torch.float32, 16, 16)
         if reason is not None:

@@ -21,7 +21,7 @@ from .card import model_card
 from .peers import PEERS, check_peers, insert, state_of_head
 from .random_numbers import IGNORED
 from .recipe import Recipe
-from .sweep_arguments import count, fraction, integer, list_of, not_negative, positive
+from .values import count, fraction, integer, list_of, not_negative, positive
 
 
 WINDOW = 16  # tokens in the softmax window of the hybrid

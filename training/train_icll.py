@@ -35,8 +35,9 @@ from .icll import ICLLExamples, ICLLSpec
 from .random_numbers import IGNORED
 from .recipe import Options, best_epoch
 from .sweep import sweep
-from .sweep_arguments import count, list_of, options_of, parse_with_preset, sweep_parser
+from .sweep_arguments import options_of, parse_with_preset, sweep_parser
 from .token_task import TokenRun, TokenTask, add_run_options, check_models, fields_of, new_model, save_model
+from .values import count, list_of
 
 
 # A task that two cores of a laptop learn to some degree in about a minute.

@@ -33,8 +33,9 @@ from . import mad
 from .mad import MADSpec
 from .recipe import Options
 from .sweep import sweep
-from .sweep_arguments import count, fraction, list_of, options_of, parse_with_preset, sweep_parser
+from .sweep_arguments import options_of, parse_with_preset, sweep_parser
 from .token_task import TokenRun, TokenTask, add_run_options, check_models, fields_of, new_model, save_model
+from .values import count, fraction, list_of
 
 
 # A task that two cores of a laptop learn in about a minute.

@@ -33,17 +33,8 @@ from .peers import PEERS, check_peers
 from .recipe import Options, kind_of
 from .run_results import append_result
 from .sweep import sweep
-from .sweep_arguments import (
-    count,
-    fraction,
-    integer,
-    list_of,
-    not_negative,
-    options_of,
-    parse_with_preset,
-    positive,
-    sweep_parser,
-)
+from .sweep_arguments import options_of, parse_with_preset, sweep_parser
+from .values import count, fraction, integer, list_of, not_negative, positive
 
 
 # A task that two cores of a laptop learn to 0.99 in about a minute.

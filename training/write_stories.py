@@ -35,6 +35,7 @@ from .arguments import HelpFormatter, with_dashes
 from .byte_tokenizer import PAD
 from .folders import written
 from .text import END_OF_TEXT
+from .values import count, natural, new_folder
 
 
 HELD_OUT = 20  # of so many pairs of persons, one pair is held out
@@ -199,19 +200,19 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--count", type=int, default=800_000, help="stories, with the held-out ones")
-    parser.add_argument("--held-out", type=int, default=2_000, help="most stories to hold out")
-    parser.add_argument("--repository-bytes", type=int, default=200_000, help="size of heldout.jsonl")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer")
+    parser.add_argument("--output-dir", type=new_folder, required=True, help="folder for the files")
+    parser.add_argument("--count", type=count, default=800_000, help="stories, with the held-out ones")
+    parser.add_argument("--held-out", type=natural, default=2_000, help="most stories to hold out")
+    parser.add_argument("--repository-bytes", type=natural, default=200_000, help="size of heldout.jsonl")
+    parser.add_argument("--vocab-size", type=count, default=2048, help="pieces of the tokenizer")
     args = parser.parse_args(with_dashes(argv))
-    if args.count < 1:
-        parser.error(f"--count must be at least 1, got {args.count}")
+    if args.vocab_size < 258:
+        parser.error(f"--vocab-size must be at least 258, 256 bytes and two special tokens, got {args.vocab_size}")
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     held_out: list[str] = []
     sample: list[str] = []
-    count = 0
+    kept = 0
     with (
         ProcessPoolExecutor() as pool,
         written(args.output_dir / "train.txt") as path,
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         for chunk in pool.map(_stories, ranges):
             held_out += [text for is_held_out, text in chunk if is_held_out]
             texts = [text for is_held_out, text in chunk if not is_held_out]
-            count += len(texts)
+            kept += len(texts)
             sample += texts[: max(0, 50_000 - len(sample))]
             out.write("".join(f"{END_OF_TEXT}{text}\n" for text in texts))
     held_out = held_out[: args.held_out]
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         path.write_text("".join(lines), encoding="utf-8")
     with written(args.output_dir / "tokenizer") as path:
         learn_tokenizer(sample, args.vocab_size).save_pretrained(path)
-    figures = {"stories for training": count, "stories held out": len(held_out), "plots": len(plots()[1])}
+    figures = {"stories for training": kept, "stories held out": len(held_out), "plots": len(plots()[1])}
     with written(args.output_dir / "figures.json") as path:
         path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))

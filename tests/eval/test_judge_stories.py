@@ -63,6 +63,20 @@ def test_a_folder_without_a_model_is_named(judge, tmp_path, capsys):
         assert "nowhere holds no model" in capsys.readouterr().err
 
 
+def test_wrong_names_texts_and_numbers_are_named(judge, tmp_path, capsys):
+    given = ["--judge", str(judge), "--output", str(tmp_path / "out")]
+    for more, message in (
+        (["--model", f"judge={judge}"], "--model: two are called 'judge'"),
+        (["--model", str(judge)], "--model must be NAME=FOLDER"),
+        (["--train-file", "no.txt"], "--train-file: [Errno 2]"),
+        (["--samples", "0"], "--samples: must be an integer of at least 1, got '0'"),
+        (["--output", __file__], "--output: must be a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            judge_stories.main([*given, *more])
+        assert message in capsys.readouterr().err
+
+
 def test_repeated_counts_runs_of_four_words():
     words = "a b c d a b c d a b c d"
     fours = [tuple(words.split()[i : i + 4]) for i in range(9)]

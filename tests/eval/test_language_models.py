@@ -187,8 +187,8 @@ def test_bad_input_is_named(folder, tmp_path, capsys):
     for more, message in (
         (["--context", "1"], "--context must be at least 2, got 1"),
         (["--lengths", "8", "0"], "--lengths must be at least 2, got 0"),
-        (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
-        (["--tokens-at-once", "-1"], "--tokens-at-once must be at least 1, got -1"),
+        (["--max-tokens", "0"], "--max-tokens: must be an integer of at least 1, got '0'"),
+        (["--tokens-at-once", "-1"], "--tokens-at-once: must be an integer of at least 1, got '-1'"),
         (["--speed"], "needs a GPU, and --device is cpu"),
         (["--models", "x=./nowhere"], "--models: ./nowhere cannot be loaded"),
         (["--models", "a/final", "b/final"], "--models: a/final and b/final are both named 'final'"),

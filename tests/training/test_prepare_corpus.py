@@ -293,7 +293,10 @@ def test_the_command_builds_a_corpus_and_goes_on_where_it_stopped(tmp_path, monk
         ({}, "--text is needed"),
         ({"--text": "nowhere"}, "--text nowhere does not exist"),
         ({"--text": "modeling_rebased"}, "--text modeling_rebased holds no .txt file"),
-        ({"--text": "training", "--tokens-per-shard": "0"}, "--tokens-per-shard must be at least 1, got 0"),
+        (
+            {"--text": "training", "--tokens-per-shard": "0"},
+            "--tokens-per-shard: must be an integer of at least 1, got '0'",
+        ),
         ({"--packages": "nowhere.yaml"}, "--packages"),
         ({"--text": "training", "--tokenizer": "./nowhere"}, "--tokenizer: "),
     ],

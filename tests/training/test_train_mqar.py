@@ -393,6 +393,7 @@ def test_wrong_arguments_are_named(capsys):
         (["--dropout", "2"], "--dropout: must be at least 0 and less than 1, got '2'"),
         (["--hidden", "64,8"], "--hidden must be at least 12, since the models have 12 heads, got 8"),
         (["--time-steps", "--device", "cpu"], "--time-steps needs a GPU, --device is cpu"),
+        (["--device", "gpu"], "--device: must be cpu"),
         (["--batch-size", "9", "--train-examples", "5"], "--batch-size 9"),
     ):
         with pytest.raises(SystemExit):

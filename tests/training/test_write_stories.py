@@ -4,6 +4,7 @@ import json
 import random
 import re
 
+import pytest
 from transformers import AutoTokenizer
 
 from modeling_rebased.training import write_stories
@@ -86,3 +87,18 @@ def test_persons_of_held_out_stories_never_meet_in_training(tmp_path):
     assert encode_all([held_out[0], "Hi"], tokenizer) == [ids, encode("Hi", tokenizer)]
     blocks = TokenBlocks([str(tmp_path / "heldout.txt")], tokenizer, 16)
     assert blocks.tokens.tolist() == [token for text in held_out for token in encode(text + "\n", tokenizer)]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--output-dir", __file__, "--output-dir: must be a folder"),
+        ("--held-out", "-1", "--held-out: must be an integer of at least 0, got '-1'"),
+        ("--repository-bytes", "-1", "--repository-bytes: must be an integer of at least 0, got '-1'"),
+        ("--vocab-size", "257", "--vocab-size must be at least 258"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, capsys, option, value, message):
+    with pytest.raises(SystemExit):
+        write_stories.main(["--output-dir", str(tmp_path / "out"), option, value])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
