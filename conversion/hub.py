@@ -94,7 +94,7 @@ def export(
             upload failed, `destination` is complete.
     """
     check_destination(destination, overwrite, source)
-    _check_arguments(push, dtype, max_shard_size)
+    _check_arguments(push, private, dtype, max_shard_size)
     folder = Path(source)
     config, state = load_folder(folder)
     if dtype is not None:
@@ -104,13 +104,18 @@ def export(
     settings = _generation_config(folder, config, tokens)
     evaluation = read_results(results or [], parameters)
     said = _said_by_readme(folder)
+    if license in (None, said.get("license")):
+        license = said.get("license")
+        license_name, license_link = license_name or said.get("license_name"), license_link or said.get("license_link")
+    if license not in (None, "other") and (license_name or license_link):
+        raise ConversionError(f"--license-name and --license-link are for license 'other', but it is {license!r}.")
     card = hub_card(
         config,
         parameters,
         name=name or (push or Path(os.path.abspath(destination)).name).split("/")[-1],
-        license=license or said.get("license"),
-        license_name=license_name or said.get("license_name"),
-        license_link=license_link or said.get("license_link"),
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
         datasets=datasets or said.get("datasets"),
         languages=languages or said.get("language"),
         base_model=base_model or said.get("base_model"),
@@ -164,16 +169,22 @@ def upload(folder: str | os.PathLike, repo_id: str, private: bool = False) -> st
     return str(url)
 
 
-def _check_arguments(push: str | None, dtype: str | None, max_shard_size: str) -> None:
+def _check_arguments(push: str | None, private: bool, dtype: str | None, max_shard_size: str) -> None:
+    if private and push is None:
+        raise ConversionError("--private is for the repository of --push, which is not given.")
     if push is not None:
-        try:
-            validate_repo_id(push)
-        except HFValidationError as error:
-            raise ConversionError(f"--push is {push!r}, which is not a repository's name: {error}") from error
+        _check_repository("--push", push)
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     if not re.fullmatch(r"[1-9][0-9]*([KMG]i?B)", max_shard_size):
         raise ConversionError(f"--max-shard-size is {max_shard_size!r}; it must be a number with KB, MB or GB.")
+
+
+def _check_repository(argument: str, name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConversionError(f"{argument} is {name!r}, which is not a repository's name: {error}") from error
 
 
 # ---------------------------------------------------------------- what goes into the folder
@@ -272,6 +283,9 @@ def hub_card(
         )
     if license == "other" and not license_name:
         raise ConversionError("--license is 'other', which needs --license-name.")
+    if base_model is not None:
+        for each in _as_list(base_model):
+            _check_repository("--base-model", each)
     datasets, languages = _as_list(datasets), _as_list(languages)
     for each in datasets:
         if not DATASET.fullmatch(each):

@@ -231,6 +231,8 @@ def student_config(
         feature_dim = min(feature_dim, head_dim)
     if not 1 <= feature_dim <= head_dim:
         raise ConversionError(f"--feature-dim is {feature_dim}; it must be 1 to the model's head_dim, {head_dim}.")
+    if window < 1:
+        raise ConversionError(f"--window is {window}; it must be at least 1.")
     plain = fields["position_embedding_type"] == "rope" and rope.get("rope_type", "default") == "default"
     can = plain and feature_dim % 2 == 0 and head_dim % feature_dim == 0
     if rotate and not can:

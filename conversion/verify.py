@@ -47,6 +47,11 @@ def verify(
         ConversionError: the folder does not load, its logits differ from the source's, or it generates other tokens
             with the cache than without it.
     """
+    for name, value in (("--tolerance", tolerance), ("--timeout", timeout)):
+        if not value > 0:
+            raise ConversionError(f"{name} is {value:g}; it must be positive.")
+    if new_tokens < 1:
+        raise ConversionError(f"--new-tokens is {new_tokens}; it must be at least 1.")
     path = Path(folder)
     config, state = load_folder(path)
     source_config = config if source is None else load_config(Path(source))

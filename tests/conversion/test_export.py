@@ -145,6 +145,18 @@ def test_the_readme_of_the_source_speaks_for_itself(tmp_path, source):
     assert said["license"] == "cc-by-4.0" and said["datasets"] == ["a/b"] and said["language"] == ["de"]
 
 
+def test_the_name_of_a_license_belongs_to_it_alone(tmp_path, source):
+    readme = source / "README.md"
+    readme.write_text("---\nlicense: other\nlicense_name: mine\n---\n# Old\n")
+    try:
+        export(source, tmp_path / "hub")
+        export(source, tmp_path / "mit", license="mit")
+    finally:
+        readme.unlink()
+    assert metadata(tmp_path / "hub")["license_name"] == "mine"
+    assert "license_name" not in metadata(tmp_path / "mit")
+
+
 def test_dtype_and_dry_run(tmp_path, source):
     report = str(export(source, tmp_path / "hub", license="mit", dtype="bfloat16", dry_run=True, push="a/b"))
     assert not (tmp_path / "hub").exists()
@@ -206,6 +218,9 @@ BAD = {
     "dataset": ({"datasets": ["not a dataset"]}, "--dataset is 'not a dataset'"),
     "language": ({"languages": ["English"]}, "--language is 'English'"),
     "push": ({"push": "a/b/c"}, "--push is 'a/b/c'"),
+    "private": ({"private": True}, "--private is for the repository of --push"),
+    "license_name": ({"license_name": "mine"}, "--license-name and --license-link are for license 'other'"),
+    "base_model": ({"base_model": "not a model"}, "--base-model is 'not a model'"),
     "dtype": ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of float32"),
     "shards": ({"max_shard_size": "many"}, "--max-shard-size is 'many'"),
     "results": ({"results": ["nowhere.json"]}, "nowhere.json' is not a file of lm-eval's results"),
@@ -317,6 +332,16 @@ def test_verify(tmp_path, source):
     assert "generated 8 tokens, the same with the cache" in report and "tokenizer: loads" in report
     difference = re.search("largest difference (.*)", report)[1]
     assert float(difference) < 1e-5
+
+
+def test_numbers_of_verify_are_checked(source):
+    for wrong, message in (
+        ({"tolerance": float("nan")}, "--tolerance is nan; it must be positive"),
+        ({"timeout": 0}, "--timeout is 0"),
+        ({"new_tokens": 0}, "--new-tokens is 0; it must be at least 1"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            verify(source, **wrong)
 
 
 def test_verify_notices_what_is_wrong(tmp_path, source, monkeypatch):

@@ -224,9 +224,9 @@ def test_beta_makes_the_kernel_that_is_promised():
 BAD = {
     "layers": ({"layers": "none"}, {}, "--layers is 'none'; it must be one of pure, window, hybrid, softmax, or 4 of"),
     "count": ({"layers": "full_attention"}, {}, "--layers is 'full_attention'"),
+    "window": ({"window": 0}, {}, "--window is 0; it must be at least 1"),
     "feature_dim": ({"feature_dim": 17}, {}, "--feature-dim is 17; it must be 1 to the model's head_dim, 16"),
     "rotate": ({"feature_dim": 5, "rotate": True}, {}, "--rotate needs an even --feature-dim"),
-    "window": ({"window": 0}, {}, "sliding_window"),
     "bias": ({}, {"attention_bias": True}, "attention_bias True"),
     "act": ({}, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
 }
