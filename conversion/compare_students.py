@@ -43,6 +43,7 @@ from transformers import (
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.values import count, new_folder, not_negative
 
 from .distill import perplexity, read_blocks
 from .generation import MODES, answer, judge_answers
@@ -423,20 +424,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=new_folder)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--text", action="append", default=[], help="held-out text, or .npy file of token ids")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 8192], help="tokens of an example")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--new-tokens", type=int, default=256, help="of an answer")
+    parser.add_argument("--new-tokens", type=count, default=256, help="of an answer")
     parser.add_argument("--more", action=argparse.BooleanOptionalAction, default=True, help="ask 200 more prompts")
-    parser.add_argument("--distances", type=int, nargs="+", default=list(DISTANCES), help="tokens to recall over")
-    parser.add_argument("--items", type=int, default=50, help="values to recall per kind and distance")
-    parser.add_argument("--context", type=int, default=32768, help="tokens before the decoding is timed")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences decoded at once")
-    parser.add_argument("--steps", type=int, default=32, help="tokens that are timed")
-    parser.add_argument("--max-seconds", type=float, default=math.inf, help="begin nothing after so long")
+    parser.add_argument("--distances", type=count, nargs="+", default=list(DISTANCES), help="tokens to recall over")
+    parser.add_argument("--items", type=count, default=50, help="values to recall per kind and distance")
+    parser.add_argument("--context", type=count, default=32768, help="tokens before the decoding is timed")
+    parser.add_argument("--batches", type=count, nargs="+", default=[1, 8, 32], help="sequences decoded at once")
+    parser.add_argument("--steps", type=count, default=32, help="tokens that are timed")
+    parser.add_argument("--max-seconds", type=not_negative, default=math.inf, help="begin nothing after so long")
     parser.add_argument(
         "--kernel-backend",
         choices=["auto", "eager", "triton"],
@@ -446,11 +447,18 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(with_dashes(argv))
     if any("=" not in each for each in arguments.student):
         parser.error(f"--student is {arguments.student}; each must be NAME=FOLDER")
+    names = ["teacher", *(each.split("=", 1)[0] for each in arguments.student)]
+    if len(set(names)) < len(names):
+        parser.error(f"--student: two models have the same name, of {', '.join(names)}")
     if not (arguments.teacher / "config.json").is_file():
         parser.error(f"--teacher {str(arguments.teacher)!r} has no config.json; it must be the folder of a model")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    Comparison(arguments).run()
+    try:
+        comparison = Comparison(arguments)
+    except (OSError, ValueError) as error:  # of the tokenizer and the texts
+        parser.error(str(error))
+    comparison.run()
     print((arguments.output / "report.md").read_text(encoding="utf-8"))
 
 

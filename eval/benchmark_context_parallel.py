@@ -342,6 +342,10 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint-from", type=int, default=65536, help="tokens per GPU with activation checkpointing"
     )
     arguments = parser.parse_args(with_dashes(argv))
+    if "LOCAL_RANK" not in os.environ:
+        parser.error(
+            "start it with torchrun --nproc-per-node GPUS -m modeling_rebased.eval.benchmark_context_parallel"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -70,11 +70,14 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0}
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model for inference, in bfloat16 on a GPU and in float32 on a CPU, and its tokenizer."""
+    """Return a model for inference, in bfloat16 on a GPU and in float32 on a CPU, and its tokenizer, or end."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval(), tokenizer
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"judge_stories: error: {folder} cannot be loaded: {error}") from error
 
 
 def write(

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.text import encode, read_documents
-from modeling_rebased.training.values import known_device, new_folder
+from modeling_rebased.training.values import count, known_device, new_folder
 
 from .plots import plot_slices
 
@@ -265,7 +265,7 @@ def parse(
     )
     add("--text", nargs="+", required=True, metavar="FILE", help='text files, or .jsonl with a "text" per document')
     add("--known-text", nargs="+", default=[], metavar="FILE", help="training text, whose frequent bigrams are known")
-    add("--known-from", type=int, default=1250, help="how often a bigram occurs there to be known")
+    add("--known-from", type=count, default=1250, help="how often a bigram occurs there to be known")
     add(
         "--order",
         type=int,
@@ -342,8 +342,8 @@ def main(argv: list[str] | None = None) -> None:
 
         known: dict[int, int] = {}
         for text in known_documents:
-            for bigram, count in count_bigrams(np.array(encode(text, tokenizer)), model.config.vocab_size).items():
-                known[bigram] = known.get(bigram, 0) + count
+            for bigram, times in count_bigrams(np.array(encode(text, tokenizer)), model.config.vocab_size).items():
+                known[bigram] = known.get(bigram, 0) + times
         results[label] = evaluate(
             model,
             [encode(text, tokenizer)[: args.max_tokens] for text in documents],

@@ -65,6 +65,21 @@ def compare(folder, output, *more):
     return json.loads((output / "results.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--student", "teacher=x"], "--student: two models have the same name, of teacher, pure, window, teacher"),
+        (["--text", "no.txt"], "No such file or directory: 'no.txt'"),
+        (["--lengths", "1"], "--lengths is 1; it must be at least 2"),
+        (["--items", "0"], "--items: must be an integer of at least 1, got '0'"),
+    ],
+)
+def test_wrong_arguments_are_named(folder, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit):
+        compare(folder, tmp_path / "out", *more)
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_everything_is_measured_and_written(folder, tmp_path):
     results = compare(folder, tmp_path)
     found = {(row["model"], row["stage"], row["length"]): row["perplexity"] for row in results["perplexity"]}
