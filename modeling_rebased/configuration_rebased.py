@@ -86,6 +86,11 @@ def _check_code(folder: Path) -> None:
                 )
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 @strict
 class ReBasedConfig(PreTrainedConfig):
     r"""
@@ -382,11 +387,14 @@ class ReBasedConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse a configuration that cannot work, and name the fields that contradict each other."""
+        self._check_sizes()
+        self._check_kernel()
+        self._check_convolution()
+        self._check_mlp()
+        self._check_windows()
+        self._check_rotary_embedding()
 
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise ValueError(message)
-
+    def _check_sizes(self) -> None:
         for field in (
             "vocab_size",
             "hidden_size",
@@ -396,46 +404,48 @@ class ReBasedConfig(PreTrainedConfig):
             "conv_kernel_size",
             "max_position_embeddings",
         ):
-            require(getattr(self, field) >= 1, f"`{field}` must be at least 1, but got {getattr(self, field)}.")
-        require(
+            _require(getattr(self, field) >= 1, f"`{field}` must be at least 1, but got {getattr(self, field)}.")
+        _require(
             self.pad_token_id is None or self.pad_token_id < self.vocab_size,
             f"`pad_token_id` ({self.pad_token_id}) must be less than `vocab_size` ({self.vocab_size}).",
         )
         for field in ("qk_norm_eps", "attention_eps", "norm_eps"):
-            require(getattr(self, field) > 0, f"`{field}` must be positive, but got {getattr(self, field)}.")
+            _require(getattr(self, field) > 0, f"`{field}` must be positive, but got {getattr(self, field)}.")
         for field in ("embedding_dropout", "residual_dropout"):
             value = getattr(self, field)
-            require(0 <= value < 1, f"`{field}` must be at least 0 and less than 1, but got {value}.")
-        require(
+            _require(0 <= value < 1, f"`{field}` must be at least 0 and less than 1, but got {value}.")
+        _require(
             self.initializer_range >= 0, f"`initializer_range` must not be negative, but got {self.initializer_range}."
         )
-        require(
+        _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
             f"({self.num_key_value_heads}).",
         )
-        require(
+        _require(
             1 <= self.head_dim <= MAX_HEAD_DIM,
             f"`head_dim` must be 1 to {MAX_HEAD_DIM}, but it is {self.head_dim} (`hidden_size`={self.hidden_size}, "
             f"`num_attention_heads`={self.num_attention_heads}).",
         )
-        require(
+        _require(
             1 <= self.feature_dim <= MAX_FEATURE_DIM,
             f"`feature_dim` must be 1 to {MAX_FEATURE_DIM}, but got {self.feature_dim}.",
         )
+
+    def _check_kernel(self) -> None:
         if self.kernel_coefficients is not None:
             c = tuple(self.kernel_coefficients)
-            require(
+            _require(
                 len(c) == 3 and any(c) and c[2] >= 0 and c[0] >= 0 and c[1] ** 2 <= 4 * c[0] * c[2],
                 "`kernel_coefficients` must be (c0, c1, c2) of a polynomial that is never negative and not zero: "
                 f"c0 >= 0, c2 >= 0 and c1^2 <= 4 c0 c2, but got {c}.",
             )
-        require(
+        _require(
             self.decay is None or not any(self.coefficients[:2]),
             f"`decay={self.decay!r}` needs a kernel of squares alone, such as `kernel='rebased'`, but the "
             f"coefficients are {self.coefficients}.",
         )
-        require(
+        _require(
             not (
                 self.qk_norm_shared
                 and self.qk_norm_scope == "all_heads"
@@ -446,36 +456,44 @@ class ReBasedConfig(PreTrainedConfig):
             f"({self.num_key_value_heads}) as `num_attention_heads` ({self.num_attention_heads}): queries and keys "
             "have different sizes.",
         )
+
+    def _check_convolution(self) -> None:
         width = self.conv_intermediate_size
-        require(
+        _require(
             width is None or self.conv_type == "gated",
             f"`conv_intermediate_size={width}` needs `conv_type='gated'`, but that is {self.conv_type!r}.",
         )
-        require(width is None or width >= 1, f"`conv_intermediate_size` must be at least 1, but got {width}.")
+        _require(width is None or width >= 1, f"`conv_intermediate_size` must be at least 1, but got {width}.")
+
+    def _check_mlp(self) -> None:
         if self.mlp_type != "none":
-            require(
+            _require(
                 self.intermediate_size >= 1,
                 f"`intermediate_size` must be at least 1 for `mlp_type={self.mlp_type!r}`, but got "
                 f"{self.intermediate_size}.",
             )
-            require(
+            _require(
                 self.hidden_act in ACT2FN,
                 f"`hidden_act` must be an activation of transformers for `mlp_type={self.mlp_type!r}`, one of "
                 f"{sorted(ACT2FN)}, but got {self.hidden_act!r}.",
             )
+
+    def _check_windows(self) -> None:
         softmax = sorted(set(self.layer_types) & set(SOFTMAX_LAYER_TYPES))
         windowed = [t for t in softmax if t != "full_attention"]
-        require(
+        _require(
             not windowed or (self.sliding_window is not None and self.sliding_window >= 1),
             f"`sliding_window` must be at least 1 where `layer_types` has {windowed}, but got {self.sliding_window}.",
         )
+
+    def _check_rotary_embedding(self) -> None:
         rope = self.position_embedding_type == "rope"
         rope_type = self.rope_parameters.get("rope_type") if rope else None
-        require(
-            not (rope and softmax) or self.head_dim % 2 == 0,
+        _require(
+            not (rope and set(self.layer_types) & set(SOFTMAX_LAYER_TYPES)) or self.head_dim % 2 == 0,
             f"`position_embedding_type='rope'` needs an even `head_dim` in softmax layers, but it is {self.head_dim}.",
         )
-        require(
+        _require(
             not rope
             or (
                 {"rope_type", "rope_theta"} <= set(self.rope_parameters)
@@ -484,21 +502,21 @@ class ReBasedConfig(PreTrainedConfig):
             "`rope_parameters` must be one flat set of parameters without a `partial_rotary_factor`, but they are "
             f"{self.rope_parameters}.",
         )
-        require(
+        _require(
             not rope or rope_type == "default" or rope_type in ROPE_INIT_FUNCTIONS,
             "`rope_parameters` must have a `rope_type` that transformers knows, one of "
             f"{sorted({'default', *ROPE_INIT_FUNCTIONS})}, but it is {rope_type!r}.",
         )
-        require(
+        _require(
             rope or not self.rope_linear_attention,
             "`rope_linear_attention=True` needs `position_embedding_type='rope'`, but that is "
             f"{self.position_embedding_type!r}.",
         )
-        require(
+        _require(
             not self.rope_linear_attention or self.feature_dim % 2 == 0,
             f"`rope_linear_attention=True` needs an even `feature_dim`, but it is {self.feature_dim}.",
         )
-        require(
+        _require(
             not self.rope_linear_attention or rope_type == "default" or self.feature_dim == self.head_dim,
             f"`rope_linear_attention=True` with `rope_parameters` of type {rope_type!r} needs `feature_dim` "
             f"({self.feature_dim}) to be `head_dim` ({self.head_dim}); only the 'default' type serves two sizes.",
