@@ -720,7 +720,8 @@ def key_gradients(
             "HKV": kv_heads, "G": heads // kv_heads, "FLAT": plan.flat, "BN": plan.narrow or plan.dkdv[0],
             "QUAD": layout.quad, "LIN": layout.lin, "CONST": layout.const, "HAS_STATE": has_state,
             "HAS_INIT": int(final), "RUNS": max(plan.runs) > 1, "HAS_FROM_STATE": separate and has_state,
-            "HAS_RANGES": ranges is not None, "HAS_DECAY": decays is not None, **plan.options("dkdv"),
+            "HAS_RANGES": ranges is not None, "HAS_DECAY": decays is not None,
+            **plan.options("dkdv" if decays is None else "dkdv, decay"),
         }  # fmt: skip
 
     tensors = {

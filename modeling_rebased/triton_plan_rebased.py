@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     later: tuple[int, int, int]
     gradient: tuple[int, int, int]
     # Most registers per thread, by kernel, where a limit below the compiler's own choice pays. (ptxas may then run the
-    # matrix products one by one; the kernels are written so that it does not.)
+    # matrix products one by one; the kernels are written so that it does not.) "dkdv, decay" is dkdv with a decay.
     registers: tuple[tuple[str, int], ...] = ()
     narrow: int = 0  # queries per tile of dkdv, if they are fewer than its keys
     # Most segments per run, of the sums over keys and over later queries: powers of 2; 1 where states have low rows,
@@ -104,11 +104,12 @@ def choose_plan(feature_dim: int, head_dim: int, squares: bool, dtype: torch.dty
         rows = (64, 4, 1) if feature_dim <= 64 and head_dim <= 64 else (32, 4, 1)
         return Plan(segment, rows, rows, rows, (32, 4, 1), (32, 4, 1), rows)
     if feature_dim <= 16 and head_dim <= 64:
-        registers = (("forward", 128), ("dq", 128), ("dkdv", 128), ("state", 168))
+        registers = (("forward", 128), ("dq", 128), ("dkdv", 128), ("dkdv, decay", 128), ("state", 168))
         plan = Plan(segment, (64, 4, 3), (64, 4, 3), (64, 4, 3), (32, 4, 4), (64, 4, 3), (64, 4, 3), registers, 32)
         if squares:
             plan = plan._replace(segment=256, runs=(8, 4), alone=512)
     elif feature_dim <= 64 and head_dim <= 64:
+        # With a limit, ptxas computes a wrong dv where there is a decay: docs/kernels.md, "A decay in bfloat16".
         registers = (("forward", 168), ("dkdv", 168))
         plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
     elif feature_dim <= 64 and head_dim <= 128:

@@ -114,6 +114,13 @@ for target in sys.argv[1:]:
         triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
         kernel, arguments = next(found for found in launches if found[0].__name__ == "_dq_kernel")
         Path(os.environ["TRITON_CACHE_DIR"], "narrow.cubin").write_bytes(compile(kernel, arguments).asm["cubin"])
+        launches.clear()  # two query heads per key-value head, and a decay
+        q, k, v = (torch.zeros(1, 2300, h, n, dtype=torch.bfloat16, requires_grad=True)
+                   for h, n in ((2, 24), (1, 24), (1, 48)))
+        rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None, torch.zeros(1, 2300, 1))
+        triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
+        kernel, arguments = next(found for found in launches if found[0].__name__ == "_dkdv_kernel")
+        Path(os.environ["TRITON_CACHE_DIR"], "decay.cubin").write_bytes(compile(kernel, arguments).asm["cubin"])
 """
 
 
@@ -136,11 +143,15 @@ def disassembler() -> Path:
     return Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 
 
+def disassemble(cubin: Path) -> str:
+    """Return a kernel's machine code as text, with one instruction or label per line."""
+    return subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
 def sums_of_one_register(cubin: Path) -> list[str]:
     """Return additions of 64-bit numbers whose halves come from one register, which ptxas 12.8 did, and wrongly."""
-    code = subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     found, low = [], {}  # the register of the lower half by the predicate that takes the carry
-    for line in re.findall(r"\*/ +([^;]*?) *;", code):
+    for line in re.findall(r"\*/ +([^;]*?) *;", disassemble(cubin)):
         operation, *registers = re.split(r"[ ,]+", line.replace(".reuse", ""))
         if operation in ("UIADD3.X", "IADD3.X"):
             found += [line for carry in registers[3:] if low.get(carry) == registers[1] not in ("RZ", "URZ")]
@@ -148,6 +159,70 @@ def sums_of_one_register(cubin: Path) -> list[str]:
         if operation in ("UIADD3", "IADD3") and registers[1].startswith(("P", "UP")) and registers[2] != registers[0]:
             low[registers[1]] = registers[2]
     return found
+
+
+def written_registers(operation: str, operands: list[str]) -> range:
+    """Return the numbers of the registers that an instruction writes."""
+    if operation.startswith(("ST", "BAR", "RED", "R2UR", "BRA")):
+        return range(0)
+    while operands and re.fullmatch(r"U?P\w+", operands[0]):  # predicates that it writes too
+        operands = operands[1:]
+    if not operands or not re.fullmatch(r"R\d+", operands[0]):
+        return range(0)
+    first, count = int(operands[0][1:]), 1
+    if operation.startswith("HGMMA"):
+        count = int(re.findall(r"\.\d+x(\d+)x", operation)[0]) // 2
+    elif ".128" in operation or operation.endswith(".4"):
+        count = 4
+    elif ".64" in operation or operation.endswith(".2") or operation.startswith(("IMAD.WIDE", "CS2R")):
+        count = 2
+    return range(first, first + count)
+
+
+def overwritten_operands(cubin: Path) -> list[str]:
+    """Return matrix products one of whose left operand's registers may still hold another product's operand.
+
+    ptxas 12.8 computed an operand before a loop that needed it in each step, and let a later product of the loop write
+    one of its registers. Such a register was last written by one of several instructions, and these write it for
+    different products. (The same instruction in two branches writes it for one product.)
+    """
+    code, labels = [], {}
+    for line in disassemble(cubin).replace(".reuse", "").splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*\w{4,}\*/\s+(@!?U?P\w+)?\s*(\S+)\s*(.*?)\s*;", line):
+            code.append(instruction.groups())
+    writes = [written_registers(operation, rest.split(", ")) for _, operation, rest in code]
+    before: list[list[int]] = [[] for _ in range(len(code) + 1)]
+    for i, (predicate, operation, rest) in enumerate(code):
+        if operation == "BRA":
+            before[labels[re.findall(r"\.L_x_\d+", rest)[0]]].append(i)
+        if predicate or operation not in ("BRA", "EXIT"):
+            before[i + 1].append(i)
+    writers, readers = {}, {}
+    for i, (_, operation, rest) in enumerate(code):
+        if not operation.startswith("HGMMA") or not re.match(r"R\d+, R\d", rest):
+            continue
+        first = int(re.findall(r"R(\d+)", rest)[1])
+        for register in range(first, first + 4):
+            seen, ahead, found = set(), [i], set()
+            while ahead:
+                for j in before[ahead.pop()]:
+                    if j in seen:
+                        continue
+                    seen.add(j)
+                    if register in writes[j]:
+                        found.add(j)
+                    if register not in writes[j] or code[j][0]:
+                        ahead.append(j)
+            writers[i, register] = found
+            for j in found:
+                readers.setdefault((j, register), set()).add(i)
+    return [
+        f"{code[i][2]}: R{register} of {[code[j] for j in sorted(found)]}"
+        for (i, register), found in writers.items()
+        if len({code[j] for j in found}) > 1 and len({frozenset(readers[j, register]) for j in found}) > 1
+    ]
 
 
 @pytest.mark.skipif(not triton_rebased.HAS_TRITON, reason="needs the package triton")
@@ -167,6 +242,7 @@ def test_kernels_compile(tmp_path):
         assert max(size for _, size in found) <= shared * 1024, capability
     if disassembler().exists():
         assert not sums_of_one_register(tmp_path / "narrow.cubin")
+        assert not overwritten_operands(tmp_path / "decay.cubin")
 
 
 def test_without_triton(monkeypatch):
