@@ -23,7 +23,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import (
@@ -347,63 +347,26 @@ def main(argv: list[str] | None = None) -> None:
 def _main(argv: list[str]) -> None:
     try:
         model_args, data_args, args = parse_arguments(argv)
-        if args.device.type == "cpu":
-            args.dataloader_pin_memory = False  # which would only warn
+        inputs = read_inputs(model_args, data_args, args)
+        if inputs is None:
+            return
         set_seed(args.seed)
-        check_paths({"train_file": data_args.train_file, "eval_file": data_args.eval_file}, args.output_dir)
-        if args.use_liger_kernel:
-            # The library would pass over a model that Liger does not know without a word.
-            raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")
-        config = load_config(model_args)
-        check_kernels(config, args)
-        length = _own_length(config) if data_args.context_length is None else data_args.context_length
-        tokenizer = load_tokenizer(model_args, config, length)
-        with args.main_process_first(desc="tokenizing"):
-            train_data = TokenBlocks(data_args.train_file, tokenizer, length, args.output_dir)
-            eval_data = None
-            if data_args.eval_file:
-                eval_data = TokenBlocks(data_args.eval_file, tokenizer, length, args.output_dir)
-            identity = _identity(model_args, config, tokenizer, train_data, args.seed)
-            record = RunRecord(args.output_dir, identity, args.world_size)
-            record.check()
-            if record.is_finished(args):
-                print(record)
-                return
-            if args.process_index == 0:
-                record.write()
-        set_seed(args.seed)
-        model = load_model(model_args, config)
+        model = load_model(model_args, inputs.config)
         if tensor_parallel_size() > 1:
             model = split_model(model, args)
             args.compile_layers = False  # what splits a layer are hooks, which stand in the way of torch.compile
     except (ValueError, OSError) as error:
         raise SystemExit(f"rebased-train: error: {error}") from error
 
-    # The peers' kernels are not made for torch.compile.
-    if args.bf16 and isinstance(config, ReBasedConfig):
-        narrow_activations(model)
-    if args.compile_layers and not args.torch_compile and isinstance(config, ReBasedConfig):
-        compile_layers(model)
-    try:
-        trainer = LMTrainer(
-            model=model,
-            args=args,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            processing_class=tokenizer,
-            # Blocks need no padding. The library's collator for a tokenizer would pad them through Python lists, 40 ms
-            # for 16 blocks of 2,048 tokens, and add a mask of ones, which every layer would heed.
-            data_collator=default_data_collator,
-        )
-    except ValueError as error:
-        raise SystemExit(f"rebased-train: error: {error}") from error
+    trainer = new_trainer(model, inputs, args)
+    length = inputs.train_data.length
     logger.warning(
-        f"{model.num_parameters() / 1e6:.2f}M parameters, {len(train_data.tokens):,} training tokens in blocks of "
-        f"{length}, {args.world_size} process(es) on {args.device.type}"
+        f"{model.num_parameters() / 1e6:.2f}M parameters, {len(inputs.train_data.tokens):,} training tokens in blocks "
+        f"of {length}, {args.world_size} process(es) on {args.device.type}"
     )
     newest = None
     if trainer.get_tp_size() == 1:  # with tensor parallelism a run writes no checkpoints, and continues from none
-        newest = latest_complete_checkpoint(args.output_dir, record.fewest_processes)
+        newest = latest_complete_checkpoint(args.output_dir, inputs.record.fewest_processes)
     try:
         train_from(trainer, args.resume_from_checkpoint or newest)
     except CheckpointError as error:
@@ -414,18 +377,84 @@ def _main(argv: list[str]) -> None:
         "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
         "tokens_per_step": args.train_batch_size * args.gradient_accumulation_steps * batches * length,
-        "training_bytes": train_data.num_bytes,
+        "training_bytes": inputs.train_data.num_bytes,
     }
-    if eval_data is not None:
+    if inputs.eval_data is not None:
         metrics = trainer.evaluate()
         figures |= {name: round(metrics[name], 4) for name in ("eval_loss", "eval_bits_per_byte")}
     finished = gathered_model(trainer.accelerator.unwrap_model(trainer.model))
     if finished is not None:
         trainer.save_state()
-        settings = _settings(args, figures["tokens_per_step"], length, config)
-        write_final(finished, tokenizer, figures, Path(args.output_dir) / "final", argv, data_args, settings, args)
-        record.write({"steps": trainer.state.global_step, "epochs": trainer.state.epoch or 0.0})
+        settings = _settings(args, figures["tokens_per_step"], length, inputs.config)
+        folder = Path(args.output_dir) / "final"
+        write_final(finished, inputs.tokenizer, figures, folder, argv, data_args, settings, args)
+        inputs.record.write({"steps": trainer.state.global_step, "epochs": trainer.state.epoch or 0.0})
         print(json.dumps(figures, indent=2))
+
+
+class Inputs(NamedTuple):
+    """Hold what a run starts from, without the weights."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    train_data: TokenBlocks
+    eval_data: TokenBlocks | None
+    record: RunRecord
+
+
+def read_inputs(model_args: ModelArguments, data_args: DataArguments, args: LMTrainingArguments) -> Inputs | None:
+    """Read configuration, tokenizer and text, and record the run in its folder; `None` if the run is finished.
+
+    Raises:
+        ValueError, OSError: an argument or a file is wrong, or the folder holds another run.
+    """
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # which would only warn
+    set_seed(args.seed)
+    check_paths({"train_file": data_args.train_file, "eval_file": data_args.eval_file}, args.output_dir)
+    if args.use_liger_kernel:
+        # The library would pass over a model that Liger does not know without a word.
+        raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")
+    config = load_config(model_args)
+    check_kernels(config, args)
+    length = _own_length(config) if data_args.context_length is None else data_args.context_length
+    tokenizer = load_tokenizer(model_args, config, length)
+    with args.main_process_first(desc="tokenizing"):
+        train_data = TokenBlocks(data_args.train_file, tokenizer, length, args.output_dir)
+        eval_data = None
+        if data_args.eval_file:
+            eval_data = TokenBlocks(data_args.eval_file, tokenizer, length, args.output_dir)
+        identity = _identity(model_args, config, tokenizer, train_data, args.seed)
+        record = RunRecord(args.output_dir, identity, args.world_size)
+        record.check()
+        if record.is_finished(args):
+            print(record)
+            return None
+        if args.process_index == 0:
+            record.write()
+    return Inputs(config, tokenizer, train_data, eval_data, record)
+
+
+def new_trainer(model: PreTrainedModel, inputs: Inputs, args: LMTrainingArguments) -> LMTrainer:
+    """Return the trainer of a model, compiled and narrowed as the arguments say, or end the program."""
+    if isinstance(inputs.config, ReBasedConfig):  # the peers' kernels are not made for torch.compile
+        if args.bf16:
+            narrow_activations(model)
+        if args.compile_layers and not args.torch_compile:
+            compile_layers(model)
+    try:
+        return LMTrainer(
+            model=model,
+            args=args,
+            train_dataset=inputs.train_data,
+            eval_dataset=inputs.eval_data,
+            processing_class=inputs.tokenizer,
+            # Blocks need no padding. The library's collator for a tokenizer would pad them through Python lists, 40 ms
+            # for 16 blocks of 2,048 tokens, and add a mask of ones, which every layer would heed.
+            data_collator=default_data_collator,
+        )
+    except ValueError as error:
+        raise SystemExit(f"rebased-train: error: {error}") from error
 
 
 def _own_length(config: PreTrainedConfig) -> int:
