@@ -43,6 +43,7 @@ from transformers import (
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.folders import write_text
 from modeling_rebased.training.values import count, new_folder, not_negative
 
 from .distill import perplexity, read_blocks
@@ -412,11 +413,10 @@ class Comparison:
     def write(self) -> None:
         """Write results.json, report.md and answers.md."""
         folder = self.arguments.output
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(report(self.results), encoding="utf-8")
+        write_text(folder / "results.json", json.dumps(self.results, indent=1) + "\n")
+        write_text(folder / "report.md", report(self.results))
         if self.results.get("answers"):
-            (folder / "answers.md").write_text(side_by_side(self.results), encoding="utf-8")
+            write_text(folder / "answers.md", side_by_side(self.results))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -47,7 +47,7 @@ from transformers import (
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training.arguments import check_paths, parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command, warm_up
-from modeling_rebased.training.folders import gathered_model, save_model, written
+from modeling_rebased.training.folders import gathered_model, save_model, write_text, written
 from modeling_rebased.training.resume import (
     CheckpointError,
     RunRecord,
@@ -277,10 +277,10 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
             save_model(path, finished, tokenizer)
         trainer.save_state()
         # Before anything is measured too: the model is complete, also where that is cut short.
-        summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        write_text(summary, json.dumps(said, indent=2) + "\n")
         for row, blocks in zip(rows, held_out.values()):
             row |= {"teacher": perplexity(teacher, blocks), "student": perplexity(finished, blocks)}
-        summary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        write_text(summary, json.dumps(said, indent=2) + "\n")
         _card(finished, folder, distill, arguments, command, said).save(folder / "README.md")
         clock = trainer.clock.spent if trainer.clock is not None else 0.0
         record.write({"steps": said["steps"], "epochs": trainer.state.epoch or 0.0, "seconds": clock})

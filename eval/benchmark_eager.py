@@ -18,6 +18,7 @@ import torch
 from modeling_rebased import rebased_attention
 from modeling_rebased.eager_rebased import naive_rebased_attention
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.folders import write_text
 from modeling_rebased.training.values import new_folder
 
 from .plots import plot_eager
@@ -109,7 +110,7 @@ def main() -> None:
         print_row(rows[-1])
     if arguments.output is not None:
         write_csv(rows, arguments.output / "eager.csv")
-        (arguments.output / "machine.json").write_text(json.dumps({"title": title}, indent=2) + "\n")
+        write_text(arguments.output / "machine.json", json.dumps({"title": title}, indent=2) + "\n")
         plot_eager(rows, title, arguments.output / "eager.png")
         print(f"Wrote {arguments.output / 'eager.csv'} and {arguments.output / 'eager.png'}")
 

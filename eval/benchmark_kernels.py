@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.folders import write_text
 from modeling_rebased.training.values import new_folder
 
 from .plots import kernels_title, plot_kernels
@@ -308,7 +309,7 @@ def main() -> None:
 def write(rows: list[dict], machine: dict, arguments: argparse.Namespace) -> None:
     """Write kernels.csv, machine.json and kernels.png."""
     write_csv(rows, arguments.output / "kernels.csv")
-    (arguments.output / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+    write_text(arguments.output / "machine.json", json.dumps(machine, indent=2) + "\n")
     title = kernels_title(rows, machine, arguments.head_dim, arguments.tokens)
     plot_kernels(rows, title, arguments.output / "kernels.png")
 

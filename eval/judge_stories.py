@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
-from modeling_rebased.training.folders import written
+from modeling_rebased.training.folders import write_text, written
 from modeling_rebased.training.sampling import chat, sample
 from modeling_rebased.training.text import read_documents
 from modeling_rebased.training.values import count, new_folder
@@ -219,8 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         writer_of_rows.writeheader()
         writer_of_rows.writerows(rows)
     for name, continuations in texts.items():
-        with written(args.output / f"{name}.md") as path:
-            path.write_text(for_a_reader(name, continuations), encoding="utf-8")
+        write_text(args.output / f"{name}.md", for_a_reader(name, continuations))
 
 
 if __name__ == "__main__":

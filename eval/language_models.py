@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
-from modeling_rebased.training.folders import written
+from modeling_rebased.training.folders import write_text
 from modeling_rebased.training.shards import map_shards, read_index
 from modeling_rebased.training.text import encode_all, read_documents
 from modeling_rebased.training.values import count, known_device, new_folder
@@ -322,8 +322,7 @@ def measure(name: str, folder: str, domains: Domains, shards: list[np.ndarray], 
         del model
         longest = max(args.lengths, default=max(LENGTHS))
         result["speed"] |= measure_generation(load(folder, args.device, torch.bfloat16), longest)
-    with written(args.output / f"{name}.json") as path:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(args.output / f"{name}.json", json.dumps(result, indent=1) + "\n")
     for domain, row in result["domains"].items():
         print(f"{name:16s} {domain:14s} {row['perplexity']:9.3f} perplexity {row['bits_per_byte']:.4f} bits per byte")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.folders import written
 
 from .plot_style import color_of, label_lines, label_of, new_figure, plain_log_axis, save
 
@@ -69,7 +70,10 @@ def write_tables(rows: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     for name, table in rows.items():
         if not table:
             continue
-        with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+        with (
+            written(folder / f"{name}.csv") as path,
+            open(path, "w", encoding="utf-8", newline="") as file,
+        ):
             writer = csv.DictWriter(
                 file, list(dict.fromkeys(key for row in table for key in row)), lineterminator="\n"
             )

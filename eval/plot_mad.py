@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.folders import write_text
 from modeling_rebased.training.mad import TASKS
 from modeling_rebased.training.values import new_folder
 
@@ -133,10 +134,9 @@ def write_report(
     if not runs:
         parser.error(f"no finished run in {', '.join(args.results)}")
     folder = args.output
-    folder.mkdir(parents=True, exist_ok=True)
     table = markdown(runs)
     print(table)
-    (folder / f"{task}.md").write_text(table + "\n", encoding="utf-8")
+    write_text(folder / f"{task}.md", table + "\n")
     plot(runs, folder / f"{task}.png")
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.folders import write_text
 from modeling_rebased.training.peers import PEERS
 from modeling_rebased.training.values import new_folder
 
@@ -407,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
         if table.count("\n") < 2:  # no two models with two seeds each, or no ablation
             continue
         print(table)
-        (folder / name).write_text(table + "\n", encoding="utf-8")
+        write_text(folder / name, table + "\n")
     plot(found, folder / "figure_1.png")
     plot_curves(runs, folder / "curves.png")
 

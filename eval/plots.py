@@ -291,8 +291,9 @@ def redraw(folder: Path) -> list[Path]:
             drawn.append(path.parent / "eager.png")
             plot_eager(read_csv(path.parent / "eager.csv"), machine["title"], drawn[-1])
     for path in sorted(folder.glob("**/generation.csv")):
-        drawn.append(path.with_name("models.png"))
-        plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
+        if path.with_name("training.csv").is_file():  # the picture has a panel for each
+            drawn.append(path.with_name("models.png"))
+            plot_models(read_csv(path.with_name("training.csv")), read_csv(path), drawn[-1])
     for path in sorted(folder.glob("**/context_parallel.csv")):
         drawn.append(path.with_suffix(".png"))
         rings = path.with_name("ring.csv")

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.folders import write_text
 from modeling_rebased.training.text import encode, read_documents
 from modeling_rebased.training.values import count, known_device, new_folder
 
@@ -314,13 +315,12 @@ def parse(
 
 def write_report(results: dict[str, Slices], folder: Path) -> None:
     """Write slices.md, slices.json and slices.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "slices.md").write_text(markdown(results) + "\n", encoding="utf-8")
+    write_text(folder / "slices.md", markdown(results) + "\n")
     report = {
         label: {"slices": slices.table(), "by_distance": {2**b: v for b, v in sorted(slices.by_distance.items())}}
         for label, slices in results.items()
     }
-    (folder / "slices.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "slices.json", json.dumps(report, indent=1) + "\n")
     plot_slices(report, folder / "slices.png")
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from modeling_rebased.training.folders import written
+
 
 def median_ms(function: Callable[[], Any], repeats: int) -> float:
     """Return the median wall-clock time of `repeats` calls in milliseconds, after one call that is not counted.
@@ -35,8 +37,7 @@ def median_ms(function: Callable[[], Any], repeats: int) -> float:
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     """Write rows with equal fields as CSV, with four decimals. The folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with written(path) as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)

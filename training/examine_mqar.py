@@ -24,6 +24,7 @@ from modeling_rebased.modeling_rebased import ReBasedLinearAttention
 
 from . import mqar
 from .arguments import HelpFormatter, with_dashes
+from .folders import write_text
 from .mqar import MQARExamples
 from .mqar_runs import Run
 from .values import count, known_device, list_of
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [examine(load(epoch), args.device, args.examples, args.batch_size) for epoch in epochs]
     print(table(results))
     if args.output:
-        Path(args.output).write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+        write_text(args.output, "".join(json.dumps(result) + "\n" for result in results))
 
 
 if __name__ == "__main__":

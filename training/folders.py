@@ -42,6 +42,12 @@ def written(destination: str | os.PathLike) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def write_text(destination: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8 whole, or not at all. Its folder is made if it is missing."""
+    with written(destination) as path:
+        path.write_text(text, encoding="utf-8")
+
+
 def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel | None:
     """Return a plain copy of a trained model on the main process, and `None` on the others.
 

@@ -42,7 +42,7 @@ from .arguments import HelpFormatter, with_dashes
 from .corpus_duplicates import QUOTE, Passages, hash_of, near_copies, quoted_share, shingle_hashes, signature
 from .corpus_packages import Origin, Source, download, read_list, read_package
 from .corpus_text import is_english_text, to_text
-from .folders import written
+from .folders import write_text, written
 from .prepare_text import clean, read_texts
 from .shards import compress_shard, tokenizer_identity, write_index, write_shard
 from .text import END_OF_TEXT, encode_all
@@ -347,8 +347,8 @@ def finish(
         "mean quoted share of the others": round(mean_share, 4),
         "packages": [{key: value for key, value in head.items() if key not in patterns} for head in corpus.heads],
     }
-    (output_dir / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    with open(output_dir / "corpus.csv", "w", encoding="utf-8", newline="") as file:
+    write_text(output_dir / "corpus.json", json.dumps(facts, indent=1) + "\n")
+    with written(output_dir / "corpus.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["domain", "part", "packages", "documents", "bytes", "tokens"])
         for domain in dict.fromkeys(head["domain"] for head in corpus.heads):

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .folders import written
+from .folders import write_text, written
 
 
 INDEX = "index.json"
@@ -123,8 +123,7 @@ def write_index(
         "shards": shards,
         "made_by": made_by,
     }
-    with written(folder / INDEX) as path:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / INDEX, json.dumps(content, indent=1) + "\n")
     return total
 
 

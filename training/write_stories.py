@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .arguments import HelpFormatter, with_dashes
 from .byte_tokenizer import PAD
-from .folders import written
+from .folders import write_text, written
 from .text import END_OF_TEXT
 from .values import count, natural, new_folder
 
@@ -226,18 +226,15 @@ def main(argv: list[str] | None = None) -> None:
             sample += texts[: max(0, 50_000 - len(sample))]
             out.write("".join(f"{END_OF_TEXT}{text}\n" for text in texts))
     held_out = held_out[: args.held_out]
-    with written(args.output_dir / "heldout.txt") as path:
-        path.write_text("".join(f"{END_OF_TEXT}{text}\n" for text in held_out), encoding="utf-8")
+    write_text(args.output_dir / "heldout.txt", "".join(f"{END_OF_TEXT}{text}\n" for text in held_out))
     lines = [json.dumps({"title": f"story-{i}", "text": text}) + "\n" for i, text in enumerate(held_out)]
     while sum(map(len, lines)) > args.repository_bytes:
         lines.pop()
-    with written(args.output_dir / "heldout.jsonl") as path:
-        path.write_text("".join(lines), encoding="utf-8")
+    write_text(args.output_dir / "heldout.jsonl", "".join(lines))
     with written(args.output_dir / "tokenizer") as path:
         learn_tokenizer(sample, args.vocab_size).save_pretrained(path)
     figures = {"stories for training": kept, "stories held out": len(held_out), "plots": len(plots()[1])}
-    with written(args.output_dir / "figures.json") as path:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_text(args.output_dir / "figures.json", json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 

@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from modeling_rebased.eval.timing import write_csv
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
-from modeling_rebased.training.folders import gathered_model, save_model, written
+from modeling_rebased.training.folders import gathered_model, save_model, write_text, written
 from tests.modeling_rebased.cases import make_ids, make_model
 from tests.processes import run_with_two_processes
 
@@ -19,6 +20,20 @@ def test_what_fails_leaves_nothing(tmp_path):
         path.mkdir()
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_or_table_that_fails_leaves_the_one_before(tmp_path):
+    write_text(tmp_path / "new" / "text", "one é\n")
+    assert (tmp_path / "new" / "text").read_bytes() == "one é\n".encode()
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "new" / "text", "two\n" * 9999 + "\udcff")
+    write_csv([{"a": 1.23456}], tmp_path / "new" / "table.csv")
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        write_csv([{"a": 2}, {"b": 3}], tmp_path / "new" / "table.csv")
+    assert {path.name: path.read_text("utf-8").split() for path in (tmp_path / "new").iterdir()} == {
+        "text": ["one", "é"],
+        "table.csv": ["a", "1.2346"],
+    }
 
 
 def test_what_is_written_takes_the_place_of_what_was_there(tmp_path, monkeypatch):
