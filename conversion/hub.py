@@ -104,18 +104,11 @@ def export(
     settings = _generation_config(folder, config, tokens)
     evaluation = read_results(results or [], parameters)
     said = _said_by_readme(folder)
-    if license in (None, said.get("license")):
-        license = said.get("license")
-        license_name, license_link = license_name or said.get("license_name"), license_link or said.get("license_link")
-    if license not in (None, "other") and (license_name or license_link):
-        raise ConversionError(f"--license-name and --license-link are for license 'other', but it is {license!r}.")
     card = hub_card(
         config,
         parameters,
         name=name or (push or Path(os.path.abspath(destination)).name).split("/")[-1],
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
+        **_terms(said, license, license_name, license_link),
         datasets=datasets or said.get("datasets"),
         languages=languages or said.get("language"),
         base_model=base_model or said.get("base_model"),
@@ -218,6 +211,18 @@ def _said_by_readme(folder: Path) -> dict[str, Any]:
         return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception as error:  # yaml's and the card's
         raise ConversionError(f"{str(path)!r} has metadata that cannot be read: {error}") from error
+
+
+def _terms(
+    said: dict[str, Any], license: str | None, license_name: str | None, license_link: str | None
+) -> dict[str, str | None]:
+    """Return the three fields of the license. What the source's README.md says of another license is left out."""
+    if license in (None, said.get("license")):
+        license = said.get("license")
+        license_name, license_link = license_name or said.get("license_name"), license_link or said.get("license_link")
+    if license not in (None, "other") and (license_name or license_link):
+        raise ConversionError(f"--license-name and --license-link are for license 'other', but it is {license!r}.")
+    return {"license": license, "license_name": license_name, "license_link": license_link}
 
 
 def _read_text(path: str | os.PathLike | None) -> str:

@@ -247,6 +247,17 @@ def check_made_by(folder: Path, made_by: dict[str, Any]) -> None:
             raise ValueError(f"{folder} holds shards of other settings: {', '.join(other)}.")
 
 
+def _check_numbers(tokens: int, batch_size: int, temperature: float, max_seconds: float) -> None:
+    for name, number in (
+        ("--tokens", tokens),
+        ("--batch-size", batch_size),
+        ("--temperature", temperature),
+        ("--max-seconds", max_seconds),
+    ):
+        if not 0 < number < math.inf and not (number == math.inf and name == "--max-seconds"):
+            raise ValueError(f"{name} is {number}; it must be positive.")
+
+
 def sample_shards(
     teacher: str | os.PathLike,
     output: str | os.PathLike,
@@ -286,14 +297,7 @@ def sample_shards(
     Raises:
         ValueError: an argument is wrong, or `output` holds shards of other settings.
     """
-    for name, number in (
-        ("--tokens", tokens),
-        ("--batch-size", batch_size),
-        ("--temperature", temperature),
-        ("--max-seconds", max_seconds),
-    ):
-        if not 0 < number < math.inf and not (number == math.inf and name == "--max-seconds"):
-            raise ValueError(f"{name} is {number}; it must be positive.")
+    _check_numbers(tokens, batch_size, temperature, max_seconds)
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"OUTPUT {folder} is a file; it must be a folder, or a new one.")

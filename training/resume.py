@@ -81,9 +81,12 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
 
 
 def weights_identity(folder: str | os.PathLike) -> str:
-    """Return a hash of the safetensors in a model's folder."""
+    """Return a hash of the safetensors in a model's folder, or of the name where that is not of such a folder."""
     identity = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:  # it is a model's name on the Hub
+        identity.update(os.fspath(folder).encode())
+    for path in paths:
         identity.update(path.name.encode())
         with open(path, "rb") as file:
             while part := file.read(1 << 24):

@@ -118,6 +118,7 @@ def test_the_identity_of_weights(tmp_path):
     (tmp_path / "other.bin").write_bytes(b"1")
     expected = hashlib.sha256(b"".join(name.encode() + content for name, content in parts.items())).hexdigest()[:16]
     assert weights_identity(tmp_path) == expected
+    assert weights_identity("user/one") == weights_identity("user/one") != weights_identity("user/two")
 
 
 def test_a_record_is_written_and_found_again(tmp_path):
