@@ -4,6 +4,7 @@ import argparse
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,50 @@ def tasks_path() -> str:
     return str(Path(__file__).resolve().parent)
 
 
-def refuses_misspelt(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a maker of documents that refuses a misspelt name in `--metadata`.
+AT_LEAST_ONE = ("num_examples", "queries", "distance")
 
-    lm-eval hands over `--model_args` too, so a name that is like none of the maker's own is left alone.
+
+def checks_metadata(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a maker of documents that refuses what it cannot use in `--metadata`: misspelt names, and no numbers.
+
+    lm-eval hands over `--model_args` too, so a name that is like none of the maker's own is left alone. An argument
+    with the annotation `int` or `float` arrives as such a number, and those of `AT_LEAST_ONE` are at least 1.
 
     Args:
         make: takes what lm-eval's `custom_dataset` gets. What it does not name is ignored.
     """
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(make).parameters.items()}
-    known = [name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = inspect.signature(make, eval_str=True).parameters
+    known = {
+        name: parameter.annotation
+        for name, parameter in parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
 
     @functools.wraps(make)
     def checked(**given: Any) -> Any:
-        for name in given:
+        for name, value in given.items():
             meant = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
             if meant:
                 raise ValueError(f"--metadata has {name!r}, which the task does not know; it knows {meant[0]!r}")
+            if known.get(name) in (int, int | None, float, float | None) and value is not None:
+                given[name] = _number(name, value, whole=known[name] in (int, int | None))
         return make(**given)
 
     return checked
+
+
+def _number(name: str, value: Any, whole: bool) -> int | float:
+    """Return a value of the metadata as a number."""
+    least = 1 if name in AT_LEAST_ONE else None
+    try:
+        number = value if isinstance(value, int) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or (whole and number != int(number)):
+        raise ValueError(f"{name} in --metadata must be a {'whole ' if whole else ''}number, got {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} in --metadata must be at least {least}, got {value!r}")
+    return int(number) if whole else number
 
 
 def check_words(words: Sequence[str], option: str, run: Mapping[str, Any]) -> None:

@@ -16,14 +16,14 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from modeling_rebased.eval.tasks import check_words, refuses_misspelt
+from modeling_rebased.eval.tasks import check_words, checks_metadata
 from modeling_rebased.training import icll
 from modeling_rebased.training.mqar import symbols as words
 from modeling_rebased.training.mqar import to_text
 from modeling_rebased.training.random_numbers import few_of
 
 
-@refuses_misspelt
+@checks_metadata
 def icll_dataset(
     seed: int = 0,
     num_examples: int = 128,
@@ -48,12 +48,12 @@ def icll_dataset(
     Raises:
         ValueError: a size that the task cannot have, or a model that does not know the task's words.
     """
-    spec = icll.ICLLSpec(int(symbols), int(max_states), int(min_strings), int(max_strings), int(longest_string))
+    spec = icll.ICLLSpec(symbols, max_states, min_strings, max_strings, longest_string)
     check_words(words(spec.vocab_size), "symbols", run)
-    examples = icll.make_examples(spec, int(num_examples), seed=int(seed), split="test")
+    examples = icll.make_examples(spec, num_examples, seed=seed, split="test")
     tokens, exact, ngram = examples.input_ids(), examples.next_tokens(), icll.ngram_next_tokens(examples)
     documents: dict[str, list] = {"text": [], "tokens": [], "automaton": [], "ngram": []}
-    for n, t in few_of(examples.targets() >= 0, int(queries), seed=int(seed)).nonzero().tolist():
+    for n, t in few_of(examples.targets() >= 0, queries, seed=seed).nonzero().tolist():
         documents["text"].append(to_text(tokens[n, : t + 1].tolist()))
         documents["tokens"].append(words(spec.vocab_size))
         documents["automaton"].append(exact[n, t].tolist())

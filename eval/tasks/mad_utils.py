@@ -13,13 +13,13 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from modeling_rebased.eval.tasks import check_words, refuses_misspelt
+from modeling_rebased.eval.tasks import check_words, checks_metadata
 from modeling_rebased.training import mad
 from modeling_rebased.training.mqar import symbols, to_text
 from modeling_rebased.training.random_numbers import few_of
 
 
-@refuses_misspelt
+@checks_metadata
 def mad_dataset(
     mad_task: str,
     seed: int = 0,
@@ -48,16 +48,16 @@ def mad_dataset(
     base = mad.BASE[mad_task]
     spec = mad.MADSpec(
         mad_task,
-        base.vocab_size if vocab_size is None else int(vocab_size),
-        base.length if length is None else int(length),
-        base.noise_vocab_size if noise_vocab_size is None else int(noise_vocab_size),
-        base.noise if noise is None else float(noise),
-        base.copy if copy is None else int(copy),
+        base.vocab_size if vocab_size is None else vocab_size,
+        base.length if length is None else length,
+        base.noise_vocab_size if noise_vocab_size is None else noise_vocab_size,
+        base.noise if noise is None else noise,
+        base.copy if copy is None else copy,
     )
     check_words(symbols(spec.vocab_size), "vocab_size", run)
-    tokens, targets = mad.make_examples(spec, int(num_examples), seed=int(seed), split="test")
+    tokens, targets = mad.make_examples(spec, num_examples, seed=seed, split="test")
     documents: dict[str, list] = {"text": [], "value": [], "example": [], "position": []}
-    for n, t in few_of(targets >= 0, int(queries), seed=int(seed)).nonzero().tolist():
+    for n, t in few_of(targets >= 0, queries, seed=seed).nonzero().tolist():
         documents["text"].append(to_text(tokens[n, : t + 1].tolist()))
         documents["value"].append(to_text([int(targets[n, t])]))
         documents["example"].append(n)

@@ -13,11 +13,11 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from modeling_rebased.eval.tasks import check_words, refuses_misspelt
+from modeling_rebased.eval.tasks import check_words, checks_metadata
 from modeling_rebased.training import mqar
 
 
-@refuses_misspelt
+@checks_metadata
 def mqar_dataset(
     length: int,
     num_pairs: int,
@@ -40,10 +40,10 @@ def mqar_dataset(
     Raises:
         ValueError: a size that the task cannot have, or a model that does not know the task's words.
     """
-    spec = mqar.MQARSpec(length=int(length), num_pairs=int(num_pairs), vocab_size=int(vocab_size))
+    spec = mqar.MQARSpec(length=length, num_pairs=num_pairs, vocab_size=vocab_size)
     check_words(mqar.symbols(spec.vocab_size), "vocab_size", run)
-    examples = mqar.make_examples(spec, int(num_examples), seed=int(seed), split="test")
-    chosen = mqar.query_subset(spec, int(num_examples), int(queries), seed=int(seed))
+    examples = mqar.make_examples(spec, num_examples, seed=seed, split="test")
+    chosen = mqar.query_subset(spec, num_examples, queries, seed=seed)
     ids = examples.input_ids().tolist()
     documents: dict[str, list] = {"text": [], "value": [], "example": [], "pair": []}
     for n, pairs in enumerate(chosen.tolist()):

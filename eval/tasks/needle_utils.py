@@ -14,13 +14,13 @@ if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from modeling_rebased.conversion.recall import KINDS, item_text
-from modeling_rebased.eval.tasks import refuses_misspelt
+from modeling_rebased.eval.tasks import checks_metadata
 
 
 LINE = 25  # tokens of the repeated sentences, by the tokenizer of SmolLM2; others differ by one or two
 
 
-@refuses_misspelt
+@checks_metadata
 def needle_dataset(distance: int, num_examples: int = 50, seed: int = 0, **_: object) -> dict[str, Dataset]:
     """Return the test documents: a request, the beginning of its answer, and the value that is asked for.
 
@@ -30,9 +30,7 @@ def needle_dataset(distance: int, num_examples: int = 50, seed: int = 0, **_: ob
         seed: of the test set; `--metadata '{"seed": 1}'` changes it, and likewise all that follows.
         **_: what lm-eval adds to the metadata of a run.
     """
-    first = int(seed) * int(num_examples)
-    items = [
-        item_text(kind, max(1, int(distance) // LINE), first + i) for kind in KINDS for i in range(int(num_examples))
-    ]
+    first = seed * num_examples
+    items = [item_text(kind, max(1, distance // LINE), first + i) for kind in KINDS for i in range(num_examples)]
     columns = dict(zip(("request", "beginning", "value"), map(list, zip(*items))))
     return {"test": Dataset.from_dict(columns)}

@@ -15,7 +15,7 @@ from datasets import Dataset
 if importlib.util.find_spec("modeling_rebased") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from modeling_rebased.eval.tasks import refuses_misspelt
+from modeling_rebased.eval.tasks import checks_metadata
 from modeling_rebased.training.text import read_documents
 
 
@@ -38,7 +38,7 @@ def load_heldout_stories(**_: Any) -> dict[str, Dataset]:
     return _beside("heldout_stories.jsonl")
 
 
-@refuses_misspelt
+@checks_metadata
 def load_text(text_file: str | None = None, **_: Any) -> dict[str, Dataset]:
     """Return the user's own text: `--metadata '{"text_file": "my.txt"}'`, or the variable REBASED_PPL_TEXT.
 

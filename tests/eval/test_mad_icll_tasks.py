@@ -113,6 +113,23 @@ def test_the_files_are_the_tasks_their_names_say():
 
 
 @pytest.mark.parametrize(
+    "module, given, message",
+    [
+        ("mqar", {"length": 64.5, "num_pairs": 4}, "length in --metadata must be a whole number, got 64.5"),
+        ("mqar", {"length": 64, "num_pairs": 4, "queries": 0}, "queries in --metadata must be at least 1, got 0"),
+        ("mad", {"mad_task": "recall", "num_examples": "many"}, "num_examples in --metadata must be a whole number"),
+        ("mad", {"mad_task": "noisy_recall", "noise": [1]}, r"noise in --metadata must be a number, got \[1\]"),
+        ("icll", {"max_states": True}, "max_states in --metadata must be a whole number, got True"),
+        ("needle", {"distance": -100}, "distance in --metadata must be at least 1, got -100"),
+    ],
+)
+def test_a_number_in_the_metadata_that_is_none_or_too_small_is_an_error(module, given, message):
+    make = getattr(importlib.import_module(f"modeling_rebased.eval.tasks.{module}_utils"), f"{module}_dataset")
+    with pytest.raises(ValueError, match=message):
+        make(**given)
+
+
+@pytest.mark.parametrize(
     "module, function, name, meant",
     [
         ("mqar_utils", "mqar_dataset", "quries", "queries"),
