@@ -63,10 +63,14 @@ def list_of(kind: Callable[[str], Any]) -> Callable[[str], list]:
 
 def known_device(text: str) -> str:
     """Read the name of a device that PyTorch can compute on here."""
+    gpus = torch.cuda.device_count()
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError):  # the latter where PyTorch was built without GPUs
-        gpus = torch.cuda.device_count()
+        found = torch.device(text)
+        if found.type != "cuda":  # whose memory is left to the process that computes
+            torch.empty(0, device=found)
+        elif (found.index or 0) >= gpus:
+            raise RuntimeError
+    except (RuntimeError, AssertionError, ImportError):  # as each kind has it
         allowed = "cpu" + "".join(f", cuda:{number}" for number in range(gpus)) + (" or cuda" if gpus else "")
         raise argparse.ArgumentTypeError(f"must be {allowed} here, got {text!r}") from None
     return text

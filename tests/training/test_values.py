@@ -37,6 +37,7 @@ def test_what_is_allowed_is_read(tmp_path):
         (not_negative, "inf", "must be a number of at least 0, got 'inf'"),
         (fraction, "1", "must be at least 0 and less than 1, got '1'"),
         (list_of(count), "3,,4", "must be an integer of at least 1, got ''"),
+        (known_device, "xpu", "must be cpu.* here, got 'xpu'"),
         (known_device, "gpu", "must be cpu.* here, got 'gpu'"),
         (known_device, "cuda:99", "must be cpu.* here, got 'cuda:99'"),
         (new_folder, __file__, "must be a folder, or a new one, but .*test_values.py is a file"),
@@ -50,5 +51,8 @@ def test_what_is_not_allowed_is_named(read, text, message):
 
 def test_the_gpus_that_there_are_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [known_device(text) for text in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    with pytest.raises(argparse.ArgumentTypeError, match="got 'cuda:2'"):
+        known_device("cuda:2")
     with pytest.raises(argparse.ArgumentTypeError, match="must be cpu, cuda:0, cuda:1 or cuda here, got 'gpu'"):
         known_device("gpu")
