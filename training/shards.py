@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .folders import write_text, written
@@ -35,8 +36,15 @@ INDEX = "index.json"
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of a tokenizer's rules and vocabulary, or of its vocabulary alone if it has no fast backend."""
+    """Return a hash of a tokenizer's rules and vocabulary, or of its vocabulary alone if it has no fast backend.
+
+    How it pads and truncates is left out. A fast tokenizer keeps that from the last call in which it did.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and not (backend.padding is None and backend.truncation is None):
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_padding()
+        backend.no_truncation()
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -203,4 +203,8 @@ def test_a_tokenizer_without_an_end_or_a_fast_backend():
     expected = hashlib.sha256(json.dumps([["a", 0], ["b", 1]]).encode()).hexdigest()[:16]
     assert tokenizer_identity(Plain()) == expected
     fast = byte_tokenizer()
-    assert tokenizer_identity(fast) == hashlib.sha256(fast.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    expected = hashlib.sha256(fast.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    assert tokenizer_identity(fast) == expected
+    fast(["a", "bcd"], padding=True, truncation=True, max_length=2)  # which the backend remembers
+    assert fast.backend_tokenizer.padding is not None and tokenizer_identity(fast) == expected
+    assert fast.backend_tokenizer.padding is not None
