@@ -167,6 +167,11 @@ def start_compiling(kernel, grid: tuple[int, ...], arguments: dict[str, Any]) ->
     return _MODE.compilers.submit(compile_and_load)
 
 
+# For each sum and product of integers, Triton's compiler builds a check for overflow, which only its debug mode keeps.
+# Without these checks it makes the same machine code, and its first stage, in Python, takes a tenth less time.
+_WITHOUT_CHECKS = {} if INTERPRETED else {"sanitize_overflow": False}
+
+
 def launch(
     prepared: Launches,
     name: str,
@@ -187,7 +192,7 @@ def launch(
     if _MODE.compilers is not None:
         if name not in prepared.launches and name not in prepared.compiling:
             grid, others = complete()
-            prepared.compiling[name] = start_compiling(kernel, grid, {**tensors, **others})
+            prepared.compiling[name] = start_compiling(kernel, grid, {**tensors, **others, **_WITHOUT_CHECKS})
         return
     found = prepared.launches.get(name)
     if found is not None:
@@ -197,7 +202,7 @@ def launch(
     if name in prepared.compiling:
         wait([prepared.compiling.pop(name)])  # what went wrong there goes wrong once more below
     grid, others = complete()
-    compiled = kernel[grid](**tensors, **others)
+    compiled = kernel[grid](**tensors, **others, **_WITHOUT_CHECKS)
     if not INTERPRETED:
         first, rest = kernel.arg_names[: len(tensors)], kernel.arg_names[len(tensors) :]
         prepared.launches[name] = compiled[(*grid, 1, 1)[:3]], itemgetter(*first), tuple(others[x] for x in rest)

@@ -967,7 +967,7 @@ def test_kernels_are_compiled_in_threads_before_they_are_launched(monkeypatch):
         def __init__(self, name):
             self.name = name
 
-        def warmup(self, x, y, SIZE, grid):
+        def warmup(self, x, y, SIZE, grid, **options):
             assert threading.current_thread() is not threading.main_thread()
             start.wait(30)
             meet.wait()  # both at the same time
@@ -975,7 +975,7 @@ def test_kernels_are_compiled_in_threads_before_they_are_launched(monkeypatch):
             return {(*grid, 1): None}
 
         def __getitem__(self, grid):
-            def run(x, y, SIZE):
+            def run(x, y, SIZE, **options):
                 events.append(f"launch {self.name}")
                 return {(*grid, 1): lambda *arguments: events.append(f"launch {self.name} again with {arguments}")}
 
