@@ -86,6 +86,24 @@ def keep_recurrent_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> N
             layer.device = state.device
 
 
+def _change_batch(layer: LinearAttentionCacheLayerMixin, name: str, argument: Any) -> None:
+    """Repeat or select the rows of a layer's states, and of its window's keys and values if it has them."""
+    if isinstance(layer, CacheLayerMixin):
+        getattr(super(LinearAttentionCacheLayerMixin, layer), name)(argument)
+    repeats = name == "batch_repeat_interleave"
+    for states in (layer.conv_states, layer.recurrent_states):
+        for i, state in states.items():
+            if state is not None:
+                states[i] = state.repeat_interleave(argument, dim=0) if repeats else state[argument]
+
+
+# `Cache` offers both to custom loops of generation, such as contrastive search, but up to 5.24 the library's recurrent
+# layers lack them.
+for _name in ("batch_repeat_interleave", "batch_select_indices"):
+    if not hasattr(LinearAttentionCacheLayerMixin, _name):
+        setattr(LinearAttentionCacheLayerMixin, _name, functools.partialmethod(_change_batch, _name))
+
+
 class RollbackLayer:
     """What lets a recurrent layer of a cache take back its last tokens, for assisted generation.
 
@@ -171,7 +189,7 @@ def record_inputs(cache: Cache, layer_idx: int, window: torch.Tensor, length: in
 
 def make_croppable(cache: Cache, config: ReBasedConfig) -> None:
     """Let a dynamic cache of a recurrent model take back tokens once it records them, as `RollbackLayer` says."""
-    for layer_idx, layer_type in enumerate(config.layer_types):
+    for layer_idx, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
         layer = cache.layers[layer_idx]
         if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, RollbackLayer):
             # The same layer with more abilities, whichever of the library's kinds it is.
@@ -247,6 +265,16 @@ class TokenCountLayer(CacheLayerMixin):
         if self.is_initialized:
             self.counts = self.counts.index_select(0, beam_idx.to(self.counts.device))
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.is_initialized:
+            self.counts = self.counts.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Select rows, by their numbers or by a mask."""
+        if self.is_initialized:
+            self.counts = self.counts[indices]
+
     def offload(self) -> None:
         """Stay where it is: there is next to nothing to move."""
 
@@ -277,7 +305,7 @@ def count_layer(cache: Cache, config: ReBasedConfig) -> TokenCountLayer:
         `ValueError`: the cache was not made for this model: a layer is missing, of the wrong kind or too many.
     """
     if len(cache.layers) <= config.num_hidden_layers:
-        for layer_idx, layer_type in enumerate(config.layer_types):
+        for layer_idx, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
             layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
             if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, LinearAttentionCacheLayerMixin):
                 raise ValueError(

@@ -1063,7 +1063,9 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if self.linear_rotary_emb is not None:
             linear_position_embeddings = self.linear_rotary_emb(hidden_states, position_ids)
 
-        for layer, layer_type in zip(self.layers, self.config.layer_types):
+        # Fewer than all, where `generate` drafts with the first layers: `assistant_early_exit`.
+        layer_types = self.config.layer_types[: self.config.num_hidden_layers]
+        for layer_type, layer in zip(layer_types, self.layers):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type if layer_type in masks else "linear_attention"],

@@ -193,6 +193,36 @@ def test_assisted_generation(name, kind):
         assert steps < 12  # some drafted tokens were accepted
 
 
+@torch.no_grad()
+def test_drafts_of_the_first_layers():
+    """`assistant_early_exit` drafts with one layer or more of the model itself."""
+    model, ids = make_model("every_type"), make_ids(1)
+    expected = greedy_reference(model, ids, 6)
+    for layers in range(1, model.config.num_hidden_layers):
+        assert torch.equal(generate(model, ids, assistant_early_exit=layers), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mqar", "every_type"])
+def test_rows_of_a_cache_are_repeated_and_selected(name):
+    """As contrastive search does: each row tries several tokens, and goes on with one of them."""
+    model, ids = make_model(name), make_ids()
+    mask = torch.ones_like(ids)
+    mask[1, :8] = 0
+    cache = model(ids, attention_mask=mask).past_key_values
+    cache.batch_repeat_interleave(3)
+    tried = torch.cat([ids.repeat_interleave(3, 0), torch.arange(10, 16)[:, None]], dim=1)
+    masks = torch.nn.functional.pad(mask.repeat_interleave(3, 0), (0, 1), value=1)
+    logits = model(tried[:, -1:], attention_mask=masks, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(tried, attention_mask=masks, use_cache=False).logits[:, -1:])
+    chosen = torch.tensor([1, 5])
+    cache.batch_select_indices(chosen)
+    tried = torch.cat([tried[chosen], torch.tensor([[7], [8]])], dim=1)
+    masks = torch.nn.functional.pad(masks[chosen], (0, 1), value=1)
+    logits = model(tried[:, -1:], attention_mask=masks, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(tried, attention_mask=masks, use_cache=False).logits[:, -1:])
+
+
 def test_assisted_generation_needs_a_dynamic_cache():
     model, ids = make_model("paper"), make_ids(1)
     message = "recurrent layers needs a `DynamicCache`, but the cache is a StaticCache.$"
