@@ -1,5 +1,6 @@
 """generate() and everything around it, as a user of transformers calls it."""
 
+import copy
 import functools
 
 import pytest
@@ -197,6 +198,10 @@ def test_assisted_generation(name, kind):
 def test_drafts_of_the_first_layers():
     """`assistant_early_exit` drafts with one layer or more of the model itself."""
     model, ids = make_model("every_type"), make_ids(1)
+    shorter = copy.deepcopy(model.config)
+    shorter.num_hidden_layers = 1
+    if len(DynamicCache(config=shorter).layers) > 1:
+        pytest.skip("this transformers makes a cache for all layers")
     expected = greedy_reference(model, ids, 6)
     for layers in range(1, model.config.num_hidden_layers):
         assert torch.equal(generate(model, ids, assistant_early_exit=layers), expected)
