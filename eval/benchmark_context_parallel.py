@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, shard_sequence
 from modeling_rebased.configuration import config_path
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
-from modeling_rebased.training.values import new_folder
+from modeling_rebased.training.values import count, natural, new_folder
 
 from .plots import plot_context_parallel
 from .timing import write_csv
@@ -328,18 +328,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=new_folder, help="folder for the results")
     parser.add_argument("--config", default="150m-rebased", help="configuration of the model")
-    parser.add_argument("--shards", type=int, nargs="*", default=[131072], help="tokens per GPU")
-    parser.add_argument("--gpus", type=int, nargs="*", help="numbers of GPUs; by default 1, 2, 4, ... and all")
+    parser.add_argument("--shards", type=count, nargs="*", default=[131072], help="tokens per GPU")
+    parser.add_argument("--gpus", type=count, nargs="*", help="numbers of GPUs; by default 1, 2, 4, ... and all")
     parser.add_argument("--profile", action="store_true", help="also profile one step of each kind")
-    parser.add_argument("--ring", type=int, nargs="*", default=[], help="tokens per sequence, for ring attention")
+    parser.add_argument("--ring", type=count, nargs="*", default=[], help="tokens per sequence, for ring attention")
     parser.add_argument("--ring-config", default="150m-softmax", help="configuration of the softmax model")
     parser.add_argument(
-        "--checked-length", type=int, default=5001, help="tokens of the comparison with one GPU, 0 for none"
+        "--checked-length", type=natural, default=5001, help="tokens of the comparison with one GPU, 0 for none"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls")
-    parser.add_argument("--compile", type=int, default=1, help="0 leaves the layers as they are")
+    parser.add_argument("--repeats", type=count, default=5, help="timed calls")
+    parser.add_argument("--compile", type=natural, default=1, help="0 leaves the layers as they are")
     parser.add_argument(
-        "--checkpoint-from", type=int, default=65536, help="tokens per GPU with activation checkpointing"
+        "--checkpoint-from", type=count, default=65536, help="tokens per GPU with activation checkpointing"
     )
     arguments = parser.parse_args(with_dashes(argv))
     if "LOCAL_RANK" not in os.environ:

@@ -19,7 +19,7 @@ from modeling_rebased import rebased_attention
 from modeling_rebased.eager_rebased import naive_rebased_attention
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.folders import write_text
-from modeling_rebased.training.values import new_folder
+from modeling_rebased.training.values import count, new_folder
 
 from .plots import plot_eager
 from .timing import median_ms, write_csv
@@ -84,12 +84,12 @@ def print_row(row: dict[str, Any]) -> None:
 def main() -> None:
     """Time every length, and write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--heads", type=int, default=12, help="attention heads")
-    parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
-    parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sequence")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
+    parser.add_argument("--heads", type=count, default=12, help="attention heads")
+    parser.add_argument("--feature-dim", type=count, default=16, help="F, the size of a query or key per head")
+    parser.add_argument("--head-dim", type=count, default=64, help="D, the size of a value per head")
+    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, help="tokens of a sequence")
+    parser.add_argument("--repeats", type=count, default=5, help="timed calls")
+    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="of PyTorch")
     parser.add_argument("--output", type=new_folder, default=None, help="folder for the CSV and the plot")
     arguments = parser.parse_args(with_dashes())
 

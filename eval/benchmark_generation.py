@@ -38,7 +38,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
-from modeling_rebased.training.values import new_folder
+from modeling_rebased.training.values import count, new_folder
 
 from .plots import plot_models
 from .timing import median_ms, write_csv
@@ -200,17 +200,19 @@ def main() -> None:
     """Make the three tables, or the one of a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=new_folder, help="folder for the results")
-    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a training step")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 16384], help="tokens of a sequence")
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64], help="sequences that are generated at once")
-    parser.add_argument("--contexts", type=int, nargs="*", default=[128, 2048, 32768, 131072], help="of batch 1")
-    parser.add_argument("--batch-contexts", type=int, nargs="*", default=[128, 2048], help="of larger batches")
+    parser.add_argument("--tokens", type=count, default=32768, help="tokens of a training step")
+    parser.add_argument("--lengths", type=count, nargs="*", default=[2048, 16384], help="tokens of a sequence")
+    parser.add_argument(
+        "--batches", type=count, nargs="*", default=[1, 64], help="sequences that are generated at once"
+    )
+    parser.add_argument("--contexts", type=count, nargs="*", default=[128, 2048, 32768, 131072], help="of batch 1")
+    parser.add_argument("--batch-contexts", type=count, nargs="*", default=[128, 2048], help="of larger batches")
     parser.add_argument(
         "--caches", nargs="*", default=["static", "dynamic"], choices=["static", "dynamic"], help="kinds of cache"
     )
-    parser.add_argument("--steps", type=int, default=128, help="tokens that generate() writes")
+    parser.add_argument("--steps", type=count, default=128, help="tokens that generate() writes")
     parser.add_argument("--cpu", type=Path, nargs="*", metavar="FOLDER", help="models to time on a CPU instead")
-    parser.add_argument("--rounds", type=int, default=20, help="calls per model on a CPU")
+    parser.add_argument("--rounds", type=count, default=20, help="calls per model on a CPU")
     arguments = parser.parse_args(with_dashes())
     if arguments.cpu:
         rows: list[dict] = []

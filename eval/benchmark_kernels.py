@@ -39,7 +39,7 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.folders import write_text
-from modeling_rebased.training.values import new_folder
+from modeling_rebased.training.values import count, new_folder
 
 from .plots import kernels_title, plot_kernels
 from .timing import write_csv
@@ -274,12 +274,12 @@ def main() -> None:
     """Check every method against the definition, time it, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=new_folder, help="folder for kernels.csv, machine.json and kernels.png")
-    parser.add_argument("--feature-dim", type=int, default=16, help="F, the size of a query or key per head")
-    parser.add_argument("--head-dim", type=int, default=64, help="D, the size of a value per head")
-    parser.add_argument("--heads", type=int, default=12, help="attention heads")
-    parser.add_argument("--tokens", type=int, default=65536, help="tokens of all sequences together")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sequence")
-    parser.add_argument("--profile", type=int, metavar="T", help="time nothing, run once at length T for a profiler")
+    parser.add_argument("--feature-dim", type=count, default=16, help="F, the size of a query or key per head")
+    parser.add_argument("--head-dim", type=count, default=64, help="D, the size of a value per head")
+    parser.add_argument("--heads", type=count, default=12, help="attention heads")
+    parser.add_argument("--tokens", type=count, default=65536, help="tokens of all sequences together")
+    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, help="tokens of a sequence")
+    parser.add_argument("--profile", type=count, metavar="T", help="time nothing, run once at length T for a profiler")
     arguments = parser.parse_args(with_dashes())
     if not torch.cuda.is_available():
         sys.exit("The kernels are for GPUs, and torch sees none here; benchmark_eager.py times the CPU.")

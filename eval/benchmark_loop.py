@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, modeling_rebased
 from modeling_rebased.configuration import config_names, config_path
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
-from modeling_rebased.training.values import new_folder
+from modeling_rebased.training.values import count, natural, new_folder
 
 from .timing import write_csv
 
@@ -143,20 +143,17 @@ def main(argv: list[str] | None = None) -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", default="150m-rebased", choices=config_names(), help="whose layers the model has")
-    parser.add_argument("--steps", type=int, default=128, help="by which the long call is longer")
-    parser.add_argument("--repeats", type=int, default=45, help="pairs of calls, of which the fastest count")
+    parser.add_argument("--steps", type=count, default=128, help="by which the long call is longer")
+    parser.add_argument("--repeats", type=count, default=45, help="pairs of calls, of which the fastest count")
     parser.add_argument(
         "--skip-unchanged",
-        type=int,
+        type=natural,
         metavar="NUMBER",
         help="let torch.compile pass over the guards of modules that have not changed, if they have at most so many "
         "tensors and dictionaries (`use_recursive_dict_tags_for_guards` of `torch._dynamo.config`)",
     )
     parser.add_argument("--output", type=new_folder, required=True, metavar="FOLDER", help="for loop.csv")
     args = parser.parse_args(with_dashes(argv))
-    for name in ("steps", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.skip_unchanged is not None:
         torch._dynamo.config.use_recursive_dict_tags_for_guards = args.skip_unchanged > 0
         torch._dynamo.config.max_saved_pointers_for_recursive_dict_tags_check = args.skip_unchanged

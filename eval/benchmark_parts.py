@@ -27,7 +27,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import partial, wraps
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -40,6 +39,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from modeling_rebased import ReBasedForCausalLM
 from modeling_rebased.cache_rebased import CACHE_NAME
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.values import count, new_folder
 
 from .benchmark_generation import MODELS, load
 from .timing import median_ms, write_csv
@@ -143,13 +143,13 @@ class Generation:
             events = found.key_averages()
             profiles.append({x.key: (x.self_device_time_total, x.count) for x in events if x.self_device_time_total})
         parts: dict[str, float] = defaultdict(float)
-        for kernel, (us, count) in profiles[1].items():
-            before, count_before = profiles[0].get(kernel, (0.0, 0))
+        for kernel, (us, launches) in profiles[1].items():
+            before, launches_before = profiles[0].get(kernel, (0.0, 0))
             kind = next((k for k, names in KINDS.items() if any(n in kernel.lower() for n in names)), "other kernels")
             parts[kind] += (us - before) / 1e3 / self.steps
-            parts["number of kernels"] += (count - count_before) / self.steps
-        count = parts.pop("number of kernels", 0.0)
-        return {**parts, "in all": sum(parts.values()), "number of kernels": count}
+            parts["number of kernels"] += (launches - launches_before) / self.steps
+        launches = parts.pop("number of kernels", 0.0)
+        return {**parts, "in all": sum(parts.values()), "number of kernels": launches}
 
     def without(self) -> dict[str, float]:
         """Return the milliseconds of a step as it is and with parts of it left out."""
@@ -271,13 +271,15 @@ def first_table(rows: list[dict], kernel_rows: list[dict], what: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Make the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the tables")
+    parser.add_argument("--output", type=new_folder, required=True, metavar="FOLDER", help="for the tables")
     parser.add_argument("--tables", nargs="*", default=TABLES, choices=TABLES, help="which to make")
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64], help="sequences that are generated at once")
+    parser.add_argument(
+        "--batches", type=count, nargs="*", default=[1, 64], help="sequences that are generated at once"
+    )
     parser.add_argument("--caches", nargs="*", default=["static", "dynamic"], choices=["static", "dynamic"])
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS, help="whose steps to time")
-    parser.add_argument("--steps", type=int, default=128, help="tokens by which a long call is longer")
-    parser.add_argument("--calls", type=int, default=60, help="calls of changing lengths, after two of one length")
+    parser.add_argument("--steps", type=count, default=128, help="tokens by which a long call is longer")
+    parser.add_argument("--calls", type=count, default=60, help="calls of changing lengths, after two of one length")
     args = parser.parse_args(with_dashes(argv))
     if not torch.cuda.is_available():
         sys.exit("This benchmark is for GPUs, and torch sees none here.")

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
+from modeling_rebased.training.values import count
 
 from .tasks import tasks_path
 
@@ -99,8 +100,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / "stories-12m", help="folder of the model")
     parser.add_argument("--task", default="heldout_stories", help="lm-eval task to score the model on")
     parser.add_argument("--prompt", nargs="*", default=list(PROMPTS), help="beginnings of the stories")
-    parser.add_argument("--new-tokens", type=int, default=300, help="most tokens of a story")
-    parser.add_argument("--limit", type=int, default=100, help="documents to score")
+    parser.add_argument("--new-tokens", type=count, default=300, help="most tokens of a story")
+    parser.add_argument("--limit", type=count, default=100, help="documents to score")
     args = parser.parse_args(with_dashes())
     for folder in (args.checkpoint, CHECKPOINTS / "mqar-d128"):
         if not (folder / "config.json").is_file():

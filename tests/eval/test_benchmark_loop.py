@@ -19,4 +19,4 @@ def test_a_row_per_part(tmp_path, capsys):
 def test_a_bad_count_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         benchmark_loop.main(["--steps", "0", "--output", str(tmp_path)])
-    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+    assert "--steps: must be an integer of at least 1, got '0'" in capsys.readouterr().err
