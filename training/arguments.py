@@ -90,12 +90,18 @@ def _wrong_value(args: TrainingArguments) -> str | None:
     for name in ("learning_rate", "weight_decay", "adam_epsilon"):
         if not 0 <= (value := getattr(args, name)) < math.inf:
             return f"--{name} must be at least 0 and finite, got {value:g}"
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
         if not 0 <= (value := getattr(args, name)) < 1:
             return f"--{name} must be at least 0 and less than 1, got {value:g}"
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(args, name)) < 1:
             return f"--{name} must be at least 1, got {value}"
+    if args.dataloader_num_workers < 0:
+        return f"--dataloader_num_workers must be at least 0, got {args.dataloader_num_workers}"
+    if args.max_steps < 1 and args.max_steps != -1:  # the library would train for the epochs
+        return f"--max_steps must be at least 1, or -1 to train for --num_train_epochs, got {args.max_steps}"
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        return f"--num_train_epochs must be positive and finite, got {args.num_train_epochs:g}"
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
         return f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no trainer_state.json"

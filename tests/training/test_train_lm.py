@@ -217,6 +217,10 @@ def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
         (("--adam_beta2", "1"), "--adam_beta2 must be at least 0 and less than 1, got 1"),
         (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1, got 0"),
         (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1, got 0"),
+        (("--label_smoothing_factor", "2"), "--label_smoothing_factor must be at least 0 and less than 1, got 2"),
+        (("--dataloader_num_workers", "-1"), "--dataloader_num_workers must be at least 0, got -1"),
+        (("--max_steps", "0"), "--max_steps must be at least 1, or -1 to train for --num_train_epochs, got 0"),
+        (("--max_steps", "-1", "--num_train_epochs", "0"), "--num_train_epochs must be positive and finite, got 0"),
         (("--resume_from_checkpoint", "no"), "--resume_from_checkpoint no is no checkpoint"),
     ],
 )
