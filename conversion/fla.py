@@ -77,17 +77,7 @@ def from_fla(
     theirs, wrapper, beside = read_state_dict(source)
     roots, rest = _find_layers(theirs)
     notes: list[str] = []
-    mapping: dict[str, str] = {}
-    for i, root in enumerate(roots):
-        own = {name.removeprefix(root) for name in theirs if name.startswith(root) and name not in rest}
-        learnt = {name: ours for name, ours in LEARNT.items() if name in own}
-        if own != set(PROJECTIONS) | set(learnt):
-            raise ConversionError(
-                f"Layer {i} of SOURCE ({root!r}) is not a ReBasedLinearAttention: it has {sorted(own)[:20]}; it must "
-                f"have {sorted(PROJECTIONS)} and perhaps {sorted(LEARNT)}."
-            )
-        for name, ours in (PROJECTIONS | learnt).items():
-            mapping[root + name] = f"layers.{i}.{ours}"
+    mapping = _layer_names(theirs, roots, rest)
     fields: dict[str, Any] = {
         "num_hidden_layers": len(roots),
         "layer_types": ["linear_attention"] * len(roots),
@@ -135,6 +125,26 @@ def from_fla(
                 write_state_dict(folder / ATTENTION_FILE, state)
                 write_record(folder, record)
     return report
+
+
+def _layer_names(theirs: State, roots: list[str], rest: list[str]) -> dict[str, str]:
+    """Return our name of each tensor of the layers.
+
+    Raises:
+        ConversionError: a layer has other tensors than ReBasedLinearAttention.
+    """
+    mapping: dict[str, str] = {}
+    for i, root in enumerate(roots):
+        own = {name.removeprefix(root) for name in theirs if name.startswith(root) and name not in rest}
+        learnt = {name: ours for name, ours in LEARNT.items() if name in own}
+        if own != set(PROJECTIONS) | set(learnt):
+            raise ConversionError(
+                f"Layer {i} of SOURCE ({root!r}) is not a ReBasedLinearAttention: it has {sorted(own)[:20]}; it must "
+                f"have {sorted(PROJECTIONS)} and perhaps {sorted(LEARNT)}."
+            )
+        for name, ours in (PROJECTIONS | learnt).items():
+            mapping[root + name] = f"layers.{i}.{ours}"
+    return mapping
 
 
 def _find_layers(state: State) -> tuple[list[str], list[str]]:
