@@ -5,9 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from modeling_rebased.eval.plot_mqar import (
-    cells,
-)
+from modeling_rebased.eval.plot_mqar import cells
 
 from .conversion import perplexities
 from .form import number, results, shown, table
