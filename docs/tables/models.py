@@ -7,9 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 from modeling_rebased.eval import plot_icll, plot_mad
-from modeling_rebased.eval.plot_mqar import (
-    read_runs,
-)
+from modeling_rebased.eval.plot_mqar import read_runs
 from modeling_rebased.eval.plot_style import label_of
 
 from .form import RESULTS, ROOT, TABLES, down, results, shown, table
