@@ -297,8 +297,7 @@ def create_masks(
         ("sliding_attention", create_sliding_window_causal_mask),
     ):
         users = [name, "hybrid_sliding"] if name == "sliding_attention" else [name]
-        layer_types = config.layer_types[: config.num_hidden_layers]
-        layer_idx = next((i for i, layer_type in enumerate(layer_types) if layer_type in users), None)
+        layer_idx = next((i for i, layer_type in enumerate(config.layer_types_in_use) if layer_type in users), None)
         if layer_idx is None:
             continue
         if packing is not None and padding_mask is not None and is_flash_attention_requested(config):

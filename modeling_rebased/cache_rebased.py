@@ -86,22 +86,32 @@ def keep_recurrent_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> N
             layer.device = state.device
 
 
-def _change_batch(layer: LinearAttentionCacheLayerMixin, name: str, argument: Any) -> None:
-    """Repeat or select the rows of a layer's states, and of its window's keys and values if it has them."""
-    if isinstance(layer, CacheLayerMixin):
-        getattr(super(LinearAttentionCacheLayerMixin, layer), name)(argument)
-    repeats = name == "batch_repeat_interleave"
+def _change_rows(layer: LinearAttentionCacheLayerMixin, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     for states in (layer.conv_states, layer.recurrent_states):
         for i, state in states.items():
             if state is not None:
-                states[i] = state.repeat_interleave(argument, dim=0) if repeats else state[argument]
+                states[i] = change(state)
+
+
+def _batch_repeat_interleave(self: LinearAttentionCacheLayerMixin, repeats: int) -> None:
+    """Repeat each row of a layer's states, and of its window's keys and values if it has them."""
+    if isinstance(self, CacheLayerMixin):
+        super(LinearAttentionCacheLayerMixin, self).batch_repeat_interleave(repeats)
+    _change_rows(self, lambda state: state.repeat_interleave(repeats, dim=0))
+
+
+def _batch_select_indices(self: LinearAttentionCacheLayerMixin, indices: torch.Tensor) -> None:
+    """Select rows of a layer's states, and of its window's keys and values if it has them."""
+    if isinstance(self, CacheLayerMixin):
+        super(LinearAttentionCacheLayerMixin, self).batch_select_indices(indices)
+    _change_rows(self, lambda state: state[indices])
 
 
 # `Cache` offers both to custom loops of generation, such as contrastive search, but up to 5.24 the library's recurrent
 # layers lack them.
-for _name in ("batch_repeat_interleave", "batch_select_indices"):
-    if not hasattr(LinearAttentionCacheLayerMixin, _name):
-        setattr(LinearAttentionCacheLayerMixin, _name, functools.partialmethod(_change_batch, _name))
+for _method in (_batch_repeat_interleave, _batch_select_indices):
+    if not hasattr(LinearAttentionCacheLayerMixin, _method.__name__[1:]):
+        setattr(LinearAttentionCacheLayerMixin, _method.__name__[1:], _method)
 
 
 class RollbackLayer:
@@ -189,7 +199,7 @@ def record_inputs(cache: Cache, layer_idx: int, window: torch.Tensor, length: in
 
 def make_croppable(cache: Cache, config: ReBasedConfig) -> None:
     """Let a dynamic cache of a recurrent model take back tokens once it records them, as `RollbackLayer` says."""
-    for layer_idx, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
+    for layer_idx, layer_type in enumerate(config.layer_types_in_use):
         layer = cache.layers[layer_idx]
         if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, RollbackLayer):
             # The same layer with more abilities, whichever of the library's kinds it is.
@@ -305,7 +315,7 @@ def count_layer(cache: Cache, config: ReBasedConfig) -> TokenCountLayer:
         `ValueError`: the cache was not made for this model: a layer is missing, of the wrong kind or too many.
     """
     if len(cache.layers) <= config.num_hidden_layers:
-        for layer_idx, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
+        for layer_idx, layer_type in enumerate(config.layer_types_in_use):
             layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
             if layer_type in RECURRENT_LAYER_TYPES and not isinstance(layer, LinearAttentionCacheLayerMixin):
                 raise ValueError(

@@ -340,6 +340,14 @@ class ReBasedConfig(PreTrainedConfig):
         return any(layer_type in RECURRENT_LAYER_TYPES for layer_type in self.layer_types)
 
     @property
+    def layer_types_in_use(self) -> list[str]:
+        """Return the types of the first `num_hidden_layers` layers.
+
+        These are fewer than all while `generate` drafts with the first layers (`assistant_early_exit`).
+        """
+        return self.layer_types[: self.num_hidden_layers]
+
+    @property
     def is_purely_recurrent(self) -> bool:
         """Return whether no layer has softmax attention, so that states are all that stays of earlier tokens."""
         return PURELY_RECURRENT.issuperset(self.layer_types)

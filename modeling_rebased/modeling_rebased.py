@@ -1063,9 +1063,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if self.linear_rotary_emb is not None:
             linear_position_embeddings = self.linear_rotary_emb(hidden_states, position_ids)
 
-        # Fewer than all, where `generate` drafts with the first layers: `assistant_early_exit`.
-        layer_types = self.config.layer_types[: self.config.num_hidden_layers]
-        for layer_type, layer in zip(layer_types, self.layers):
+        for layer_type, layer in zip(self.config.layer_types_in_use, self.layers):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type if layer_type in masks else "linear_attention"],
