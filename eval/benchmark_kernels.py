@@ -270,15 +270,20 @@ def profile(arguments: argparse.Namespace) -> None:
     torch.cuda.profiler.stop()
 
 
-def main() -> None:
-    """Check every method against the definition, time it, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output", type=new_folder, help="folder for kernels.csv, machine.json and kernels.png")
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how large the inputs are."""
     parser.add_argument("--feature-dim", type=count, default=16, help="F, the size of a query or key per head")
     parser.add_argument("--head-dim", type=count, default=64, help="D, the size of a value per head")
     parser.add_argument("--heads", type=count, default=12, help="attention heads")
     parser.add_argument("--tokens", type=count, default=65536, help="tokens of all sequences together")
     parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, help="tokens of a sequence")
+
+
+def main() -> None:
+    """Check every method against the definition, time it, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--output", type=new_folder, help="folder for kernels.csv, machine.json and kernels.png")
+    add_sizes(parser)
     parser.add_argument("--profile", type=count, metavar="T", help="time nothing, run once at length T for a profiler")
     arguments = parser.parse_args(with_dashes())
     if not torch.cuda.is_available():

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from modeling_rebased.training.arguments import HelpFormatter, with_dashes
-from modeling_rebased.training.values import count, new_folder
+from modeling_rebased.training.values import new_folder
 
-from .benchmark_kernels import BAR, LENGTHS, compare, linear, make_inputs, time_ms, train
+from .benchmark_kernels import BAR, add_sizes, compare, linear, make_inputs, time_ms, train
 from .timing import write_csv
 
 
@@ -106,11 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("versions", type=Path, nargs="+", help="folders like modeling_rebased")
     parser.add_argument("--output", type=new_folder, help="folder for comparison.csv and kernels.csv")
-    parser.add_argument("--feature-dim", type=count, default=16, help="F, the size of a query or key per head")
-    parser.add_argument("--head-dim", type=count, default=64, help="D, the size of a value per head")
-    parser.add_argument("--heads", type=count, default=12, help="attention heads")
-    parser.add_argument("--tokens", type=count, default=65536, help="tokens of all sequences together")
-    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, help="tokens of a sequence")
+    add_sizes(parser)
     arguments = parser.parse_args(with_dashes())
     if missing := [str(path) for path in arguments.versions if not (path / "triton_rebased.py").is_file()]:
         parser.error(f"versions: no triton_rebased.py in {', '.join(missing)}")
