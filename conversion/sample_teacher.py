@@ -248,14 +248,11 @@ def check_made_by(folder: Path, made_by: dict[str, Any]) -> None:
 
 
 def _check_numbers(tokens: int, batch_size: int, temperature: float, max_seconds: float) -> None:
-    for name, number in (
-        ("--tokens", tokens),
-        ("--batch-size", batch_size),
-        ("--temperature", temperature),
-        ("--max-seconds", max_seconds),
-    ):
-        if not 0 < number < math.inf and not (number == math.inf and name == "--max-seconds"):
-            raise ValueError(f"{name} is {number}; it must be positive.")
+    for name, number in (("--tokens", tokens), ("--batch-size", batch_size), ("--temperature", temperature)):
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} is {number}; it must be positive and finite.")
+    if not max_seconds > 0:
+        raise ValueError(f"--max-seconds is {max_seconds}; it must be positive.")
 
 
 def sample_shards(
