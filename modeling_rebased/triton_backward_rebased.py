@@ -42,7 +42,7 @@ from .triton_features_rebased import (
     times_norm_matrix,
 )
 from .triton_inputs_rebased import computes_in_float32, mask_as_bytes, pad_rows, with_unit_stride, without_padding
-from .triton_language_rebased import INTERPRETED, tl, triton
+from .triton_language_rebased import tl, triton
 from .triton_launch_rebased import (
     PreparedCall,
     compiling_only,
@@ -92,18 +92,19 @@ def _scale_gradient(
     H: tl.constexpr,
     CT: tl.constexpr,
 ):
-    """Compute do / z and delta = do . o / z of some rows, and store them as scaled_grad, delta and minus_delta.
+    """Compute do / z and delta = (do / z) . o of some rows, and store them as scaled_grad, delta and minus_delta.
 
     minus_delta has -delta as columns for the matrix units, see `as_columns`. No 1 / z is left in the other kernels.
+    delta is made of do / z as it is stored, rounded: docs/kernels.md, "Queries with few keys".
     """
     d = tl.arange(0, DP)
     f = tl.arange(0, 16)
     grad = load_rows(do, rows, inside, stride_dot, d, D, D == DP, True).to(tl.float32)  # [BM, DP]
     out = load_rows(o, rows, inside, H * D, d, D, D == DP, True).to(tl.float32)
     scale = tl.load(inverse_z + rows, mask=inside, other=0.0)
-    delta_rows = tl.sum(grad * out, 1) * scale
     scaled = compute_once((grad * scale[:, None]).to(CT), CT)
     tl.store(scaled_grad + rows[:, None] * (H * DP) + d[None, :], scaled, mask=inside[:, None])
+    delta_rows = tl.sum(scaled.to(tl.float32) * out, 1)
     tl.store(delta + rows, delta_rows, mask=inside)
     tl.store(minus_delta + rows[:, None] * (H * 16) + f[None, :], as_columns(-delta_rows, CT), mask=inside[:, None])
     return delta_rows, scaled
@@ -586,10 +587,8 @@ def _sizes(
 
 def allocate_scaled(grad: Tensor, inverse_z: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return room for what `_scale_gradient` stores: scaled_grad of so many columns, delta and minus_delta."""
-    half = torch.float32 if grad.dtype == torch.float32 or INTERPRETED else torch.bfloat16
     shape = grad.shape[:3]
-    scaled_grad, minus_delta = grad.new_empty(*shape, columns, dtype=half), grad.new_empty(*shape, 16, dtype=half)
-    return scaled_grad, torch.empty_like(inverse_z), minus_delta
+    return grad.new_empty(*shape, columns), torch.empty_like(inverse_z), grad.new_empty(*shape, 16)
 
 
 def launch_scale(

@@ -34,6 +34,7 @@ from .triton_plan_rebased import choose_sizes, compute_type, product_precision
 from .triton_segments_rebased import allocate_states, count_slots, cut_into_segments, grid_of_blocks
 from .triton_states_rebased import sum_states
 from .triton_tiles_rebased import (
+    compute_once,
     in_units,
     kept_rows,
     load_columns,
@@ -66,8 +67,12 @@ def _forward_tile(
         u = tl.where(rows[:, None] >= cols[None, :], u, 0.0)
     if HAS_MASK and CONST:
         u = tl.where(ok[None, :], u, 0.0)
+    rounded = u.to(CT)
+    if DIAGONAL:  # z of the same rounded numbers as acc: docs/kernels.md, "Queries with few keys"
+        rounded = compute_once(rounded, CT)  # without it, compilers remove the round trip
+        u = rounded.to(tl.float32)
     z += tl.sum(u, 1)
-    acc = tl.dot(u.to(CT), values, acc, input_precision=PREC)
+    acc = tl.dot(rounded, values, acc, input_precision=PREC)
     return acc, z
 
 
