@@ -73,7 +73,9 @@ from .context_parallel_rebased import (
     send_inputs,
     send_state,
 )
+from .eager_rebased import is_plain
 from .loss_rebased import can_fuse_loss, fused_causal_lm_loss
+from .triton_launch_rebased import can_compile_ahead, compiling_only
 from .triton_rebased import triton_short_conv, triton_unavailable_reason
 
 
@@ -446,6 +448,7 @@ class ReBasedLinearAttention(nn.Module):
         self.normalized = config.normalize
         self.backend = config.kernel_backend
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.heads = heads, kv_heads
         self.q_proj = nn.Linear(config.hidden_size, heads * self.feature_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.feature_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
@@ -546,22 +549,72 @@ class ReBasedLinearAttention(nn.Module):
                 q, k, values, state, attention_mask=attention_mask, log_decay=log_decay, **options
             )
         else:
-            output, state = rebased_attention(
-                q,
-                k,
-                values,
-                attention_mask=attention_mask,
-                cu_seqlens=cu_seqlens,
-                segment_ids=segment_ids if cu_seqlens is None else None,
-                initial_state=state,
-                output_final_state=cache is not None,
-                normalized=self.normalized,
-                log_decay=log_decay,
-                **options,
+            if cu_seqlens is not None:
+                segment_ids = None
+            output, state = self._attend_to_all(
+                q, k, values, log_decay, state, attention_mask, cache, cu_seqlens, segment_ids
             )
             if cache is not None:
                 keep_recurrent_state(cache, self.layer_idx, state)
         return output
+
+    def compile_ahead(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: torch.Tensor | None,
+        training: bool,
+    ) -> None:
+        """Start to compile the kernels that `attend` needs for such inputs, in threads, and return at once.
+
+        For training the kernels of the backward pass are compiled too. `attend` finds them by the dtypes, shapes and
+        strides of its tensors. Where it has others, as with heads split over ranks, it compiles what it needs.
+        """
+        device, dtype = hidden_states.device, hidden_states.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        sizes, decays = (self.feature_dim, self.head_dim), self.decay_proj is not None
+        if self.backend == "eager" or triton_unavailable_reason(device, dtype, *sizes, decays) is not None:
+            return
+        (batch, length, _), (heads, kv_heads) = hidden_states.shape, self.heads
+        q, k, values = (
+            torch.empty(batch, length, n, size, dtype=dtype, device=device, requires_grad=training)
+            for n, size in ((heads, self.feature_dim), (kv_heads, self.feature_dim), (kv_heads, self.head_dim))
+        )
+        log_decay = torch.zeros(batch, length, kv_heads, device=device) if decays else None
+        state = recurrent_state(cache, self.layer_idx)
+        with compiling_only():
+            self._attend_to_all(q, k, values, log_decay, state, attention_mask, cache, cu_seqlens, None)
+
+    def _attend_to_all(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        values: torch.Tensor,
+        log_decay: torch.Tensor | None,
+        state: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output [B, T, H, D] for several tokens, and the state after them if there is a cache."""
+        return rebased_attention(
+            q,
+            k,
+            values,
+            coefficients=self.coefficients,
+            eps=self.eps,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            segment_ids=segment_ids,
+            initial_state=state,
+            output_final_state=cache is not None,
+            normalized=self.normalized,
+            log_decay=log_decay,
+            backend=self.backend,
+        )
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -1002,6 +1055,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
             if config.rope_linear_attention:
                 self.linear_rotary_emb = ReBasedLinearRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._compiled_ahead: set[bool] = set()  # whether for training, see `_compile_ahead`
         self.context_group: str | None = None  # the name of a process group, see `set_context_parallel_group`
         self.post_init()
 
@@ -1063,6 +1117,9 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if self.linear_rotary_emb is not None:
             linear_position_embeddings = self.linear_rotary_emb(hidden_states, position_ids)
 
+        if shard is None:
+            self._compile_ahead(hidden_states, masks.get("linear_attention"), cache, packing)
+
         for layer_type, layer in zip(self.config.layer_types_in_use, self.layers):
             hidden_states = layer(
                 hidden_states,
@@ -1081,6 +1138,25 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if kwargs.get("output_attentions", self.config.output_attentions):
             self._warn_of_missing_attentions()
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+
+    def _compile_ahead(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        packing: Packing | None,
+    ) -> None:
+        """Start to compile the kernels of attention in the first call, before other layers wait for their kernels."""
+        if not is_plain(hidden_states) or hidden_states.shape[1] == 1:
+            return
+        training = self.training and torch.is_grad_enabled()
+        if training in self._compiled_ahead or not can_compile_ahead(hidden_states.device):
+            return
+        self._compiled_ahead.add(training)
+        attention = next((m for m in self.modules() if isinstance(m, ReBasedLinearAttention)), None)
+        if attention is not None and (packing is None or packing.cu_seqlens is not None):
+            cu_seqlens = packing.cu_seqlens if packing is not None else None
+            attention.compile_ahead(hidden_states, attention_mask, cache, cu_seqlens, training)
 
     def _check_arguments(
         self,

@@ -10,12 +10,14 @@ Calls with inputs of the same kind share a `PreparedCall`: the sizes of the kern
 compiled kernels with all arguments that are not tensors.
 
 The first of such calls compiles the kernels of its pass in threads, all at the same time. Triton's compiler and the C
-compiler that it starts let other threads run, and one kernel after another would take several seconds.
+compiler that it starts let other threads run, and one kernel after another would take several seconds. A model starts
+this before its first layer, see `ReBasedLinearAttention.compile_ahead`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_language_rebased import INTERPRETED, triton
+from .triton_language_rebased import HAS_TRITON, INTERPRETED, triton
 from .triton_layout_rebased import Layout
 from .triton_plan_rebased import Plan, choose_sizes, product_precision
 
@@ -33,10 +35,11 @@ from .triton_plan_rebased import Plan, choose_sizes, product_precision
 class Launches:
     """The launches of calls with inputs of the same kind; each part is worked out once."""
 
-    __slots__ = ("compiling", "is_new", "launches")
+    __slots__ = ("compiling", "is_new", "launches", "variant")
 
-    def __init__(self, is_new: bool) -> None:
-        self.is_new = is_new  # its kernels may not be compiled yet, see `is_first`
+    def __init__(self, variant: tuple) -> None:
+        self.variant: tuple | None = variant  # until there has been such a call, see `_is_new`
+        self.is_new = False  # its kernels may not be compiled yet, see `is_first`
         self.launches: dict[str, tuple] = {}  # see `launch`
         self.compiling: dict[str, Future] = {}  # kernels that threads compile, by the name of their launch
 
@@ -46,8 +49,8 @@ class PreparedCall(Launches):
 
     __slots__ = ("cuts", "layout", "plan", "segment")
 
-    def __init__(self, layout: Layout, plan: Plan, segment: int, is_new: bool) -> None:
-        super().__init__(is_new)
+    def __init__(self, layout: Layout, plan: Plan, segment: int, variant: tuple) -> None:
+        super().__init__(variant)
         self.layout, self.plan, self.segment = layout, plan, segment
         self.cuts: dict[bool, Any] = {}  # see `cut_into_segments`
 
@@ -55,12 +58,6 @@ class PreparedCall(Launches):
 _PREPARED: dict[tuple, Any] = {}
 _MOST_PREPARED = 4096
 _VARIANTS: set[tuple] = set()
-
-
-def _keep(key: tuple, prepared: Launches) -> None:
-    if len(_PREPARED) >= _MOST_PREPARED:
-        _PREPARED.clear()
-    _PREPARED[key] = prepared
 
 
 def _is_new(*variant) -> bool:
@@ -73,6 +70,21 @@ def _is_new(*variant) -> bool:
         return False
     _VARIANTS.add(variant)
     return True
+
+
+def _find(key: tuple, prepare_new: Callable[[], Any]) -> Any:
+    """Return what calls of this key share, and let it know whether the call is the first of its variant.
+
+    What is computed while kernels are only compiled is no call.
+    """
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        if len(_PREPARED) >= _MOST_PREPARED:
+            _PREPARED.clear()
+        prepared = _PREPARED[key] = prepare_new()
+    if prepared.variant is not None and not is_compiling_only():
+        prepared.is_new, prepared.variant = _is_new(*prepared.variant), None
+    return prepared
 
 
 def count_variants() -> int:
@@ -96,30 +108,29 @@ def prepare(
     q, _, v = tensors[:3]
     kinds = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors]
     key = (name, q.device, product_precision(q.dtype), coefficients, *options, *kinds)
-    prepared = _PREPARED.get(key)
-    if prepared is None:
+
+    def prepare_new() -> PreparedCall:
         layout, plan = choose_sizes(q.shape[3], v.shape[3], coefficients[:3], coefficients[3], q.dtype, q.device)
         if one_run:
             plan = plan._replace(runs=(1, 1))
         segment = plan.segment if packed or q.shape[1] > plan.alone else plan.alone
         heads = tuple(x.shape[2:] for x in tensors[:3] if x is not None)
         given = tuple(x is None for x in tensors)
-        is_new = _is_new(*key[: 4 + len(options)], q.dtype, *heads, given, q.shape[1] > segment)
-        prepared = PreparedCall(layout, plan, segment, is_new)
-        _keep(key, prepared)
-    return prepared
+        variant = (*key[: 4 + len(options)], q.dtype, *heads, given, q.shape[1] > segment)
+        return PreparedCall(layout, plan, segment, variant)
+
+    return _find(key, prepare_new)
 
 
 def prepare_launches(name: str, tensors: tuple[Tensor | None, ...]) -> Launches:
     """Return what calls of a pass that is no attention share; the key is as in `prepare`."""
     kinds = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors]
     key = (name, tensors[0].device, *kinds)
-    prepared = _PREPARED.get(key)
-    if prepared is None:
-        of_rows = tuple(None if x is None else (x.dtype, x.shape[-1]) for x in tensors)
-        prepared = Launches(_is_new(*key[:2], of_rows))
-        _keep(key, prepared)
-    return prepared
+
+    def prepare_new() -> Launches:
+        return Launches((*key[:2], tuple(None if x is None else (x.dtype, x.shape[-1]) for x in tensors)))
+
+    return _find(key, prepare_new)
 
 
 class _Mode(threading.local):
@@ -131,27 +142,59 @@ class _Mode(threading.local):
 _MODE = _Mode()
 
 
+def is_compiling_only() -> bool:
+    """Return whether this thread is in a block of `compiling_only`."""
+    return _MODE.compilers is not None
+
+
 @contextlib.contextmanager
 def compiling_only() -> Iterator[None]:
     """Let `launch` start the compilation of kernels in the background, and launch nothing, for a `with` block.
 
     Whatever a pass computes in the block is thrown away.
     """
-    _MODE.compilers = ThreadPoolExecutor(8)
+    outer = _MODE.compilers
+    _MODE.compilers = outer or ThreadPoolExecutor(8)
     try:
         yield
     finally:
-        _MODE.compilers.shutdown(wait=False)
-        _MODE.compilers = None
+        if outer is None:
+            _MODE.compilers.shutdown(wait=False)
+        _MODE.compilers = outer
+
+
+def can_compile_ahead(device: torch.device) -> bool:
+    """Return whether kernels for this device can be compiled before they are launched."""
+    if device.type != "cuda" or INTERPRETED or not HAS_TRITON:
+        return False
+    return not torch.cuda.is_current_stream_capturing()  # when nothing may be loaded to the GPU
 
 
 def is_first(prepared: Launches, device: torch.device) -> bool:
     """Return whether the kernels of such calls should be compiled ahead, the first time that it is asked."""
     is_new, prepared.is_new = prepared.is_new, False
-    if not is_new or device.type != "cuda" or INTERPRETED or _MODE.compilers is not None:
-        return False
-    triton.runtime.driver.active.get_current_device()  # made by this thread, not by several at once
-    return not torch.cuda.is_current_stream_capturing()  # when nothing may be loaded to the GPU
+    return is_new and not is_compiling_only() and can_compile_ahead(device)
+
+
+_STARTING = threading.Lock()
+
+
+@functools.cache
+def _start_once() -> None:
+    hash_triton = getattr(triton.runtime.cache, "triton_key", None)  # moved there before Triton 3.6
+    with ThreadPoolExecutor(2) as threads:  # what goes wrong there goes wrong once more with the first kernel
+        threads.submit(lambda: triton.runtime.driver.active.get_current_device())
+        threads.submit(lambda: hash_triton and hash_triton())
+
+
+def _start_triton() -> None:
+    """Prepare what Triton needs before its first kernel, in one thread while the others wait.
+
+    The C compiler makes Triton's driver. At the same time Triton hashes its own files, 400 MB, to find kernels in its
+    cache. Either takes a third of a second.
+    """
+    with _STARTING:
+        _start_once()
 
 
 def start_compiling(kernel, grid: tuple[int, ...], arguments: dict[str, Any]) -> Future:
@@ -160,6 +203,7 @@ def start_compiling(kernel, grid: tuple[int, ...], arguments: dict[str, Any]) ->
     device = torch.cuda.current_device()
 
     def compile_and_load() -> None:
+        _start_triton()
         with torch.cuda.device(device):
             # What launches a kernel is compiled too, by the C compiler. The subscript does that.
             kernel.warmup(grid=grid, **arguments)[(*grid, 1, 1)[:3]]
@@ -201,6 +245,8 @@ def launch(
         return
     if name in prepared.compiling:
         wait([prepared.compiling.pop(name)])  # what went wrong there goes wrong once more below
+    if not INTERPRETED:
+        _start_triton()
     grid, others = complete()
     compiled = kernel[grid](**tensors, **others, **_WITHOUT_CHECKS)
     if not INTERPRETED:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import types
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ import torch._dynamo.testing
 from torch._inductor.utils import run_and_get_code
 
 from modeling_rebased import (
+    ReBasedConfig,
+    ReBasedForCausalLM,
+    modeling_rebased,
     triton_inputs_rebased,
     triton_launch_rebased,
     triton_plan_rebased,
@@ -1040,7 +1044,8 @@ def test_kernels_are_compiled_in_threads_before_they_are_launched(monkeypatch):
 
             return run
 
-    prepared = triton_launch_rebased.Launches(True)
+    monkeypatch.setattr(triton_launch_rebased, "_start_once", lambda: None)
+    prepared = triton_launch_rebased.Launches(("a variant",))
     kernels = {name: Kernel(name) for name in "ab"}
 
     def both():
@@ -1060,3 +1065,60 @@ def test_kernels_are_compiled_in_threads_before_they_are_launched(monkeypatch):
     assert sorted(first) == ["compile a", "compile b", "launch a", "launch b"]
     assert all(first.index(f"compile {name}") < first.index(f"launch {name}") for name in kernels)
     assert again == ["launch a again with (1, 2, 16)", "launch b again with (1, 2, 16)"]
+
+
+def test_triton_is_started_once_while_its_files_are_hashed(monkeypatch):
+    calls, meet = [], threading.Barrier(2, timeout=30)
+
+    def call(name):
+        calls.append(name)
+        meet.wait()  # both at the same time
+
+    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_device=lambda: call("driver")))
+    monkeypatch.setattr(triton_launch_rebased.triton.runtime, "driver", driver)
+    monkeypatch.setattr(triton_launch_rebased.triton.runtime.cache, "triton_key", lambda: call("hash"))
+    triton_launch_rebased._start_once.cache_clear()
+    threads = [threading.Thread(target=triton_launch_rebased._start_triton) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(calls) == ["driver", "hash"]
+    triton_launch_rebased._start_once.cache_clear()
+
+
+def test_a_model_compiles_attention_before_its_first_layer(monkeypatch):
+    """With just what the call launches: forward and backward in training, forward without gradients."""
+    handed, begun = [], []
+    compiled = Future()
+    compiled.set_result(None)
+
+    def start_compiling(kernel, grid, arguments):
+        handed.append(kernel.fn.__name__)
+        return compiled
+
+    monkeypatch.setattr(triton_launch_rebased, "start_compiling", start_compiling)
+    monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
+    monkeypatch.setattr(triton_launch_rebased, "_VARIANTS", set())
+    monkeypatch.setattr(modeling_rebased, "can_compile_ahead", lambda device: True)
+    config = ReBasedConfig(
+        hidden_size=16, num_attention_heads=2, feature_dim=4, head_dim=8, layer_types=["conv", "linear_attention"],
+        num_hidden_layers=2, vocab_size=11, kernel_backend="triton",
+    )  # fmt: skip
+    model = ReBasedForCausalLM(config).to(DEVICE)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: begun.append(list(handed)))
+    ids = torch.randint(11, (1, 40), device=DEVICE)
+    for training in (True, False):
+        for _ in range(2):  # the second call finds all
+            model.train(training)
+            with torch.set_grad_enabled(training):
+                loss = model(ids, labels=ids).loss
+            if training:
+                loss.backward()
+            waiting = [prepared.compiling for prepared in triton_launch_rebased._PREPARED.values()]
+            assert not any(waiting)  # every kernel was launched
+        assert begun[0] == begun[1] == handed  # from before the first layer on
+        assert "_forward_kernel" in handed
+        assert ("_dq_kernel" in handed) == ("_dkdv_kernel" in handed) == training
+        handed.clear()
+        begun.clear()
