@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from operator import itemgetter
@@ -177,6 +178,8 @@ def is_first(prepared: Launches, device: torch.device) -> bool:
 
 
 _STARTING = threading.Lock()
+# Two passes may need the same compiled kernel. The second one finds it when the first one has been compiled.
+_KERNEL_LOCKS: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
 
 
 @functools.cache
@@ -200,11 +203,11 @@ def _start_triton() -> None:
 def start_compiling(kernel, grid: tuple[int, ...], arguments: dict[str, Any]) -> Future:
     """Compile a kernel in a thread of `compiling_only`, and load it to the current GPU."""
     assert _MODE.compilers is not None
-    device = torch.cuda.current_device()
+    device, lock = torch.cuda.current_device(), _KERNEL_LOCKS[id(kernel)]
 
     def compile_and_load() -> None:
         _start_triton()
-        with torch.cuda.device(device):
+        with lock, torch.cuda.device(device):
             # What launches a kernel is compiled too, by the C compiler. The subscript does that.
             kernel.warmup(grid=grid, **arguments)[(*grid, 1, 1)[:3]]
 

@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 import threading
+import time
 import types
 from concurrent.futures import Future
 from pathlib import Path
@@ -1065,6 +1066,27 @@ def test_kernels_are_compiled_in_threads_before_they_are_launched(monkeypatch):
     assert sorted(first) == ["compile a", "compile b", "launch a", "launch b"]
     assert all(first.index(f"compile {name}") < first.index(f"launch {name}") for name in kernels)
     assert again == ["launch a again with (1, 2, 16)", "launch b again with (1, 2, 16)"]
+
+
+def test_a_kernel_that_two_passes_need_is_compiled_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(triton_launch_rebased, "_start_once", lambda: None)
+    compiled, events = set(), []
+
+    def warmup(grid, **arguments):
+        found = "kernel" in compiled
+        time.sleep(0.02)
+        compiled.add("kernel")
+        events.append("found" if found else "compiled")
+        return {(*grid, 1, 1): None}
+
+    kernel = types.SimpleNamespace(warmup=warmup)
+    with triton_launch_rebased.compiling_only():
+        both = [triton_launch_rebased.start_compiling(kernel, (4,), {"x": 1}) for _ in range(2)]
+    for future in both:
+        future.result(30)
+    assert events == ["compiled", "found"]
 
 
 def test_triton_is_started_once_while_its_files_are_hashed(monkeypatch):
