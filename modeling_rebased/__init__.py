@@ -30,7 +30,6 @@ from .modeling_rebased import (
 if not (Path(__file__).parent / "training").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-# What save_pretrained writes into auto_map, and copies the code for: the heads by their Auto classes.
 ReBasedConfig.register_for_auto_class()
 AutoConfig.register(ReBasedConfig.model_type, ReBasedConfig, exist_ok=True)
 for _auto_class, _model_class in (
@@ -40,7 +39,6 @@ for _auto_class, _model_class in (
     (AutoModelForTokenClassification, ReBasedForTokenClassification),
     (AutoModelForQuestionAnswering, ReBasedForQuestionAnswering),
 ):
-    _model_class.register_for_auto_class(_auto_class.__name__)
     _auto_class.register(ReBasedConfig, _model_class, exist_ok=True)
 
 __version__ = "0.1.0"

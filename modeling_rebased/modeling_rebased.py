@@ -1564,14 +1564,29 @@ class ReBasedForQuestionAnswering(ReBasedGenericHead, GenericForQuestionAnswerin
     forward = either_cache_name(GenericForQuestionAnswering.forward)
 
 
-# transformers finds the task of a model by the name of its class in these tables. Trainer, for one, shifts the labels
-# for label smoothing only if the name is in the first.
-for _names, _head in (
-    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ReBasedForCausalLM),
-    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, ReBasedForSequenceClassification),
-    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ReBasedForTokenClassification),
-    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, ReBasedForQuestionAnswering),
+# `save_pretrained` copies the code of a registered class, whichever way it was loaded. And transformers finds the task
+# of a model by the name of its class in these tables. Trainer, for one, shifts the labels for label smoothing only if
+# the name is in the first.
+ReBasedModel.register_for_auto_class("AutoModel")
+for _auto_class, _names, _head in (
+    ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ReBasedForCausalLM),
+    (
+        "AutoModelForSequenceClassification",
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        ReBasedForSequenceClassification,
+    ),
+    (
+        "AutoModelForTokenClassification",
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        ReBasedForTokenClassification,
+    ),
+    (
+        "AutoModelForQuestionAnswering",
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        ReBasedForQuestionAnswering,
+    ),
 ):
+    _head.register_for_auto_class(_auto_class)
     _names[ReBasedConfig.model_type] = _head.__name__
 
 

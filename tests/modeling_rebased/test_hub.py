@@ -61,6 +61,7 @@ def load_train_and_save(source, destination):
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
     classifier = AutoModelForSequenceClassification.from_pretrained(destination, trust_remote_code=True, num_labels=3)
     assert classifier.config.num_labels == 3
+    classifier.base_model.save_pretrained(destination + "/base")  # a class that no Auto class has loaded
     torch.save(out, destination + "/out.pt")
     torch.save(ids, destination + "/ids.pt")
 
@@ -115,6 +116,7 @@ def test_a_saved_folder_is_all_a_stranger_needs(strangers_work, name):
     assert (strangers_work / "second" / name / "out.pt").is_file()
     for stage in ("source", "first", "second"):
         assert sorted(p.name for p in (strangers_work / stage / name).glob("*.py")) == CODE
+    assert sorted(p.name for p in (strangers_work / "second" / name / "base").glob("*.py")) == CODE
 
 
 def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, monkeypatch):
