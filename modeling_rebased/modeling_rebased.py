@@ -1077,7 +1077,8 @@ class ReBasedModel(ReBasedPreTrainedModel):
             input_ids (`torch.LongTensor`, *optional*): [B, T].
             attention_mask (`torch.Tensor`, *optional*): [B, cached + T] or [B, T], 0 at padding, left, right or
                 between, also inside packed sequences. Or the masks that `create_masks_for_generate` made. Softmax
-                windows count columns, as everywhere in transformers: padding between tokens takes room in them.
+                windows count columns, as everywhere in transformers: padding between tokens takes room in them. A
+                model of softmax layers only also takes a ready mask [B, 1, T, cached + T] or a `BlockMask`.
             position_ids (`torch.LongTensor`, *optional*): [B, T] or [1, T]. By default each row's real tokens are
                 counted from 0, on from what the cache holds. Where they restart they mark packed sequences, in a batch
                 of 1 and without a cache. Compiled code cannot see whether they do: it takes them as packed and returns
@@ -1221,6 +1222,10 @@ class ReBasedModel(ReBasedPreTrainedModel):
         if isinstance(attention_mask, dict):  # by `create_masks_for_generate`, ahead of a compiled forward
             masks = attention_mask
             attention_mask = padding_mask = masks.get("linear_attention")
+        elif attention_mask is not None and not self.config.is_recurrent and getattr(attention_mask, "ndim", 0) != 2:
+            # A ready mask [B, 1, T, S] or a `BlockMask`, which also says what packing would.
+            masks = dict.fromkeys(("full_attention", "sliding_attention"), attention_mask)
+            attention_mask = None
         else:
             attention_mask, padding_mask = fit_mask(self.config, inputs_embeds, attention_mask, cache, counter)
             packing = find_packing(

@@ -516,6 +516,25 @@ def test_an_unconfigured_cache_serves_softmax_layers():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("position_embedding_type", ["rope", "learned"])
+def test_a_ready_mask_of_a_softmax_model(position_embedding_type):
+    """A tree: two tokens follow the same five. The mask keeps them apart, and their positions are the same."""
+    model, ids = make_model("softmax", position_embedding_type=position_embedding_type), make_ids(1, 7)
+    causal = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    assert_same(model(ids, attention_mask=causal).logits, model(ids).logits)
+    branches, positions = causal.clone(), torch.tensor([[0, 1, 2, 3, 4, 5, 5]])
+    branches[..., 6, 5] = False
+    logits = model(ids, attention_mask=branches, position_ids=positions).logits
+    assert_same(logits[:, -1], model(ids[:, [0, 1, 2, 3, 4, 6]]).logits[:, -1])
+    cache = DynamicCache(config=model.config)
+    parts = [
+        model(part, attention_mask=branches[:, :, rows, : rows.stop], position_ids=positions[:, rows], cache=cache)
+        for part, rows in zip(ids.split([4, 3], dim=1), (slice(0, 4), slice(4, 7)))
+    ]
+    assert_same(torch.cat([part.logits for part in parts], dim=1), logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["paper", "softmax"])
 def test_missing_attention_weights_are_told(name, monkeypatch):
     from modeling_rebased import modeling_rebased
