@@ -307,7 +307,9 @@ def _dkdv_tile(
     du = tl.dot(xv, tl.trans(grad), du, input_precision=PREC)
     if QUAD or LIN:
         s = tl.dot(xk, tl.trans(queries), input_precision=PREC)
-        if DIAGONAL and not LIN and not CONST:
+        # With a decay the mask comes last. No part of u is then computed before the loop over the query heads, which
+        # ptxas compiles wrongly: docs/kernels.md, "A decay in bfloat16".
+        if DIAGONAL and not LIN and not CONST and not HAS_DECAY:
             s = tl.where(cols[None, :] >= rows[:, None], s, 0.0)  # a factor of u and of du
         u = weight_polynomial(s, alpha, beta, QUAD, LIN, CONST)
     else:
@@ -320,7 +322,7 @@ def _dkdv_tile(
         left = decay_between(tl.load(decays + at, mask=ok, other=0.0)[None, :], row_decays[:, None])
         u *= left
         du *= left
-    if DIAGONAL and (LIN or CONST):
+    if DIAGONAL and (LIN or CONST or HAS_DECAY):
         below = cols[None, :] >= rows[:, None]
         u = tl.where(below, u, 0.0)
         du = tl.where(below, du, 0.0)

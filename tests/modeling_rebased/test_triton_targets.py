@@ -114,13 +114,15 @@ for target in sys.argv[1:]:
         triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
         kernel, arguments = next(found for found in launches if found[0].__name__ == "_dq_kernel")
         Path(os.environ["TRITON_CACHE_DIR"], "narrow.cubin").write_bytes(compile(kernel, arguments).asm["cubin"])
-        launches.clear()  # two query heads per key-value head, and a decay
-        q, k, v = (torch.zeros(1, 2300, h, n, dtype=torch.bfloat16, requires_grad=True)
-                   for h, n in ((2, 24), (1, 24), (1, 48)))
-        rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None, torch.zeros(1, 2300, 1))
-        triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
-        kernel, arguments = next(found for found in launches if found[0].__name__ == "_dkdv_kernel")
-        Path(os.environ["TRITON_CACHE_DIR"], "decay.cubin").write_bytes(compile(kernel, arguments).asm["cubin"])
+        for f, d in ((24, 48), (64, 128), (16, 256)):  # two query heads per key-value head, and a decay
+            launches.clear()
+            q, k, v = (torch.zeros(1, 200, h, n, dtype=torch.bfloat16, requires_grad=True)
+                       for h, n in ((2, f), (1, f), (1, d)))
+            rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None, torch.zeros(1, 200, 1))
+            triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
+            kernel, arguments = next(found for found in launches if found[0].__name__ == "_dkdv_kernel")
+            cubin = Path(os.environ["TRITON_CACHE_DIR"], f"decay-{f}-{d}.cubin")
+            cubin.write_bytes(compile(kernel, arguments).asm["cubin"])
 """
 
 
@@ -242,7 +244,8 @@ def test_kernels_compile(tmp_path):
         assert max(size for _, size in found) <= shared * 1024, capability
     if disassembler().exists():
         assert not sums_of_one_register(tmp_path / "narrow.cubin")
-        assert not overwritten_operands(tmp_path / "decay.cubin")
+        found = {path.stem: overwritten_operands(path) for path in tmp_path.glob("decay-*.cubin")}
+        assert len(found) == 3 and not any(found.values()), found
 
 
 def test_without_triton(monkeypatch):
