@@ -6,7 +6,8 @@
 
 `rebased-train` is `python -m modeling_rebased.training.train_lm`. The optional RECIPE.yaml holds one argument per
 line, such as `learning_rate: 1.0e-3`. Arguments on the command line take precedence. Besides the arguments below, all
-of transformers' TrainingArguments can be given: --torch_compile, --max_steps, --eval_steps, ...
+of transformers' TrainingArguments can be given, such as --torch_compile, --max_steps and --eval_steps, except
+--push_to_hub and --use_liger_kernel.
 
 Give the same command again to continue a run that was stopped, also by kill -9. It continues from its newest complete
 checkpoint and ends with the weights that it would have had without the stop. A finished run is left as it is, and a
@@ -415,6 +416,11 @@ def read_inputs(model_args: ModelArguments, data_args: DataArguments, args: LMTr
     if args.use_liger_kernel:
         # The library would pass over a model that Liger does not know without a word.
         raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")
+    if args.push_to_hub:
+        raise ValueError(
+            "--push_to_hub would upload checkpoints and not the finished model; `rebased-convert export "
+            f"{Path(args.output_dir, 'final')} FOLDER --push USER/NAME` uploads that"
+        )
     config = load_config(model_args)
     check_kernels(config, args)
     length = _own_length(config) if data_args.context_length is None else data_args.context_length

@@ -252,9 +252,16 @@ def test_a_path_length_or_backend_that_cannot_be_used_is_an_error(recipe, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_kernels_of_liger_are_refused(recipe, tmp_path):
-    with pytest.raises(SystemExit, match="--use_liger_kernel has no kernels for ReBased"):
-        train_lm.main([str(recipe), "--output_dir", str(tmp_path / "out"), "--use_liger_kernel", "True"])
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--use_liger_kernel", "--use_liger_kernel has no kernels for ReBased"),
+        ("--push_to_hub", "--push_to_hub would upload checkpoints and not the finished model"),
+    ],
+)
+def test_options_of_the_trainer_without_the_right_effect_are_refused(recipe, tmp_path, argument, message):
+    with pytest.raises(SystemExit, match=message):
+        train_lm.main([str(recipe), "--output_dir", str(tmp_path / "out"), argument, "True"])
     assert not (tmp_path / "out").exists()
 
 
