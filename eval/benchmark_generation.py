@@ -136,7 +136,8 @@ def time_generate(model: ReBasedForCausalLM, ids: torch.Tensor, steps: int, cach
         options["cache_implementation"] = "static"
 
     def generate(tokens: int) -> None:
-        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+        text = model.generate(ids, max_new_tokens=tokens, **options)
+        assert text.shape[1] == ids.shape[1] + tokens, "the model ended its text early"
 
     few, many = 4, 4 + steps
     torch.cuda.reset_peak_memory_stats()

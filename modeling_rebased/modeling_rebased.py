@@ -22,6 +22,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation import utils as generation_utils
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.loss.loss_utils import ForCausalLMLoss, ForTokenClassification
 from transformers.modeling_layers import (
@@ -1286,6 +1287,31 @@ class ReBasedModel(ReBasedPreTrainedModel):
                 )
 
 
+def _let_generate_check_late() -> None:
+    """Let `generate` look one step late on an NVIDIA GPU whether it should stop, with caches that it made for ReBased.
+
+    The host prepares a step while the GPU still computes the one before it. A step after the last one may run, whose
+    token is dropped. transformers does this on Apple's GPUs only: `DeferredStopCheck.is_supported` says where.
+    """
+    check = getattr(generation_utils, "DeferredStopCheck", None)
+    if check is None or getattr(check.is_supported, "knows_rebased", False):  # from another copy of this file
+        return
+    is_supported = check.is_supported
+
+    def also_supported(
+        device: torch.device, cache: Cache | None, cache_is_returned: bool, is_assistant: bool = False, **kwargs: Any
+    ) -> bool:
+        if device.type == "cuda" and getattr(cache, "may_check_late", False):
+            return not cache_is_returned and not is_assistant
+        return is_supported(device, cache, cache_is_returned, is_assistant=is_assistant, **kwargs)
+
+    also_supported.knows_rebased = True  # type: ignore[attr-defined]
+    check.is_supported = staticmethod(also_supported)
+
+
+_let_generate_check_late()
+
+
 class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
     """Add a language-modelling head to ReBased.
 
@@ -1330,13 +1356,16 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
-        if cache is None or not self.config.is_recurrent:
+        if cache is None:
+            return
+        assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values()) or generation_config.is_assistant
+        cache.may_check_late = not given and not assisted
+        if not self.config.is_recurrent:
             return
         if not given and not generation_config.return_dict_in_generate:
             self._keep_states(cache)
         # Before the first token too, `generate` asks the cache for its length.
         count_layer(cache, self.config)
-        assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values()) or generation_config.is_assistant
         if assisted and not isinstance(cache, DynamicCache):
             raise ValueError(
                 "Assisted generation of a model with recurrent layers needs a `DynamicCache`, but the cache is a "

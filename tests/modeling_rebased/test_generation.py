@@ -19,6 +19,7 @@ from transformers import (
     pipeline,
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.generation import utils as generation_utils
 
 from modeling_rebased import ReBasedForCausalLM
 from tests.modeling_rebased.cases import BASE, MODELS, RECURRENT, make_ids, make_model, make_small_model
@@ -319,6 +320,59 @@ def test_a_step_gets_only_what_it_reads(name, cache, monkeypatch):
     assert seen[1:] == [expected] * 5
     assert set(made) <= {0}  # before the first call of forward
     assert torch.equal(out[1:, 8:], greedy_reference(model, ids[1:, 8:], 6))
+
+
+class Event:
+    """Stand in for `torch.Event`, of which a CPU has none: nothing is late there."""
+
+    def __init__(self, **options):
+        pass
+
+    record = synchronize = __init__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "every_type"])
+def test_the_end_is_found_one_step_late_on_a_gpu(name, monkeypatch, capsys):
+    """The texts are the same, whatever ends them, and a cache that the caller sees has no step too many."""
+    made, library = [], generation_utils.DeferredStopCheck
+
+    class Check(library):
+        def __init__(self, *args):
+            made.append(self)
+            super().__init__(*args)
+
+        @staticmethod
+        def is_supported(device, *args, **kwargs):
+            return library.is_supported(torch.device("cuda"), *args, **kwargs)
+
+    model, ids = make_model(name), make_ids()
+    first, second = generate(model, ids, max_new_tokens=12)[:, ids.shape[1] :][:2].tolist()
+    ends = [first[4], second[7]]
+    streamer = functools.partial(TextStreamer, NumberTokenizer(), skip_prompt=True)
+    calls = [
+        {"max_new_tokens": 12},
+        {"max_new_tokens": 12, "eos_token_id": ends},
+        {"max_new_tokens": 12, "eos_token_id": ends, "cache_implementation": "static"},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 12, "eos_token_id": first[4], "ids": ids[:1], "streamer": streamer},
+    ]
+
+    def call(ids=ids, streamer=None, **options):
+        tokens = generate(model, ids, **options, **({"streamer": streamer()} if streamer is not None else {}))
+        return tokens.tolist(), capsys.readouterr().out
+
+    expected = [call(**options) for options in calls]
+    kept = DynamicCache(config=model.config)
+    returned = generate(model, ids, max_new_tokens=12, eos_token_id=ends, past_key_values=kept)
+    monkeypatch.setattr(generation_utils, "DeferredStopCheck", Check)
+    monkeypatch.setattr(torch, "Event", Event)
+    assert [call(**options) for options in calls] == expected
+    assert len(made) == len(calls)
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(generate(model, ids, max_new_tokens=12, eos_token_id=ends, past_key_values=cache), returned)
+    assert len(made) == len(calls)
+    assert cache.get_seq_length() == kept.get_seq_length()
 
 
 @torch.no_grad()
