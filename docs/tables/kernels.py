@@ -133,9 +133,9 @@ def loop_of_generate() -> str:
     return down(results("generation/cpu/loop.csv"), "part: {part} | µs per step: {us:.0f}")
 
 
-def parts_of_generate(prefix: str) -> str:
+def parts_of_generate(prefix: str, gpu: str = "h200") -> str:
     """Return the parts of a step of `generate()` whose names begin with a prefix, or with "" those that have none."""
-    rows = results("generation/h200/steps.csv")
+    rows = results(f"generation/{gpu}/steps.csv")
     cases = list(dict.fromkeys((row["model"], row["cache"], row["batch"]) for row in rows))
     found: dict[str, dict[tuple, float]] = defaultdict(dict)
     for row in rows:
@@ -152,6 +152,7 @@ TABLES |= {
     "generate-host": lambda: parts_of_generate("host: "),
     "generate-gpu": lambda: parts_of_generate("GPU: "),
     "generate-without": lambda: parts_of_generate(""),
+    "generate-without-h100": lambda: parts_of_generate("", "h100"),
 }
 
 
@@ -227,7 +228,8 @@ def first_calls() -> str:
     """Return the seconds of the first training step and of the first prefill, by version."""
     versions: dict[str, dict[str, Any]] = {}
     for row in results("generation/h100/first.csv"):
-        versions.setdefault(row["version"], {"version": row["version"]})[row["what"]] = row["first_s"]
+        version = versions.setdefault(row["version"], {"version": row["version"], "step": None, "prefill": None})
+        version[row["what"]] = row["first_s"]
     return down(
         versions.values(),
         "version: {version} | first training step, 16,384 tokens: {step:3sig} | "
