@@ -279,7 +279,7 @@ def _model_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
             ("hidden_act", theirs.hidden_act, "silu"),
             ("attention_bias", getattr(theirs, "attention_bias", False), False),
             ("mlp_bias", getattr(theirs, "mlp_bias", False), False),
-            ("a sliding window", sliding, False),
+            ("sliding_window", theirs.sliding_window if sliding else None, None),
             ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
         )
         if value != allowed
