@@ -26,15 +26,15 @@ TABLES |= {
 
 @shown("mad-fuzzy")
 def mad_fuzzy() -> str:
-    """Return the accuracy on fuzzy recall at its best epoch and at the last."""
-    rows = []
-    for run in (run for run in finished("mad") if run["task"] == "fuzzy_recall"):
-        best = max(run["history"], key=lambda entry: entry["accuracy"])
-        last = run["history"][-1]
-        figures = [f"{best['accuracy']:.3f}", f"{last['accuracy']:.3f}"]
-        rows.append([label_of(run["model"]), f"{run['lr']:g}", best["epoch"], *figures])
-    rows.sort(key=lambda row: float(row[1]))
-    return table(["model", "rate", "best epoch", "accuracy there", "at the end"], rows)
+    """Return the accuracy on fuzzy recall at its best epoch and at the last, a row per model."""
+    runs = [run for run in finished("mad") if run["task"] == "fuzzy_recall"]
+    rates = sorted({run["lr"] for run in runs})
+    found: dict[str, dict[float, list[str]]] = defaultdict(dict)
+    for run in runs:
+        accuracies = [entry["accuracy"] for entry in run["history"]]
+        found[label_of(run["model"])][run["lr"]] = [f"{max(accuracies):.3f}", f"{accuracies[-1]:.3f}"]
+    rows = [[model, *(figure for rate in rates for figure in figures[rate])] for model, figures in found.items()]
+    return table(["model", *(f"rate {rate:g}, {when}" for rate in rates for when in ("best", "end"))], rows)
 
 
 @shown("small-models")

@@ -42,7 +42,7 @@ TABLES |= {
 
 @shown("mqar-figure")
 def mqar_figure() -> str:
-    """Return the means of the cells of Figure 1, a row per size, with the authors' values and the numbers of seeds."""
+    """Return the means of the trained cells of Figure 1, with the authors' values and the numbers of seeds."""
     found = {(cell.length, cell.hidden, cell.model): cell for cell in figure_cells(cells(mqar_runs()))}
     models = [model for model in FIGURE_MODELS if any(model == key[2] for key in found)]
     head = ["length", "hidden"]
@@ -50,6 +50,8 @@ def mqar_figure() -> str:
         head += [label_of(model), *(["paper"] if model in PUBLISHED and model != "softmax" else [])]
     rows = []
     for length, hidden in itertools.product(LENGTHS, HIDDEN):
+        if not any((length, hidden, model) in found for model in models):
+            continue
         row = [f"{length:,}", hidden]
         for model in models:
             cell = found.get((length, hidden, model))
