@@ -73,7 +73,7 @@ from .triton_launch_rebased import (
 
 
 _WIDE_BYTES = 112 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
-_MOST_OF_DECAY = 16, 128  # features and dims per value in bfloat16 on a GPU
+_MOST_OF_DECAY = 64, 128  # features and dims per value in bfloat16 on a GPU
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -290,12 +290,12 @@ def triton_unavailable_reason(
                 if shared < _WIDE_BYTES:
                     needs = f"{_WIDE_BYTES:,} bytes of shared memory"
                     return f"head_dim {head_dim} in bfloat16 needs {needs}, and this GPU has {shared:,} for a block"
-        # docs/kernels.md, "A decay in bfloat16": the gradient of values was wrong, and is not yet measured again.
+        # docs/kernels.md, "A decay in bfloat16": gradients were wrong, and larger sizes are not measured again.
         features, dims = _MOST_OF_DECAY
         if dtype == torch.bfloat16 and decays and (feature_dim > features or head_dim > dims):
             most = f"the kernels take {features} and {dims} or less, or float32"
             sizes = f"feature_dim {feature_dim} and head_dim {head_dim}"
-            return f"{sizes} in bfloat16 may have wrong gradients with a decay; {most}"
+            return f"{sizes} in bfloat16 may have inexact gradients with a decay; {most}"
     elif device.type == "cpu":
         if not INTERPRETED:
             return "the tensors are on the CPU (Triton kernels run there only with TRITON_INTERPRET=1, for tests)"

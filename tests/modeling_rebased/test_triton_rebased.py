@@ -920,11 +920,11 @@ def test_reasons_of_a_gpu(monkeypatch):
     properties.shared_memory_per_block_optin = 232448
     assert reason(device, torch.bfloat16, 16, 256) is None
     assert reason(device, torch.bfloat16, 1, 32) is None
-    for sizes in ((17, 128), (16, 129)):
-        message = "feature_dim {} and head_dim {} in bfloat16 may have wrong gradients with a decay".format(*sizes)
+    for sizes in ((65, 128), (64, 129)):
+        message = "feature_dim {} and head_dim {} in bfloat16 may have inexact gradients with a decay".format(*sizes)
         assert message in reason(device, torch.bfloat16, *sizes, True)
         assert reason(device, torch.float32, *sizes, True) is reason(device, torch.bfloat16, *sizes) is None
-    assert reason(device, torch.bfloat16, 16, 128, True) is None
+    assert reason(device, torch.bfloat16, 64, 128, True) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "7.5" in reason(device, torch.float32, 16, 64)
 

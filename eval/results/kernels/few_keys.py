@@ -3,11 +3,16 @@
 """Emulate what the Triton kernels round to bfloat16, and print how far off the gradients of q and k then are, as CSV.
 
 All else is computed in float64, so the errors come from the roundings alone. A query with one key has no gradient,
-because do . v and do . o are equal. The kernels round do / z, which is multiplied by v, but not the do that is
-multiplied by o. They round the weights that make o, but not those that make z. So the two products differ, and a small
-z enlarges the difference. The numbers are the largest of eight draws.
+because do . v and do . o are equal. Where one of them comes from rounded numbers and the other does not, a small z
+enlarges the difference. The kernels had "do . o / z": do / z was rounded before it was multiplied by v, and the
+weights of o were rounded, but not those of z. They now have "the same, z of rounded weights". The numbers are the
+largest of eight draws.
 
     python eval/results/kernels/few_keys.py > eval/results/kernels/few-keys.csv
+
+With --kernels, the kernels themselves are compared with float64 on this machine's GPU, for packed documents:
+
+    python eval/results/kernels/few_keys.py --kernels
 """
 
 from __future__ import annotations
@@ -80,10 +85,37 @@ def errors(case: str, seed: int) -> dict[str, list[float]]:
     return table
 
 
+def of_kernels(width: int, dim: int, tokens: int, documents: int, seed: int) -> list[float]:
+    """Return the relative errors of o, dq, dk and dv by the kernels, with HEADS query heads per key-value head."""
+    from modeling_rebased import rebased_attention
+    from modeling_rebased.eager_rebased import naive_rebased_attention
+
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    sizes = [(HEADS, width), (1, width), (1, dim), (HEADS, dim)]
+    q, k, v, grad = (
+        torch.randn(1, tokens * documents, *size, generator=generator, device="cuda").bfloat16() for size in sizes
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    bounds = torch.arange(0, tokens * documents + 1, tokens, dtype=torch.int32, device="cuda")
+    o, _ = rebased_attention(*leaves, cu_seqlens=bounds, normalized=True, backend="triton")
+    parts = (x.unflatten(1, (documents, tokens))[0] for x in exact)
+    expected = naive_rebased_attention(*parts).flatten(0, 1)[None]
+    found = [o, *torch.autograd.grad(o, leaves, grad)]
+    references = [expected, *torch.autograd.grad(expected, exact, grad.double())]
+    return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, references, strict=True)]
+
+
 def main() -> None:
-    """Print the largest numbers of all seeds."""
+    """Print the largest numbers of all seeds, or with --kernels the numbers of each."""
     torch.set_num_threads(1)
     table = csv.writer(sys.stdout, lineterminator="\n")
+    if "--kernels" in sys.argv:
+        table.writerow(["F", "D", "tokens", "documents", "seed", "o", "dq", "dk", "dv"])
+        for sizes in ((16, 64, 10, 200), (16, 64, 30, 77), (16, 64, 2301, 1), (64, 64, 30, 77), (16, 128, 30, 77)):
+            for seed in range(SEEDS // 2):
+                table.writerow([*sizes, seed, *(f"{error:.1e}" for error in of_kernels(*sizes, seed))])
+        return
     table.writerow(["case", "delta", "dq", "dk", "share_of_three_rows"])
     for case in CASES:
         found = [errors(case, seed) for seed in range(SEEDS)]
