@@ -41,6 +41,28 @@ def needs_range(q: Tensor, coefficients: tuple[float, float, float], normalized:
     return not normalized and any(coefficients[1:]) and q.dtype != torch.float16
 
 
+@triton.jit
+def _locate_head(
+    q, k, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, H: tl.constexpr, HKV: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    """Locate the BM rows of one head, of q or of k, that a program reads. Grid: (H + HKV) * blocks of rows.
+
+    Returns (head, where those of k come after those of q; batch row and first token, in 64 bits; pointer to the first
+    row, stride of the rows).
+    """
+    head = tl.program_id(0) % (H + HKV)
+    b64 = batch_row().to(tl.int64)
+    t64 = (tl.program_id(0) // (H + HKV)).to(tl.int64) * BM
+    if head < H:
+        base = token_pointer(q, b64, t64, head, stride_qb, stride_qt, stride_qh)
+        stride = stride_qt
+    else:
+        base = token_pointer(k, b64, t64, head - H, stride_kb, stride_kt, stride_kh)
+        stride = stride_kt
+    return head, b64, t64, base, stride
+
+
 @triton.jit(do_not_specialize=["T", "N"])
 def _largest_kernel(
     q, k, bits, mask,
@@ -49,25 +71,19 @@ def _largest_kernel(
 ):  # fmt: skip
     """Raise bits [N, H + HKV] to the largest finite magnitude of each head of q, and of the kept rows of each of k.
 
-    Positive floats are ordered as their bits are, as integers. A program reads BM rows of one head. Grid: (H + HKV) *
-    blocks of rows.
+    Positive floats are ordered as their bits are, as integers.
     """
-    head = tl.program_id(0) % (H + HKV)
     if batch_row() >= N:
         return
-    b64 = batch_row().to(tl.int64)
-    t64 = (tl.program_id(0) // (H + HKV)).to(tl.int64) * BM
+    head, b64, t64, base, stride = _locate_head(
+        q, k, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, H, HKV, BM
+    )
     rows = tl.arange(0, BM)
     ok = rows + t64 < T
-    f = tl.arange(0, FP)
-    if head < H:
-        x = load_rows(token_pointer(q, b64, t64, head, stride_qb, stride_qt, stride_qh), rows, ok, stride_qt, f, F,
-                      F == FP, True)  # fmt: skip
-    else:
-        if HAS_MASK:
+    if HAS_MASK:
+        if head >= H:
             ok = tl.load(mask + b64 * stride_mb + t64 + rows, mask=ok, other=0) != 0
-        x = load_rows(token_pointer(k, b64, t64, head - H, stride_kb, stride_kt, stride_kh), rows, ok, stride_kt, f,
-                      F, F == FP, True)  # fmt: skip
+    x = load_rows(base, rows, ok, stride, tl.arange(0, FP), F, F == FP, True)
     size = tl.abs(x.to(tl.float32))
     size = tl.where(size < float("inf"), size, 0.0)  # not NaN either
     largest = tl.max(tl.max(size, 1), 0)
@@ -92,52 +108,45 @@ def _multiply_kernel(
     """Multiply each head of q and of k by its factor, into new_q [B, T, H, F] and new_k [B, T, HKV, F].
 
     FORWARD: the factors follow from `bits`, and are stored: factors [N, H + HKV], and ranges [N, H, T], the products
-    of a query's factor and its keys'. Otherwise they are read. Grid: as in `_largest_kernel`.
+    of a query's factor and its keys'. Otherwise they are read.
     """
-    head = tl.program_id(0) % (H + HKV)
     if batch_row() >= N:
         return
-    b64 = batch_row().to(tl.int64)
-    t64 = (tl.program_id(0) // (H + HKV)).to(tl.int64) * BM
+    head, b64, t64, base, stride = _locate_head(
+        q, k, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, H, HKV, BM
+    )
     rows = tl.arange(0, BM)
     inside = rows + t64 < T
     f = tl.arange(0, FP)
     bits += b64 * (H + HKV)
     factors += b64 * (H + HKV)
-    if head < H:
-        if FORWARD:
+    if FORWARD:
+        if head < H:
             factor = _factor(bits + head, most_query)
             product = factor * _factor(bits + H + head // (H // HKV), most_key)
             tl.store(ranges + (b64 * H + head) * T + t64 + rows, rows * 0.0 + product, mask=inside)
         else:
-            factor = tl.load(factors + head)
-        x = load_rows(token_pointer(q, b64, t64, head, stride_qb, stride_qt, stride_qh), rows, inside, stride_qt, f,
-                      F, F == FP, True)  # fmt: skip
-        store_rows(new_q + ((b64 * T + t64) * H + head) * F, rows, inside, H * F, f, F, x.to(tl.float32) * factor)
-    else:
-        if FORWARD:
             factor = _factor(bits + head, most_key)
-        else:
-            factor = tl.load(factors + head)
-        x = load_rows(token_pointer(k, b64, t64, head - H, stride_kb, stride_kt, stride_kh), rows, inside, stride_kt,
-                      f, F, F == FP, True)  # fmt: skip
-        at = new_k + ((b64 * T + t64) * HKV + head - H) * F
-        store_rows(at, rows, inside, HKV * F, f, F, x.to(tl.float32) * factor)
+    else:
+        factor = tl.load(factors + head)
+    x = load_rows(base, rows, inside, stride, f, F, F == FP, True)
+    _, _, _, new_base, new_stride = _locate_head(
+        new_q, new_k, T.to(tl.int64) * (H * F), H * F, F, T.to(tl.int64) * (HKV * F), HKV * F, F, H, HKV, BM
+    )
+    store_rows(new_base, rows, inside, new_stride, f, F, x.to(tl.float32) * factor)
     if FORWARD:
         if t64 == 0:
             tl.store(factors + head, factor)
 
 
-_RANGE_ROWS = 256  # rows per program
-
-
 def _range_sizes(q: Tensor, k: Tensor, prepared: PreparedCall) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Return the grid of both kernels, and the arguments that they share, by name."""
     batch, length, heads, feature_dim = q.shape
-    kv_heads = k.shape[2]
-    return grid_of_rows(-(-length // _RANGE_ROWS) * (heads + kv_heads), batch), {
+    kv_heads, width = k.shape[2], prepared.layout.f
+    rows = min(256, 8192 // width)  # a thread has 64 numbers at most
+    return grid_of_rows(-(-length // rows) * (heads + kv_heads), batch), {
         **strides_of("q", q), **strides_of("k", k), "T": length, "N": batch, "F": feature_dim,
-        "FP": prepared.layout.f, "H": heads, "HKV": kv_heads, "BM": _RANGE_ROWS, "num_warps": 4,
+        "FP": width, "H": heads, "HKV": kv_heads, "BM": rows, "num_warps": 4,
     }  # fmt: skip
 
 
