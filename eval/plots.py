@@ -212,7 +212,7 @@ def plot_slices(results: dict[str, dict[str, Any]], path: str | Path) -> None:
 
 
 def plot_students(curves: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw the losses of both stages of distillation, a panel per stage.
+    """Draw the losses of the stages of distillation, a panel per stage.
 
     Args:
         curves: of results.json: model, stage, tokens and losses.
@@ -222,6 +222,7 @@ def plot_students(curves: list[dict[str, Any]], path: str | Path) -> None:
     names = {
         "transfer": ("stage transfer", "relative error of attention outputs"),
         "logits": ("stage logits", "loss, nats per token"),
+        "long": ("stage long", "loss, nats per token"),
     }
     figure, axes = new_figure(1, len(stages), 5.6, 3.8)
     models = [curve["model"] for curve in curves]

@@ -85,3 +85,45 @@ def students_decoding() -> str:
         "cache at batch 32, GiB: {at_32[cache_gib]:.1f} | peak at batch 32, GiB: {at_32[peak_gib]:.1f} | "
         "ms per step, batch 1: {at_1[ms]:.0f} | ms per step, batch 32: {at_32[ms]:.0f}",
     )
+
+
+def mixed_text() -> dict[str, Any]:
+    """Return results.json of the students that were trained on a mixed corpus and the teacher's samples."""
+    return json.loads((RESULTS / "conversion/smollm2-h200/results.json").read_text(encoding="utf-8"))
+
+
+@shown("mixed-stages")
+def mixed_stages() -> str:
+    """Return the students' perplexity after each stage, as a multiple of the teacher's, at 1,024 tokens."""
+    results = mixed_text()
+    rows = [row for row in results["perplexity"] if row["length"] == 1024]
+    found = {(row["model"], row["stage"], row["file"]): row["perplexity"] for row in rows}
+    training = {(row["model"], row["stage"]): row for row in results["training"]}
+    rows = []
+    for model in ("hybrid", "pure"):
+        for stage in ("start", "transfer", "logits", "long"):
+            row: dict[str, Any] = {"model": model, "stage": stage, "tokens": None, "rate": None}
+            if (model, stage) in training:
+                tokens, seconds = (training[model, stage][key] for key in ("tokens", "seconds"))
+                row |= {"tokens": tokens / 1e6, "rate": tokens / seconds}
+            for register in ("books", "changelogs"):
+                file = f"{register}-1"
+                row[register] = found[model, stage, file] / found["teacher", "", file]
+            rows.append(row)
+    return down(
+        rows,
+        "model: {model} | after stage: {stage} | million tokens: {tokens:.1f} | "
+        "tokens per second: {rate:,.0f} | books: {books:.2f} | changelogs: {changelogs:.2f}",
+    )
+
+
+@shown("mixed-recall")
+def mixed_recall() -> str:
+    """Return the share of numbers and names that are recalled, by distance."""
+    rows = mixed_text()["recall"]
+    right = {(row["model"], row["kind"], row["distance"]): row["right"] for row in rows}
+    columns = list(dict.fromkeys((row["kind"], row["distance"]) for row in rows))
+    return table(
+        ["model", *(f"{kind}, {distance:,}" for kind, distance in columns)],
+        [[model, *(f"{right[(model, *each)]:.0%}" for each in columns)] for model in ("teacher", "hybrid", "pure")],
+    )
