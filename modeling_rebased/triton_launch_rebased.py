@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -188,13 +189,18 @@ def _start_once() -> None:
     with ThreadPoolExecutor(2) as threads:  # what goes wrong there goes wrong once more with the first kernel
         threads.submit(lambda: triton.runtime.driver.active.get_current_device())
         threads.submit(lambda: hash_triton and hash_triton())
+        for name in sorted(name for name in list(sys.modules) if name.startswith(f"{__package__}.triton_")):
+            for function in list(vars(sys.modules[name]).values()):
+                if isinstance(function, triton.JITFunction):
+                    _ = function.cache_key
 
 
 def _start_triton() -> None:
     """Prepare what Triton needs before its first kernel, in one thread while the others wait.
 
     The C compiler makes Triton's driver. At the same time Triton hashes its own files, 400 MB, to find kernels in its
-    cache. Either takes a third of a second.
+    cache. Either takes a third of a second. Meanwhile the functions in these files are hashed, always in one order:
+    Triton's hash of a kernel depends on which of its functions have been hashed before.
     """
     with _STARTING:
         _start_once()
