@@ -881,16 +881,6 @@ class ReBasedDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states
 
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_rebased.ReBasedConfig",
-    "AutoModel": "modeling_rebased.ReBasedModel",
-    "AutoModelForCausalLM": "modeling_rebased.ReBasedForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_rebased.ReBasedForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_rebased.ReBasedForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_rebased.ReBasedForQuestionAnswering",
-}
-
-
 class ReBasedPreTrainedModel(PreTrainedModel):
     """Hold what the model and its heads share: what they support, how weights start, and how masks are made."""
 
@@ -934,8 +924,7 @@ class ReBasedPreTrainedModel(PreTrainedModel):
 
         The library itself names only the class that is saved.
         """
-        if self.is_remote_code():
-            self.config.auto_map = AUTO_MAP | (getattr(self.config, "auto_map", None) or {})
+        self.config.auto_map = AUTO_MAP | (getattr(self.config, "auto_map", None) or {})
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_context_parallel_group(self, group: Any) -> None:
@@ -1601,26 +1590,20 @@ class ReBasedForQuestionAnswering(ReBasedGenericHead, GenericForQuestionAnswerin
 # `save_pretrained` copies the code of a registered class, whichever way it was loaded. And transformers finds the task
 # of a model by the name of its class in these tables. Trainer, for one, shifts the labels for label smoothing only if
 # the name is in the first.
+AUTO_MAP = {"AutoConfig": "configuration_rebased.ReBasedConfig", "AutoModel": "modeling_rebased.ReBasedModel"}
 ReBasedModel.register_for_auto_class("AutoModel")
-for _auto_class, _names, _head in (
-    ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ReBasedForCausalLM),
+for _task, _names, _head in (
+    ("CausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ReBasedForCausalLM),
     (
-        "AutoModelForSequenceClassification",
+        "SequenceClassification",
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         ReBasedForSequenceClassification,
     ),
-    (
-        "AutoModelForTokenClassification",
-        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        ReBasedForTokenClassification,
-    ),
-    (
-        "AutoModelForQuestionAnswering",
-        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        ReBasedForQuestionAnswering,
-    ),
+    ("TokenClassification", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ReBasedForTokenClassification),
+    ("QuestionAnswering", modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, ReBasedForQuestionAnswering),
 ):
-    _head.register_for_auto_class(_auto_class)
+    AUTO_MAP[f"AutoModelFor{_task}"] = f"modeling_rebased.{_head.__name__}"
+    _head.register_for_auto_class(f"AutoModelFor{_task}")
     _names[ReBasedConfig.model_type] = _head.__name__
 
 
