@@ -9,11 +9,11 @@
     rebased-distill RECIPE.yaml --stage transfer           # and so on: all stages from one file
 
 `rebased-distill` is `python -m modeling_rebased.conversion.distill`. Beside the arguments below, every one of
-transformers' TrainingArguments can be given. Stage "transfer" teaches each linear layer by itself to match the
-output of the teacher's attention on the same input. It trains only queries, keys, their normalisation and the gate.
-Stage "logits" teaches the whole student the teacher's distribution of the next token. Stage "long" does the same with
-long examples. The defaults of the stages are the published recipe (docs/conversion.md). `conversion/smollm2.yaml` is a
-recipe in YAML, and `read_recipe` says what it may hold.
+transformers' TrainingArguments can be given, except --push_to_hub and --use_liger_kernel. Stage "transfer" teaches
+each linear layer by itself to match the output of the teacher's attention on the same input. It trains only queries,
+keys, their normalisation and the gate. Stage "logits" teaches the whole student the teacher's distribution of the next
+token. Stage "long" does the same with long examples. The defaults of the stages are the published recipe
+(docs/conversion.md). `conversion/smollm2.yaml` is a recipe in YAML, and `read_recipe` says what it may hold.
 
 The same command continues from the newest complete checkpoint in OUTPUT_DIR. A finished run is left as it is, and a
 folder that holds another run is refused. A run writes:

@@ -1028,6 +1028,7 @@ class ReBasedModel(ReBasedPreTrainedModel):
     """
 
     def __init__(self, config: ReBasedConfig):
+        config.validate()  # again: `from_pretrained(..., num_hidden_layers=2)` sets fields of a finished configuration
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

@@ -413,14 +413,6 @@ def read_inputs(model_args: ModelArguments, data_args: DataArguments, args: LMTr
         args.dataloader_pin_memory = False  # which would only warn
     set_seed(args.seed)
     check_paths({"train_file": data_args.train_file, "eval_file": data_args.eval_file}, args.output_dir)
-    if args.use_liger_kernel:
-        # The library would pass over a model that Liger does not know without a word.
-        raise ValueError("--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it")
-    if args.push_to_hub:
-        raise ValueError(
-            "--push_to_hub would upload checkpoints and not the finished model; `rebased-convert export "
-            f"{Path(args.output_dir, 'final')} FOLDER --push USER/NAME` uploads that"
-        )
     config = load_config(model_args)
     check_kernels(config, args)
     length = _own_length(config) if data_args.context_length is None else data_args.context_length

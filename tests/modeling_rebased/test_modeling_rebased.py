@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     DataCollatorWithFlattening,
     DynamicCache,
@@ -380,6 +381,15 @@ def test_bad_inputs_are_named():
         model(make_ids(1, 65))
     with pytest.raises(ValueError, match="position_ids"):
         model(ids, position_ids=torch.tensor([[*range(10), *range(13)]] * 2))
+
+
+@pytest.mark.parametrize("field, value", [("num_hidden_layers", 6), ("num_hidden_layers", 2), ("hidden_act", "no")])
+def test_a_configuration_that_was_changed_is_checked_again(field, value):
+    """`from_pretrained(..., num_hidden_layers=6)` sets the field of a configuration that has been checked."""
+    config = make_config("paper")
+    setattr(config, field, value)
+    with pytest.raises(StrictDataclassError, match=field):
+        ReBasedForCausalLM(config)
 
 
 @pytest.mark.parametrize("name", ["paper", "every_type"])
