@@ -109,7 +109,7 @@ def choose_plan(feature_dim: int, head_dim: int, squares: bool, dtype: torch.dty
         if squares:
             plan = plan._replace(segment=256, runs=(8, 4), alone=512)
     elif feature_dim <= 64 and head_dim <= 64:
-        # With a limit, ptxas computes a wrong dv where there is a decay: docs/kernels.md, "A decay in bfloat16".
+        # None for "dkdv, decay": with one, each step of its loop takes more instructions (docs/kernels-log.md).
         registers = (("forward", 168), ("dkdv", 168))
         plan = Plan(segment, (64, 4, 3), (64, 4, 2), (64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 4, 3), registers)
     elif feature_dim <= 64 and head_dim <= 128:

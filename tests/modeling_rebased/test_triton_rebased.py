@@ -208,8 +208,8 @@ def test_runs_of_segments(length, heads, runs, state, small_plan):
 
 def test_packed_runs(small_plan):
     small_plan(runs=(4, 2))
-    cu = torch.tensor([0, 3, 3, 170, 300, 332], dtype=torch.int32, device=DEVICE)
-    q, k, v = make(1, 332, 1, 1, 7, 6)
+    cu = torch.tensor([0, 3, 3, 170, 234, 244], dtype=torch.int32, device=DEVICE)
+    q, k, v = make(1, 244, 1, 1, 7, 6)
     initial = torch.rand(5, 1, 28, 7, device=DEVICE)
     initial[:, :, :7] += 4
     check(q, k, v, eps=1e-4, cu=cu, initial=initial)
