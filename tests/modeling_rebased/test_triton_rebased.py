@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import math
@@ -1027,6 +1028,8 @@ def test_kernels_are_compiled_in_threads_before_they_are_launched(monkeypatch):
 
     class Kernel:
         arg_names = ("x", "y", "SIZE")
+        device_caches = collections.defaultdict(dict)
+        compile = None
 
         def __init__(self, name):
             self.name = name
@@ -1081,12 +1084,47 @@ def test_a_kernel_that_two_passes_need_is_compiled_once(monkeypatch):
         events.append("found" if found else "compiled")
         return {(*grid, 1, 1): None}
 
-    kernel = types.SimpleNamespace(warmup=warmup)
+    kernel = types.SimpleNamespace(warmup=warmup, compile=None, device_caches={3: ()})
     with triton_launch_rebased.compiling_only():
         both = [triton_launch_rebased.start_compiling(kernel, (4,), {"x": 1}) for _ in range(2)]
     for future in both:
         future.result(30)
     assert events == ["compiled", "found"]
+
+
+def test_what_launches_a_kernel_is_compiled_beside_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(triton_launch_rebased, "_start_once", lambda: None)
+    events, meet = [], threading.Barrier(2, timeout=30)
+
+    class Launcher:
+        def __init__(self, source, metadata):
+            meet.wait()  # both at the same time
+            events.append(f"launcher of {source}")
+            raise AttributeError("no metadata")
+
+    class Kernel:
+        def __init__(self):
+            self.device_caches = collections.defaultdict(self.create_binder)  # as Triton's
+
+        def create_binder(self):
+            self.compile = lambda source, target: meet.wait()
+
+        def warmup(self, grid, **arguments):
+            self.device_caches[3]
+            self.compile(arguments["x"], target="a GPU")
+            events.append("kernel")
+            return {(*grid, 1, 1): None}
+
+    driver = types.SimpleNamespace(active=types.SimpleNamespace(launcher_cls=Launcher))
+    monkeypatch.setattr(triton_launch_rebased.triton.runtime, "driver", driver)
+    kernel = Kernel()
+    with triton_launch_rebased.compiling_only():
+        both = [triton_launch_rebased.start_compiling(kernel, (4,), {"x": x}) for x in "ab"]
+    for future in both:
+        future.result(60)
+    assert events == ["launcher of a", "kernel", "launcher of b", "kernel"]
 
 
 def test_triton_is_started_once_while_its_files_are_hashed(monkeypatch):
