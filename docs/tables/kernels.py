@@ -237,6 +237,21 @@ def first_calls() -> str:
     )
 
 
+@shown("first-changes")
+def changes_of_first_calls() -> str:
+    """Return the median seconds of first calls on an H200, by version and caches."""
+    found: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: {"step": [], "prefill": []})
+    for row in results("generation/h200/first-changes.csv"):
+        found[row["version"], row["caches"]][row["what"]].append(row["first_s"])
+    median = {key: {what: statistics.median(s) if s else None for what, s in of.items()} for key, of in found.items()}
+    return down(
+        [{"version": version, "caches": caches, **of} for (version, caches), of in median.items()],
+        "version: {version} | caches: {caches} | first training step, s: {step:3sig} | "
+        "first prefill, s: {prefill:3sig}",
+        words=2,
+    )
+
+
 @shown("range")
 def passes_for_range() -> str:
     """Return the times of attention with and without `normalized=True`, by version."""
