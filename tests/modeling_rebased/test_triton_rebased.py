@@ -630,6 +630,27 @@ def test_queries_and_keys_are_brought_into_range(shape, coefficients, monkeypatc
     check(q, k, v, coefficients, 1e-2, mask, initial=initial, normalized=False)
 
 
+def test_range_of_heads_that_several_programs_read():
+    """The power of two of a head comes from all of its kept rows, and gradients are multiplied by it too."""
+    q, k, _ = make(2, 300, 4, 2, 40, 1)
+    q *= 10.0 ** torch.arange(2, 10, device=DEVICE).view(2, 1, 4, 1)
+    k *= 10.0 ** torch.arange(5, 9, device=DEVICE).view(2, 1, 2, 1)
+    q[0, 150, 1], k[1, 299, 1], k[0, 7, 0] = 1e20, 1e15, 1e19
+    mask = torch.ones(2, 300, dtype=torch.bool, device=DEVICE)
+    mask[0, 7] = False
+    new_q, new_k, ranges, factors = triton_inputs_rebased.range_pass(q, k, mask, None)
+    kept = k * mask[:, :, None, None]
+    limit = triton_inputs_rebased.LARGEST
+    size = torch.cat([q.abs().amax((1, 3)) * 40, kept.abs().amax((1, 3))], 1).double()
+    expected = (limit / size).log2().floor().clamp(max=0).exp2()  # [B, H + H_kv]
+    assert torch.equal(factors.double(), expected)
+    of_q, of_k = expected[:, None, :4, None].float(), expected[:, None, 4:, None].float()
+    assert torch.equal(new_q, q * of_q) and torch.equal(new_k, k * of_k)
+    assert torch.equal(ranges, (of_q * of_k.repeat_interleave(2, 2))[:, 0].expand(2, 4, 300))
+    dq, dk = triton_inputs_rebased.range_backward_pass(q, k, factors)
+    assert torch.equal(dq, new_q) and torch.equal(dk, new_k)
+
+
 @pytest.mark.parametrize("state", [False, True])
 def test_packed_queries_and_keys_are_brought_into_range(state, small_plan, monkeypatch):
     monkeypatch.setattr(triton_inputs_rebased, "LARGEST", 0.7)
