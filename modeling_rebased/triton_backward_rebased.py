@@ -78,20 +78,9 @@ from .triton_tiles_rebased import (
 
 @triton.jit
 def _scale_gradient(
-    o,
-    do,
-    inverse_z,
-    scaled_grad,
-    delta,
-    minus_delta,
-    rows,
-    inside,
-    stride_dot,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    H: tl.constexpr,
-    CT: tl.constexpr,
-):
+    o, do, inverse_z, scaled_grad, delta, minus_delta, rows, inside, stride_dot, D: tl.constexpr, DP: tl.constexpr,
+    H: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
     """Compute do / z and delta = (do / z) . o of some rows, and store them as scaled_grad, delta and minus_delta.
 
     minus_delta has -delta as columns for the matrix units, see `as_columns`. No 1 / z is left in the other kernels.
@@ -296,8 +285,8 @@ def _dkdv_tile(
     """Add one tile of queries to dk [BM, FP] and dv [BM, DP]; tiles are transposed, [keys, queries].
 
     -delta reaches all rows through a matrix product, pick [BM, 16] @ minus^T. As a vector along the columns it would
-    take 16 loads per thread. `ranges` has a number for each of the queries `at`, see `in_units`; so
-    has `decays`, and those of the keys are `row_decays`.
+    take 16 loads per thread. `ranges` has a number for each of the queries `at`, see `in_units`. `decays` has one too,
+    and those of the keys are `row_decays`.
     """
     if HAS_RANGES:
         alpha, beta, _eps = in_units(ranges, at, ok, alpha, beta, 0.0, QUAD)
@@ -646,8 +635,7 @@ def query_gradient(
     """Return dq, and scaled_grad, delta and minus_delta, which the gradients of keys and values need.
 
     q, k and v come from `pad_rows` and mask from `mask_as_bytes`; the others are as in `backward_pass`, with unit
-    strides.
-    With `decays`, from `sum_decays`, q . dq / 2 is stored in query_part, fp32 [B, H_q, T].
+    strides. With `decays`, from `sum_decays`, q . dq / 2 is stored in query_part, fp32 [B, H_q, T].
     """
     layout, plan = prepared.layout, prepared.plan
     _, length, heads, _ = q.shape
@@ -677,8 +665,7 @@ def query_gradient(
     tensors = {
         "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
         "ranges": ranges, "decays": decays, "query_part": query_part, **cut.tables, "o": o, "do": grad,
-        "inverse_z": inverse_z, "delta": delta, "dq": dq,
-        "from_state": from_state, "states": states, "norms": norms,
+        "inverse_z": inverse_z, "delta": delta, "dq": dq, "from_state": from_state, "states": states, "norms": norms,
     }  # fmt: skip
     launch(prepared, "dq", _dq_kernel, tensors, complete)
     return without_padding(dq, layout.feature_dim), scaled_grad, delta, minus_delta
@@ -728,8 +715,7 @@ def key_gradients(
     tensors = {
         "q": q, "k": k, "v": v, "scaled_grad": scaled_grad, "minus_delta": minus_delta, "mask": mask,
         "ranges": ranges, "decays": decays, "key_part": key_part, **cut.tables, "dk": dk, "dv": dv,
-        "from_state": from_state, "states": later,
-        "norms": later_norms,
+        "from_state": from_state, "states": later, "norms": later_norms,
     }  # fmt: skip
     launch(prepared, "dkdv", _dkdv_kernel, tensors, complete)
     d_initial = to_public(*totals, layout.feature_dim, head_dim, layout) if grad_initial else delta.new_empty(0)

@@ -19,7 +19,7 @@ from .triton_inputs_rebased import mask_as_bytes, with_unit_stride
 from .triton_language_rebased import tl, triton
 from .triton_launch_rebased import launch, on_gpu_of, prepare
 from .triton_layout_rebased import Layout
-from .triton_tiles_rebased import store_rows
+from .triton_tiles_rebased import round_to_power_of_2, store_rows
 
 
 @triton.jit
@@ -80,9 +80,7 @@ def _decode_kernel(
         most = tl.max(
             tl.abs(tl.load(q + g[:, None] * stride_qh + f[None, :], mask=inside, other=0.0).to(tl.float32)), 1
         )
-    SMALLEST: tl.constexpr = 1.1754943508222875e-38  # normal number of float32
-    shrink = tl.maximum(1.0 / tl.maximum(most * F, 1.0), SMALLEST)
-    shrink = (shrink.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    shrink = round_to_power_of_2(1.0 / tl.maximum(most * F, 1.0))
     PAIRS: tl.constexpr = F * (F + 1) // 2 if QUAD else 0
     ROOT2: tl.constexpr = 1.4142135623730951
     if HAS_DECAY:

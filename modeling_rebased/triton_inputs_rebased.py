@@ -19,7 +19,7 @@ from torch import Tensor
 from .triton_language_rebased import INTERPRETED, tl, triton
 from .triton_launch_rebased import PreparedCall, grid_of_rows, launch, on_gpu_of, prepare, strides_of
 from .triton_plan_rebased import MOST_SEGMENT
-from .triton_tiles_rebased import batch_row, load_rows, store_rows, token_pointer
+from .triton_tiles_rebased import batch_row, load_rows, round_to_power_of_2, store_rows, token_pointer
 
 
 def computes_in_float32(dtype: torch.dtype) -> bool:
@@ -94,9 +94,7 @@ def _largest_kernel(
 def _factor(bits, most):
     """Return the power of two that brings numbers up to the float with these bits to `most`; at most 1."""
     size = tl.load(bits).to(tl.float32, bitcast=True)
-    SMALLEST: tl.constexpr = 1.1754943508222875e-38  # normal number of float32
-    factor = tl.maximum(1.0 / tl.maximum(size / most, 1.0), SMALLEST)
-    return (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return round_to_power_of_2(1.0 / tl.maximum(size / most, 1.0))
 
 
 @triton.jit(do_not_specialize=["T", "N"])

@@ -197,6 +197,13 @@ def weight_polynomial(s, alpha, beta, QUAD: tl.constexpr, LIN: tl.constexpr, CON
 
 
 @triton.jit
+def round_to_power_of_2(x):
+    """Return the largest power of two up to x, fp32 and positive, or the smallest normal number if x is below that."""
+    SMALLEST: tl.constexpr = 1.1754943508222875e-38
+    return (tl.maximum(x, SMALLEST).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def split_in_two(value, CT: tl.constexpr):
     """Split fp32 numbers into sums of two of the compute type: 16 bits of mantissa with bfloat16, exact with fp32.
 
