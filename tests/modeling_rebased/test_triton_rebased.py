@@ -1134,6 +1134,8 @@ def test_what_launches_a_kernel_is_compiled_beside_it(monkeypatch):
 
         def warmup(self, grid, **arguments):
             self.device_caches[3]
+            assert arguments["tensor"].numel() == 0  # needs no memory
+            assert torch.equal(arguments["unaligned"], values[1:])
             self.compile(arguments["x"], target="a GPU")
             events.append("kernel")
             return {(*grid, 1, 1): None}
@@ -1142,7 +1144,9 @@ def test_what_launches_a_kernel_is_compiled_beside_it(monkeypatch):
     monkeypatch.setattr(triton_launch_rebased.triton.runtime, "driver", driver)
     kernel = Kernel()
     with triton_launch_rebased.compiling_only():
-        both = [triton_launch_rebased.start_compiling(kernel, (4,), {"x": x}) for x in "ab"]
+        values = torch.arange(4.0)
+        tensors = {"tensor": values, "unaligned": values[1:]}
+        both = [triton_launch_rebased.start_compiling(kernel, (4,), {"x": x, **tensors}) for x in "ab"]
     for future in both:
         future.result(60)
     assert events == ["launcher of a", "kernel", "launcher of b", "kernel"]
