@@ -1348,21 +1348,26 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             return
-        assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values()) or generation_config.is_assistant
-        cache.may_check_late = not given and not assisted
-        if not self.config.is_recurrent:
+        if self.config.is_recurrent:
+            if not given and not generation_config.return_dict_in_generate:
+                self._keep_states(cache)
+            # Before the first token too, `generate` asks the cache for its length.
+            count_layer(cache, self.config)
+        gets_drafts = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
+        if gets_drafts and given and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"Assisted generation cannot continue from `{CACHE_NAME}`, which holds {cache.get_seq_length()} "
+                "tokens: transformers feeds the model the whole prompt again. Leave the cache out, or generate "
+                "without drafts."
+            )
+        if not self.config.is_recurrent or not (gets_drafts or generation_config.is_assistant):
             return
-        if not given and not generation_config.return_dict_in_generate:
-            self._keep_states(cache)
-        # Before the first token too, `generate` asks the cache for its length.
-        count_layer(cache, self.config)
-        if assisted and not isinstance(cache, DynamicCache):
+        if not isinstance(cache, DynamicCache):
             raise ValueError(
                 "Assisted generation of a model with recurrent layers needs a `DynamicCache`, but the cache is a "
                 f"{type(cache).__name__}."
             )
-        if assisted:
-            make_croppable(cache, self.config)
+        make_croppable(cache, self.config)
 
     def _keep_states(self, cache: Cache) -> None:
         """Let a static cache that no caller will see use the states of the one before it, and leave them to the next.

@@ -196,6 +196,18 @@ def test_assisted_generation(name, kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["paper", "softmax"])
+def test_drafts_for_a_next_turn_are_refused(name):
+    """The library would feed the cached tokens twice, to any model."""
+    model, ids = make_model(name), make_ids(1)
+    cache = DynamicCache(config=model.config)
+    answer = generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=2)
+    assert torch.equal(answer, greedy_reference(model, ids, 6))
+    with pytest.raises(ValueError, match="cannot continue from"):
+        generate(model, answer, past_key_values=cache, prompt_lookup_num_tokens=2)
+
+
+@torch.no_grad()
 def test_drafts_of_the_first_layers():
     """`assistant_early_exit` drafts with one layer or more of the model itself."""
     model, ids = make_model("every_type"), make_ids(1)
