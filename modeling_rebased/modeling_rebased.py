@@ -1344,23 +1344,30 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         given = model_kwargs.get(CACHE_NAME) is not None
+        if given and not generation_config.use_cache:
+            raise ValueError(
+                f"`use_cache=False` feeds the whole text for each token, which `{CACHE_NAME}` would take in every "
+                "time. Give only one of them."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             return
+        gets_drafts = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
+        assisted = gets_drafts or generation_config.is_assistant
+        cache.may_check_late = not given and not assisted
         if self.config.is_recurrent:
             if not given and not generation_config.return_dict_in_generate:
                 self._keep_states(cache)
             # Before the first token too, `generate` asks the cache for its length.
             count_layer(cache, self.config)
-        gets_drafts = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
         if gets_drafts and given and cache.get_seq_length() > 0:
             raise ValueError(
                 f"Assisted generation cannot continue from `{CACHE_NAME}`, which holds {cache.get_seq_length()} "
                 "tokens: transformers feeds the model the whole prompt again. Leave the cache out, or generate "
                 "without drafts."
             )
-        if not self.config.is_recurrent or not (gets_drafts or generation_config.is_assistant):
+        if not assisted or not self.config.is_recurrent:
             return
         if not isinstance(cache, DynamicCache):
             raise ValueError(

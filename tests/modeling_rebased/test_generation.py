@@ -197,14 +197,16 @@ def test_assisted_generation(name, kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["paper", "softmax"])
-def test_drafts_for_a_next_turn_are_refused(name):
-    """The library would feed the cached tokens twice, to any model."""
+def test_a_given_cache_is_refused_where_tokens_would_enter_it_twice(name):
+    """The library would feed the cached tokens again, to any model."""
     model, ids = make_model(name), make_ids(1)
     cache = DynamicCache(config=model.config)
     answer = generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=2)
     assert torch.equal(answer, greedy_reference(model, ids, 6))
     with pytest.raises(ValueError, match="cannot continue from"):
         generate(model, answer, past_key_values=cache, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="`use_cache=False` feeds the whole text"):
+        generate(model, answer, past_key_values=cache, use_cache=False)
 
 
 @torch.no_grad()
