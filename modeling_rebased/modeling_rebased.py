@@ -1417,23 +1417,27 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         if inputs.get(CACHE_NAME) is not None:
             # PEFT looks for the older name, on every release, and would put virtual tokens before each new token.
             inputs["past_key_values"] = inputs[CACHE_NAME]
-        # Where PEFT puts virtual tokens before the prompt, it makes the mask longer after this.
         cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
-        mask, ids = kwargs.get("attention_mask"), inputs.get("input_ids")
-        first = kwargs.get("is_first_iteration") and cache is not None and self.config.is_recurrent
-        if first and isinstance(mask, torch.Tensor) and mask.ndim == 2 and ids is not None and ids.shape[1] == 1:
-            # A turn of one token, which `forward` on a GPU would take for one that was generated, and not check.
-            counter = count_layer(cache, self.config)
-            if mask.shape[1] - 1 == counter.get_seq_length() > 0:
-                check_counts(mask[:, :-1], counter)
-        if not generated or cache is None or masks is None or not self.config.is_recurrent:
+        if cache is None or not self.config.is_recurrent:
             return inputs
+        if kwargs.get("is_first_iteration"):
+            self._check_turn_of_one_token(inputs.get("input_ids"), kwargs.get("attention_mask"), cache)
+        if not generated or masks is None:
+            return inputs
+        # Where PEFT puts virtual tokens before the prompt, it makes the mask longer after this.
         if not isinstance(masks, dict) and masks.shape[1] - 1 == count_layer(cache, self.config).columns:
             sizes = torch.empty((*inputs["input_ids"].shape, 0), dtype=self.dtype, device=masks.device)
             masks = self.create_masks_for_generate(self.config, sizes, masks, cache)
         if isinstance(masks, dict):
             inputs["attention_mask"] = {**masks, "linear_attention": None}
         return inputs
+
+    def _check_turn_of_one_token(self, ids: torch.Tensor | None, mask: Any, cache: Cache) -> None:
+        """Check the mask of a turn of one token, which `forward` on a GPU would take for one that was generated."""
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and ids is not None and ids.shape[1] == 1:
+            counter = count_layer(cache, self.config)
+            if mask.shape[1] - 1 == counter.get_seq_length() > 0:
+                check_counts(mask[:, :-1], counter)
 
     @either_cache_name
     @can_return_tuple
