@@ -9,11 +9,12 @@
     rebased-distill RECIPE.yaml --stage transfer           # and so on: all stages from one file
 
 `rebased-distill` is `python -m modeling_rebased.conversion.distill`. Beside the arguments below, every one of
-transformers' TrainingArguments can be given, except --push_to_hub and --use_liger_kernel. Stage "transfer" teaches
-each linear layer by itself to match the output of the teacher's attention on the same input. It trains only queries,
-keys, their normalisation and the gate. Stage "logits" teaches the whole student the teacher's distribution of the next
-token. Stage "long" does the same with long examples. The defaults of the stages are the published recipe
-(docs/conversion.md). `conversion/smollm2.yaml` is a recipe in YAML, and `read_recipe` says what it may hold.
+transformers' TrainingArguments can be given, except --use_liger_kernel. With --push_to_hub the finished model is
+uploaded to the Hub, and no checkpoints are. Stage "transfer" teaches each linear layer by itself to match the output
+of the teacher's attention on the same input. It trains only queries, keys, their normalisation and the gate. Stage
+"logits" teaches the whole student the teacher's distribution of the next token. Stage "long" does the same with long
+examples. The defaults of the stages are the published recipe (docs/conversion.md). `conversion/smollm2.yaml` is a
+recipe in YAML, and `read_recipe` says what it may hold.
 
 The same command continues from the newest complete checkpoint in OUTPUT_DIR. A finished run is left as it is, and a
 folder that holds another run is refused. A run writes:
@@ -48,6 +49,7 @@ from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training.arguments import check_paths, parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from modeling_rebased.training.folders import gathered_model, save_model, write_text, written
+from modeling_rebased.training.hub import open_repository, upload_finished
 from modeling_rebased.training.resume import (
     CheckpointError,
     RunRecord,
@@ -239,8 +241,11 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
             record.check()
         except ValueError as error:
             raise ConversionError(f"{error}.") from error
+        repository = open_repository(arguments)
         if record.is_finished(arguments, distill.max_seconds) and summary.is_file():
             print(record)
+            if repository is not None:
+                upload_finished(arguments, repository)
             return json.loads(summary.read_text(encoding="utf-8"))["perplexity"]
     teacher, student = load_pair(distill, torch.bfloat16 if arguments.bf16 else torch.float32)
     if arguments.process_index == 0:
@@ -284,6 +289,8 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         _card(finished, folder, distill, arguments, command, said).save(folder / "README.md")
         clock = trainer.clock.spent if trainer.clock is not None else 0.0
         record.write({"steps": said["steps"], "epochs": trainer.state.epoch or 0.0, "seconds": clock})
+        if repository is not None:
+            upload_finished(arguments, repository)
     return rows
 
 

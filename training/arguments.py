@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .hub import wrong_hub_argument
+
 
 # Of the Trainer's options, those that nearly every run sets.
 COMMON = (
@@ -89,11 +91,8 @@ def _wrong_value(args: TrainingArguments) -> str | None:
     """Return what is wrong with values that the Trainer takes until it begins to train, or for good."""
     if args.use_liger_kernel:  # the library would pass over a model that Liger does not know without a word
         return "--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it"
-    if args.push_to_hub:
-        return (
-            "--push_to_hub would upload checkpoints and not the finished model; `rebased-convert export "
-            f"{Path(args.output_dir, 'final')} FOLDER --push USER/NAME` uploads that"
-        )
+    if wrong := wrong_hub_argument(args):
+        return wrong
     for name in ("learning_rate", "weight_decay", "adam_epsilon"):
         if not 0 <= (value := getattr(args, name)) < math.inf:
             return f"--{name} must be at least 0 and finite, got {value:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 from collections import Counter
@@ -143,8 +144,9 @@ def training_section(
 
 
 def typed_command(module: str, argv: Sequence[str] | None = None) -> str:
-    """Return the command line of this process as a user would type it, `python -m MODULE ...`."""
-    return shlex.join(["python", "-m", f"modeling_rebased.{module}", *(sys.argv[1:] if argv is None else argv)])
+    """Return the command line of this process as a user would type it, `python -m MODULE ...`, without its token."""
+    line = shlex.join(["python", "-m", f"modeling_rebased.{module}", *(sys.argv[1:] if argv is None else argv)])
+    return re.sub(r"(--hub[_-]token[= ])\S+", r"\1...", line)  # the card may be public
 
 
 def versions() -> str:

@@ -7,7 +7,7 @@
 `rebased-train` is `python -m modeling_rebased.training.train_lm`. The optional RECIPE.yaml holds one argument per
 line, such as `learning_rate: 1.0e-3`. Arguments on the command line take precedence. Besides the arguments below, all
 of transformers' TrainingArguments can be given, such as --torch_compile, --max_steps and --eval_steps, except
---push_to_hub and --use_liger_kernel.
+--use_liger_kernel. With --push_to_hub the finished model is uploaded to the Hub, and no checkpoints are.
 
 Give the same command again to continue a run that was stopped, also by kill -9. It continues from its newest complete
 checkpoint and ends with the weights that it would have had without the stop. A finished run is left as it is, and a
@@ -51,6 +51,7 @@ from .byte_tokenizer import byte_tokenizer
 from .card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from .context_parallel import ContextParallelTrainer
 from .folders import gathered_model, save_model, written
+from .hub import HubError, open_repository, upload_finished
 from .resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from, weights_identity
 from .shards import tokenizer_identity
 from .tensor_parallel import split_model, tensor_parallel_size
@@ -340,6 +341,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, evaluate, and write the finished model."""
     try:
         _main(sys.argv[1:] if argv is None else argv)
+    except HubError as error:
+        raise SystemExit(f"rebased-train: error: {error}") from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -349,7 +352,10 @@ def _main(argv: list[str]) -> None:
     try:
         model_args, data_args, args = parse_arguments(argv)
         inputs = read_inputs(model_args, data_args, args)
+        repository = open_repository(args)
         if inputs is None:
+            if repository is not None:
+                upload_finished(args, repository)
             return
         set_seed(args.seed)
         model = load_model(model_args, inputs.config)
@@ -391,6 +397,8 @@ def _main(argv: list[str]) -> None:
         write_final(finished, inputs.tokenizer, figures, folder, argv, data_args, settings, args)
         inputs.record.write({"steps": trainer.state.global_step, "epochs": trainer.state.epoch or 0.0})
         print(json.dumps(figures, indent=2))
+        if repository is not None:
+            upload_finished(args, repository)
 
 
 class Inputs(NamedTuple):

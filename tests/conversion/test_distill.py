@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, TrainingArguments
 
@@ -405,8 +406,19 @@ def test_the_defaults_are_the_published_recipe(tmp_path):
         assert parse_arguments([*given, "--learning_rate", "1e-3"])[1].learning_rate == 1e-3
 
 
-def test_the_card_of_a_student(folder, tmp_path):
-    assert main(command(folder, "logits", tmp_path / "out", steps=1)) == 0
+def test_the_card_of_a_student(folder, tmp_path, monkeypatch, capsys):
+    """And its upload, offline: the calls to the Hub are caught."""
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **rest: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **given: calls.append(given))
+    push = ("--push_to_hub", "True", "--hub_model_id", "user/student", "--hub_token", "hf_secret")
+    for _ in range(2):  # the second time the run is finished
+        assert main(command(folder, "logits", tmp_path / "out", *push, steps=1)) == 0
+        assert (calls[-1]["repo_id"], calls[-1]["folder_path"]) == ("user/student", tmp_path / "out" / "final")
+    assert len(calls) == 2
+    monkeypatch.setattr(HfApi, "create_repo", lambda *given, **named: 1 / 0)
+    assert main(command(folder, "logits", tmp_path / "new", *push, steps=1)) == 1
+    assert "rebased-distill: error: --push_to_hub cannot upload to 'user/student'" in capsys.readouterr().err
     card = (tmp_path / "out" / "final" / "README.md").read_text()
     for words in (
         "python -m modeling_rebased.conversion.distill --stage logits",
@@ -414,8 +426,10 @@ def test_the_card_of_a_student(folder, tmp_path):
         "| teacher | teacher |",
         "perplexity per token of text, 32 tokens",
         "model.generate(",
+        'from_pretrained("user/student", trust_remote_code',
     ):
         assert words in card, words
+    assert "hf_secret" not in card
     assert "license" not in card and "kernel_backend" in (tmp_path / "out" / "final" / "config.json").read_text()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -223,12 +224,17 @@ def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
         (("--max_steps", "-1", "--num_train_epochs", "0"), "--num_train_epochs must be positive and finite, got 0"),
         (("--resume_from_checkpoint", "no"), "--resume_from_checkpoint no is no checkpoint"),
         (("--use_liger_kernel", "True"), "--use_liger_kernel has no kernels for ReBased"),
-        (("--push_to_hub", "True"), "--push_to_hub would upload checkpoints and not the finished model"),
+        (("--push_to_hub", "True"), "--push_to_hub needs a token of the Hub"),
+        (("--push_to_hub", "True", "--hub_model_id", "a/b/c"), "--hub_model_id a/b/c is no repository's name"),
+        (("--push_to_hub", "True", "--output_dir", "a b"), "--output_dir (used as --hub_model_id) a b is no repos"),
+        (("--push_to_hub", "True", "--hub_strategy", "checkpoint"), "--hub_strategy checkpoint is not possible"),
+        (("--hub_model_id", "a/b"), "--hub_model_id is for --push_to_hub True, which is not given"),
     ],
 )
 def test_an_unknown_or_impossible_argument_is_an_error_with_a_short_usage(
-    recipe, tmp_path, capsys, arguments, message
+    recipe, tmp_path, capsys, monkeypatch, arguments, message
 ):
+    monkeypatch.setattr("modeling_rebased.training.hub.get_token", lambda: None)
     with pytest.raises(SystemExit, match="2"):
         parse_arguments([str(recipe), "--output_dir", str(tmp_path), *arguments])
     usage, error = capsys.readouterr().err.split("\n", 1)
@@ -302,6 +308,49 @@ def test_a_finished_run_says_so_and_is_left_alone(recipe, finished, capsys):
         _again(recipe, finished, *more)
         assert f"is finished, after {STEPS} steps: nothing is left to do" in capsys.readouterr().out
     assert (finished / "final" / "model.safetensors").stat() == before
+
+
+def test_push_to_hub_uploads_the_finished_model_alone(recipe, tmp_path, monkeypatch):
+    """Offline: the calls to the Hub are caught. The first upload fails, and the command is given again."""
+    output, calls, reached = tmp_path / "out", [], []
+
+    def create_repo(self, repo_id, **arguments):
+        calls.append(("create", repo_id, self.token, arguments))
+        if repo_id == "refused":
+            raise ConnectionError("no such host")
+        return RepoUrl(f"https://huggingface.co/user/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, **arguments):
+        calls.append(("upload", repo_id, self.token, arguments))
+        assert Path(folder_path) == output / "final"
+        if not reached:
+            raise ConnectionError("no such host")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, *given, **named: calls.append(("branch", given, named)))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    step = LMTrainer.training_step
+    monkeypatch.setattr(LMTrainer, "training_step", lambda *given: calls.append("step") or step(*given))
+    arguments = ["--push_to_hub", "True", "--hub_token", "hf_secret", "--hub_private_repo", "True"]
+    arguments += ["--max_steps", "1", "--save_steps", "1"]
+    with pytest.raises(SystemExit, match=r"--push_to_hub cannot upload to 'refused': ConnectionError: no such host"):
+        _again(recipe, output, *arguments, "--hub_model_id", "refused")
+    calls.clear()
+    arguments += ["--hub_revision", "v1"]
+    with pytest.raises(SystemExit, match=r"final is complete, but its upload to 'user/out' failed: Conn"):
+        _again(recipe, output, *arguments)
+    create = ("create", "out", "hf_secret", {"private": True, "exist_ok": True})
+    branch = ("branch", ("user/out",), {"branch": "v1", "exist_ok": True})
+    upload = ("upload", "user/out", "hf_secret", {"revision": "v1", "commit_message": "Upload the model"})
+    assert calls == [create, branch, "step", upload]
+    assert (output / "checkpoint-1").is_dir()
+    card = (output / "final" / "README.md").read_text()
+    assert card.count('from_pretrained("user/out"') == card.count("from_pretrained(") == 2
+    assert "hf_secret" not in card and "--hub_token ..." in card
+    calls.clear()
+    reached.append(True)
+    _again(recipe, output, *arguments)
+    assert calls == [create, branch, upload]
 
 
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(recipe, finished, tmp_path):
