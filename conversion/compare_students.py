@@ -5,7 +5,9 @@
 
 A student's folder may hold start/, which `linearize` made, and the output folders transfer/, logits/ and long/ of
 `conversion.distill`. The last of them is the student. Perplexities of the same text that distill measured are taken
-from there, and others are measured here. The results are written as they come:
+from there, and others are measured here. A text is known by its name without folder and ending. All parts of the
+teacher come first, then those of each student in turn, and the perplexities of earlier stages last. The results are
+written as they come:
 
     OUTPUT/results.json    all numbers and answers
     OUTPUT/report.md       perplexities of every stage, decoding speed and memory, what answers are worth, and recall
@@ -46,13 +48,15 @@ from modeling_rebased.training.arguments import with_dashes
 from modeling_rebased.training.folders import write_text
 from modeling_rebased.training.values import count, new_folder, not_negative
 
-from .distill import perplexity, read_blocks
+from .distill import perplexity, read_held_out
 from .generation import MODES, answer, judge_answers
 from .prompts import TWENTY, more_prompts
+from .reading import load_model
 from .recall import DISTANCES, recall
 
 
 STAGES = {"start": "start", "transfer": "transfer/final", "logits": "logits/final", "long": "long/final"}
+STAGE_ORDER = ("", *STAGES, "student")
 PARTS = ("perplexity", "answers", "recall", "speed")
 
 
@@ -65,11 +69,15 @@ def stages_of(folder: Path) -> dict[str, Path]:
 
 
 def load(folder: Path, dtype: torch.dtype, backend: str, device: str) -> PreTrainedModel:
-    """Return a model for inference. A ReBased model uses the given backend."""
+    """Return a model for inference. A ReBased model uses the given backend.
+
+    Raises:
+        ConversionError: its folder does not hold exactly its weights.
+    """
     config = AutoConfig.from_pretrained(folder)
     if config.model_type == ReBasedConfig.model_type:
         config.kernel_backend = backend
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
+    return load_model(AutoModelForCausalLM, folder, repr(str(folder)), config=config, dtype=dtype).to(device).eval()
 
 
 # ---------------------------------------------------------------- decoding
@@ -293,34 +301,32 @@ class Comparison:
         self.half = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
         self.results: dict[str, Any] = {"machine": machine(), "prompts": list(TWENTY), "notes": []}
+        self.folders = {"teacher": arguments.teacher}
+        self.folders |= {name: Path(folder) for name, folder in (each.split("=", 1) for each in arguments.student)}
         self.models: dict[str, dict[str, Path]] = {"teacher": {"": arguments.teacher}}
-        for name, folder in (each.split("=", 1) for each in arguments.student):
-            stages = stages_of(Path(folder))
+        for name, folder in list(self.folders.items())[1:]:
+            stages = stages_of(folder)
             if stages:
                 self.models[name] = stages
             else:
                 self.results["notes"].append(f"{folder} holds no stage of {name}.")
-            for key, found in zip(("training", "curves", "perplexity"), read_training(name, Path(folder))):
+            for key, found in zip(("training", "curves", "perplexity"), read_training(name, folder)):
                 self.results.setdefault(key, []).extend(found)
-        self.texts = {
-            (name, length): read_blocks([name], self.tokenizer, length, "--lengths")
-            for name in arguments.text
-            for length in arguments.lengths
-        }
+        self.texts = read_held_out(arguments.text, self.tokenizer, arguments.lengths, "--lengths")
+        self.lines: dict[str, list[str]] = {}  # of answers.jsonl, by model
         self.judge: PreTrainedModel | None = None
 
     def run(self) -> None:
         """Measure everything. A failure is noted, and what comes after it is still measured."""
         end = time.monotonic() + self.arguments.max_seconds
         self.write()
-        # What matters most comes first: the finished models, and only then the stages before.
+        # All parts of one finished model after another, so that a run that is cut off has all of the first ones. The
+        # stages before come last.
         last = [(name, list(stages)[-1]) for name, stages in self.models.items()]
         before = [(name, stage) for name, stages in self.models.items() for stage in list(stages)[:-1]]
-        jobs = [("perplexity", *each) for each in last] if self.texts else []
-        jobs += [(part, *each) for part in PARTS[1:] for each in last]
-        jobs += [("perplexity", *each) for each in before] if self.texts else []
+        jobs = [(part, *each) for each in last for part in PARTS] + [("perplexity", *each) for each in before]
         for part, name, stage in jobs:
-            if part not in self.arguments.parts:
+            if part not in self.arguments.parts or (part == "perplexity" and not self.texts):
                 continue
             what = f"{part} of {name} {stage}".rstrip()
             if time.monotonic() > end:
@@ -360,8 +366,8 @@ class Comparison:
             model = model or load(self.models[name][stage], torch.float32, "eager", self.device)
             rows.append({**row, "perplexity": perplexity(model, blocks)})
             print(*rows[-1].values(), flush=True)
-        order = [(each, kind) for each in self.models for kind in ("", *STAGES, "student")]
-        rows.sort(key=lambda row: order.index((row["model"], row["stage"])))
+            rows.sort(key=lambda row: (list(self.folders).index(row["model"]), STAGE_ORDER.index(row["stage"])))
+            self.write()
 
     def measure_answers(self, name: str, stage: str, backend: str) -> None:
         """Collect a model's answers, and let the teacher judge them."""
@@ -370,24 +376,23 @@ class Comparison:
         model = load(self.models[name][stage], self.half, backend, self.device)
         sets = {"twenty": TWENTY, "more": more_prompts()} if self.arguments.more else {"twenty": TWENTY}
         topics = {prompt: words for each in sets.values() for prompt, words in each.items()}
-        rows = [row for row in self.results.get("generation", []) if row["model"] != name]
-        with open(self.arguments.output / "answers.jsonl", "a", encoding="utf-8") as file:
-            for mode in MODES:
-                said = dict(zip(topics, answer(model, self.tokenizer, list(topics), self.arguments.new_tokens, mode)))
-                for which, asked in sets.items():
-                    worth = judge_answers(self.judge, self.tokenizer, asked, [said[prompt] for prompt in asked])
-                    rows.append({"model": name, "prompts": which, "mode": mode, **worth})
-                    print(
-                        *(f"{each:.3g}" if isinstance(each, float) else each for each in rows[-1].values()), flush=True
-                    )
-                for prompt, (text, ended) in said.items():
-                    line = {"model": name, "mode": mode, "prompt": prompt, "answer": text, "ended": ended}
-                    file.write(json.dumps(line) + "\n")
-                if mode == "greedy":
-                    shown = {key: rows[-len(sets)][key] for key in ("judged", "repeated")}
-                    shown["texts"] = [said[prompt][0] for prompt in TWENTY]
-                    self.results.setdefault("answers", {})[name] = shown
-        self.results["generation"] = rows
+        # What a backend that failed has left of this model is replaced.
+        rows = self.results["generation"] = [row for row in self.results.get("generation", []) if row["model"] != name]
+        lines = self.lines[name] = []
+        for mode in MODES:
+            said = dict(zip(topics, answer(model, self.tokenizer, list(topics), self.arguments.new_tokens, mode)))
+            for which, asked in sets.items():
+                worth = judge_answers(self.judge, self.tokenizer, asked, [said[prompt] for prompt in asked])
+                rows.append({"model": name, "prompts": which, "mode": mode, **worth})
+                print(*(f"{each:.3g}" if isinstance(each, float) else each for each in rows[-1].values()), flush=True)
+            for prompt, (text, ended) in said.items():
+                line = {"model": name, "mode": mode, "prompt": prompt, "answer": text, "ended": ended}
+                lines.append(json.dumps(line) + "\n")
+            if mode == "greedy":
+                shown = {key: rows[-len(sets)][key] for key in ("judged", "repeated")}
+                shown["texts"] = [said[prompt][0] for prompt in TWENTY]
+                self.results.setdefault("answers", {})[name] = shown
+            self.write()
 
     def measure_recall(self, name: str, stage: str, backend: str) -> None:
         """Measure what a model recalls from its prompt."""
@@ -411,12 +416,13 @@ class Comparison:
             print(name, *row.values(), flush=True)
 
     def write(self) -> None:
-        """Write results.json, report.md and answers.md."""
+        """Write results.json and report.md, and answers.md and answers.jsonl once there are answers."""
         folder = self.arguments.output
         write_text(folder / "results.json", json.dumps(self.results, indent=1) + "\n")
         write_text(folder / "report.md", report(self.results))
         if self.results.get("answers"):
             write_text(folder / "answers.md", side_by_side(self.results))
+            write_text(folder / "answers.jsonl", "".join(line for lines in self.lines.values() for line in lines))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -437,7 +443,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--context", type=count, default=32768, help="tokens before the decoding is timed")
     parser.add_argument("--batches", type=count, nargs="+", default=[1, 8, 32], help="sequences decoded at once")
     parser.add_argument("--steps", type=count, default=32, help="tokens that are timed")
-    parser.add_argument("--max-seconds", type=not_negative, default=math.inf, help="begin nothing after so long")
+    parser.add_argument(
+        "--max-seconds", type=not_negative, default=math.inf, help="begin no part of a model after so long"
+    )
     parser.add_argument(
         "--kernel-backend",
         choices=["auto", "eager", "triton"],
@@ -445,11 +453,14 @@ def main(argv: list[str] | None = None) -> None:
         help="of the linear layers in answers and decoding; what fails is tried again with eager",
     )
     arguments = parser.parse_args(with_dashes(argv))
-    if any("=" not in each for each in arguments.student):
+    if any("" in each.partition("=") for each in arguments.student):
         parser.error(f"--student is {arguments.student}; each must be NAME=FOLDER")
     names = ["teacher", *(each.split("=", 1)[0] for each in arguments.student)]
     if len(set(names)) < len(names):
         parser.error(f"--student: two models have the same name, of {', '.join(names)}")
+    stems = [Path(each).stem for each in arguments.text]
+    if len(set(stems)) < len(stems):  # by which results tell them apart
+        parser.error(f"--text: two texts have the same name without folder and ending, of {', '.join(stems)}")
     if not (arguments.teacher / "config.json").is_file():
         parser.error(f"--teacher {str(arguments.teacher)!r} has no config.json; it must be the folder of a model")
     if torch.cuda.is_available():

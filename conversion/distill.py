@@ -90,19 +90,27 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DistillArguments, DistillTrain
     return distill, arguments
 
 
+def batch_tokens(model: PreTrainedModel) -> int:
+    """Return how many tokens to give to a model at once. On a GPU their float32 logits take about 4 GiB at most."""
+    if model.device.type != "cuda":
+        return 4096
+    return min(16384, max(4096, 2**30 // model.config.get_text_config().vocab_size))
+
+
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, blocks: TokenBlocks, batch_tokens: int = 4096) -> float:
+def perplexity(model: PreTrainedModel, blocks: TokenBlocks) -> float:
     """Return the exponential of the mean loss per token, given the tokens before it in its example."""
     model.eval()
     length = blocks.length
-    batch_size = max(1, batch_tokens // length)
+    batch_size = max(1, batch_tokens(model) // length)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     # Compiled layers would be compiled again for these shapes.
     with torch.compiler.set_stance("force_eager"):
         for start in progress(range(0, len(blocks), batch_size), "perplexity"):
             ids = blocks.blocks(start, start + batch_size).to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            # Example by example: the logits of the whole batch are not copied.
+            for logits, tokens in zip(model(input_ids=ids, use_cache=False).logits, ids):
+                total += F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
     return math.exp(total.item() / (len(blocks) * (length - 1)))
 
 
@@ -118,18 +126,20 @@ def check_pair(teacher: PreTrainedModel, student: ReBasedForCausalLM) -> None:
             raise ConversionError(f"{name} must be the same for --teacher and --student, but is {theirs} and {ours}.")
 
 
-def read_blocks(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "--context_length"
-) -> TokenBlocks:
-    """Return the blocks of some files, whose length `argument` gives.
+def read_held_out(
+    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], argument: str
+) -> dict[tuple[str, int], TokenBlocks]:
+    """Return the blocks of each file, by file and length. A file is encoded once.
 
     Raises:
-        ConversionError: a file cannot be read, or the files hold less than one block.
+        ValueError: a file cannot be read, or holds less than one block, or a length is below 2. The message says that
+            `argument` gave the lengths.
     """
-    try:
-        return TokenBlocks(files, tokenizer, length, argument=argument)
-    except ValueError as error:
-        raise ConversionError(f"{error}.") from error
+    found: dict[tuple[str, int], TokenBlocks] = {}
+    for name in files:
+        first = TokenBlocks([name], tokenizer, lengths[0], argument=argument)
+        found |= {(name, length): first.of_length(length, argument) for length in lengths}
+    return found
 
 
 def read_texts(distill: DistillArguments) -> tuple[PreTrainedTokenizerBase, TokenBlocks, dict[tuple, TokenBlocks]]:
@@ -143,12 +153,12 @@ def read_texts(distill: DistillArguments) -> tuple[PreTrainedTokenizerBase, Toke
     except (ValueError, OSError) as error:
         raise ConversionError(f"--teacher {distill.teacher!r} gives no tokenizer: {error}") from error
     argument = "--context_length" if distill.eval_length is None else "--eval_length"
-    held_out = {
-        (name, length): read_blocks([name], tokenizer, length, argument)
-        for name in distill.eval_file or []
-        for length in distill.eval_length or [distill.context_length]
-    }
-    return tokenizer, read_blocks(distill.train_file, tokenizer, distill.context_length), held_out
+    lengths = distill.eval_length or [distill.context_length]
+    try:
+        held_out = read_held_out(distill.eval_file or [], tokenizer, lengths, argument)
+        return tokenizer, TokenBlocks(distill.train_file, tokenizer, distill.context_length), held_out
+    except ValueError as error:
+        raise ConversionError(f"{error}.") from error
 
 
 def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> None:

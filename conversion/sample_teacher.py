@@ -49,6 +49,8 @@ from modeling_rebased.training.arguments import with_dashes
 from modeling_rebased.training.resume import weights_identity
 from modeling_rebased.training.shards import INDEX, load_index, shard_path, write_index, write_shard
 
+from .reading import load_model
+
 
 KINDS = ("start", "opening", "chat")
 OPENINGS = Path(__file__).with_name("openings.txt")
@@ -320,7 +322,7 @@ def sample_shards(
         write_index(folder, tokenizer, made_by)
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype).to(device).eval()
+    model = load_model(AutoModelForCausalLM, teacher, f"TEACHER {str(teacher)!r}", dtype=dtype).to(device).eval()
     began, sampled = time.monotonic(), 0
     for number in range(rank, -(-tokens // (batch_size * length)), world_size):
         if time.monotonic() - began > max_seconds:

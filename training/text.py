@@ -7,6 +7,7 @@ before it. So a model always sees that token before a document begins, and it en
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -91,6 +92,11 @@ def read_token_ids(path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) 
     return ids
 
 
+def _check_length(length: int, argument: str) -> None:
+    if length < 2:
+        raise ValueError(f"{argument} is {length}; it must be at least 2: a token, and one to predict")
+
+
 class TokenBlocks(torch.utils.data.Dataset):
     """Give the tokens of some files as consecutive blocks of one length, without remainder.
 
@@ -123,8 +129,8 @@ class TokenBlocks(torch.utils.data.Dataset):
         cache_dir: str | os.PathLike | None = None,
         argument: str = "--context_length",
     ) -> None:
-        if length < 2:
-            raise ValueError(f"{argument} is {length}; it must be at least 2: a token, and one to predict")
+        _check_length(length, argument)
+        self.files = files
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         self.num_bytes, identity = 0, hashlib.sha256(tokenizer_identity(tokenizer).encode())
         parts: list[np.ndarray | list[str]] = []
@@ -157,11 +163,25 @@ class TokenBlocks(torch.utils.data.Dataset):
             self.tokens = self._in_memory(parts, tokenizer)
         else:
             self.tokens = self._stored(parts, tokenizer, cache_dir)
-        self.length = length
+        self._set_length(length, argument)
+
+    def _set_length(self, length: int, argument: str) -> None:
+        _check_length(length, argument)
         if len(self.tokens) < length:
-            names = ", ".join(map(str, files))
-            verb = "holds" if len(files) == 1 else "hold"
+            names = ", ".join(map(str, self.files))
+            verb = "holds" if len(self.files) == 1 else "hold"
             raise ValueError(f"{argument} is {length}, but {names} {verb} only {len(self.tokens)} tokens")
+        self.length = length
+
+    def of_length(self, length: int, argument: str = "--context_length") -> TokenBlocks:
+        """Return blocks of another length of the same tokens, which are neither read nor encoded again.
+
+        Raises:
+            ValueError: the files hold less than one block, or a block is shorter than 2 tokens.
+        """
+        others = copy.copy(self)
+        others._set_length(length, argument)
+        return others
 
     def _encoded(
         self, parts: list[np.ndarray | list[str]], tokenizer: PreTrainedTokenizerBase

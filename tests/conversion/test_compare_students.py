@@ -3,18 +3,21 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from modeling_rebased import ReBasedForCausalLM
-from modeling_rebased.conversion import linearize
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.conversion import compare_students, linearize
 from modeling_rebased.conversion.compare_students import decode_speed, load, main, stages_of
+from modeling_rebased.conversion.distill import batch_tokens, perplexity
 from modeling_rebased.conversion.distill import main as distill
-from modeling_rebased.conversion.distill import perplexity
 from modeling_rebased.conversion.generation import answer, judge_answers, judged_by, repeated
 from modeling_rebased.conversion.prompts import TWENTY, more_prompts, on_topic
 from modeling_rebased.conversion.recall import DISTANCES, FILLER, KINDS, make_item, recall
+from modeling_rebased.training import text
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.sampling import chat
 from modeling_rebased.training.text import TokenBlocks
@@ -71,6 +74,11 @@ def compare(folder, output, *more):
         (["--student", "teacher=x"], "--student: two models have the same name, of teacher, pure, window, teacher"),
         (["--text", "no.txt"], "No such file or directory: 'no.txt'"),
         (["--lengths", "1"], "--lengths is 1; it must be at least 2"),
+        (
+            ["--text", "elsewhere/text.npy"],
+            "--text: two texts have the same name without folder and ending, of text, text",
+        ),
+        (["--student", "=x"], "; each must be NAME=FOLDER"),
         (["--items", "0"], "--items: must be an integer of at least 1, got '0'"),
     ],
 )
@@ -129,6 +137,94 @@ def test_a_broken_student_does_not_lose_the_others(folder, tmp_path):
 def test_no_time_is_noted(folder, tmp_path):
     results = compare(folder, tmp_path, "--max-seconds", "0")
     assert "There was no time for speed of teacher." in results["notes"] and "speed" not in results
+
+
+def test_a_run_that_is_cut_off_has_all_parts_of_the_first_models(folder, tmp_path, monkeypatch):
+    """It keeps what was measured of the model that it stopped in, and no text is encoded once per length."""
+    encoded, measured = [], []
+
+    def count_texts(documents, tokenizer, encode_all=text.encode_all):
+        encoded.append(documents)
+        return encode_all(documents, tokenizer)
+
+    def cut_off(model, blocks):
+        measured.append(blocks.length)
+        if len(measured) == 5:  # in the window's second length
+            raise KeyboardInterrupt
+        return float(len(measured))
+
+    monkeypatch.setattr(text, "encode_all", count_texts)
+    monkeypatch.setattr(compare_students, "perplexity", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        compare(folder, tmp_path, "--parts", "perplexity", "recall")
+    assert len(encoded) == 1 and measured == [32, 64, 64, 32, 64]  # distill has measured a student at 32
+    results = json.loads((tmp_path / "results.json").read_text())
+    found = [(row["model"], row["stage"], row["length"]) for row in results["perplexity"]]
+    assert [each for each in found if each[1] != "transfer"] == [
+        ("teacher", "", 32),
+        ("teacher", "", 64),
+        ("pure", "start", 32),
+        ("pure", "logits", 32),
+        ("pure", "logits", 64),
+        ("window", "start", 32),
+    ]
+    assert {row["model"] for row in results["recall"]} == {"teacher", "pure"}
+
+
+def test_answers_of_a_backend_that_fails_are_replaced(folder, tmp_path, monkeypatch):
+    """answers.jsonl holds the answers of one run, each of them once."""
+    calls = []
+
+    def judge(model, tokenizer, topics, answers):
+        calls.append(topics)
+        if len(calls) == 2:
+            raise RuntimeError("a kernel that cannot be compiled")
+        return dict.fromkeys(("judged", "repeated", "ended", "on_topic", "good"), 0.5)
+
+    monkeypatch.setattr(
+        compare_students, "answer", lambda model, tokenizer, prompts, *_: [("yes", True)] * len(prompts)
+    )
+    monkeypatch.setattr(compare_students, "judge_answers", judge)
+    (tmp_path / "answers.jsonl").write_text("of another run\n")
+    results = compare(folder, tmp_path, "--parts", "answers")
+    assert results["notes"] == ["Failed: answers of teacher."]
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == len({(line["model"], line["mode"], line["prompt"]) for line in lines}) == 3 * 2 * 20
+    assert len(results["generation"]) == 3 * 2
+
+
+def test_a_student_without_a_finished_stage_does_not_stop_the_others(folder, tmp_path):
+    """distill has measured it, but the model is not there."""
+    shutil.copytree(folder / "pure" / "transfer", tmp_path / "lost" / "transfer")
+    shutil.rmtree(tmp_path / "lost" / "transfer" / "final")
+    results = compare(folder, tmp_path / "out", "--student", f"lost={tmp_path / 'lost'}", "--parts", "perplexity")
+    assert results["notes"] == [f"{tmp_path / 'lost'} holds no stage of lost."]
+    assert {row["model"] for row in results["perplexity"]} == {"teacher", "pure", "window", "lost"}
+
+
+def test_weights_are_not_made_up(folder, tmp_path):
+    """The library only warns of a weight that is missing."""
+    shutil.copytree(folder / "window" / "start", tmp_path / "part")
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        load(tmp_path / "part", torch.float32, "eager", "cpu")
+
+
+def test_perplexity(folder):
+    model = load(folder / "teacher", torch.float64, "eager", "cpu")
+    blocks = TokenBlocks([str(folder / "text.txt")], byte_tokenizer(), 40)
+    with torch.no_grad():
+        losses = [model(**{name: ids[None] for name, ids in block.items()}).loss.item() for block in blocks]
+    assert perplexity(model, blocks) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("vocab_size", "tokens"), [(258, 16384), (49152, 16384), (151936, 7067), (10**6, 4096)])
+def test_the_logits_of_a_batch_fit_a_gpu(vocab_size, tokens):
+    config = ReBasedConfig(vocab_size=vocab_size)
+    assert batch_tokens(SimpleNamespace(device=torch.device("cuda"), config=config)) == tokens
+    assert batch_tokens(SimpleNamespace(device=torch.device("cpu"), config=config)) == 4096
 
 
 def test_decoding_goes_on_from_the_context(folder):
