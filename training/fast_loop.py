@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .folders import written
 from .recipe import Options, Recipe, best_epoch, build_model, fields_of, kind_of
 from .run_results import run_result
 
@@ -34,13 +35,6 @@ def use_deterministic_algorithms() -> None:
 
     if hasattr(inductor, "deterministic"):
         inductor.deterministic = True  # takes no kernel because it was the fastest when tried: others round otherwise
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)  # a kill leaves the old file or the new one, never half of one
 
 
 class Optimizer(torch.optim.AdamW):
@@ -181,7 +175,8 @@ class FastTrainer:
             "best": self.best,
             "random": torch.cuda.get_rng_state() if self.on_gpu else torch.get_rng_state(),
         }
-        _write(path, state)
+        with written(path) as unfinished:
+            torch.save(state, unfinished)
 
     def _save_weights(self, run: Recipe, history: list[dict[str, float]]) -> None:
         """Write the weights of an epoch with the fields of the run and what was measured."""
@@ -189,7 +184,8 @@ class FastTrainer:
             return
         folder = Path(self.options.save_weights) / run.name
         state = {"run": fields_of(run), "model": self.model.state_dict(), "measured": history[-1]}
-        _write(folder / f"epoch-{len(history):03}.pt", state)
+        with written(folder / f"epoch-{len(history):03}.pt") as unfinished:
+            torch.save(state, unfinished)
 
     def _load(self, run: Recipe) -> tuple[list[dict[str, float]], float]:
         path = self._state_path(run)

@@ -21,20 +21,21 @@ def written(destination: str | os.PathLike) -> Iterator[Path]:
     """Give a path to write to that becomes `destination` when the block ends, and vanishes if the block fails.
 
     The path lies in a temporary folder beside `destination`, on the same file system. The last step is a rename, so
-    `destination` never holds half of a file or folder. What it was before is replaced in that step.
+    `destination` never holds half of a file or folder. What it was before is replaced in that step. Where a folder is
+    involved that takes two renames, with nothing under the name for a moment.
     """
     path = Path(os.path.abspath(destination))
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    old = temporary / f"{path.name}.old"
+    new, old = temporary / path.name, temporary / f"{path.name}.old"
     try:
-        yield temporary / path.name
-        if path.exists() or path.is_symlink():
+        yield new
+        if path.is_dir() or (new.is_dir() and os.path.lexists(path)):
             os.replace(path, old)
-        os.replace(temporary / path.name, path)
+        os.replace(new, path)
     finally:
-        if (old.exists() or old.is_symlink()) and not path.exists():
+        if os.path.lexists(old) and not path.exists():
             os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:

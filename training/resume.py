@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .checkpoints import is_sharded, rewrite
+from .folders import write_text
 
 
 logger = logging.get_logger(__name__)
@@ -133,15 +134,12 @@ class RunRecord:
     def write(self, finished: dict[str, Any] | None = None) -> None:
         """Write the record; at the end of a run with how far it was trained."""
         self.finished = finished or self.finished
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         content = {
             "identity": self.identity,
             "fewest_processes": self.fewest_processes,
             "finished": self.finished,
         }
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(content, indent=1) + "\n")
 
     def is_finished(self, args: TrainingArguments, max_seconds: float | None = None) -> bool:
         """Return whether the run was trained to its end before, and at least as far as is asked now."""

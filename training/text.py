@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .folders import written
 from .shards import JoinedArrays, map_shards, read_index, tokenizer_identity
 
 
@@ -202,12 +203,9 @@ class TokenBlocks(torch.utils.data.Dataset):
     ) -> np.ndarray:
         path = Path(cache_dir) / f"tokens-{self.identity}.bin"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(unfinished, "wb") as out:
+            with written(path) as unfinished, open(unfinished, "wb") as out:
                 for ids in self._encoded(parts, tokenizer):
                     ids.tofile(out)
-            os.replace(unfinished, path)
         if path.stat().st_size == 0:  # which cannot be mapped
             return np.empty(0, self.dtype)
         return np.memmap(path, dtype=self.dtype, mode="r")

@@ -1,6 +1,7 @@
 """A finished model is written whole, also where each process holds a part of it."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ def test_what_is_written_takes_the_place_of_what_was_there(tmp_path, monkeypatch
     with written("link") as path:
         path.mkdir()
     assert (tmp_path / "link").is_dir() and not (tmp_path / "link").is_symlink()
+
+
+def test_a_file_takes_the_place_of_another_in_one_step(tmp_path, monkeypatch):
+    """There is always a file of that name, so that a kill between two steps cannot lose both."""
+    there, replace = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: (replace(*paths), there.append((tmp_path / "run.json").exists()))
+    )
+    for content in ("a", "b"):
+        write_text(tmp_path / "run.json", content)
+    assert there == [True, True] and (tmp_path / "run.json").read_text() == "b"
 
 
 def test_the_old_output_comes_back_where_the_new_one_cannot_take_its_place(tmp_path):
