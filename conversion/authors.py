@@ -185,7 +185,8 @@ def read_layout(
                     mapping[name] = None
     else:
         fields |= {"num_attention_heads": 1, "head_dim": 1}
-        for name, value in (("--num-heads", num_heads), ("--kernel", kernel)):
+        given = {"--num-heads": num_heads, "--kernel": kernel, "--normalize": normalize, "--use-beta": use_beta}
+        for name, value in given.items():
             if value is not None:
                 raise ConversionError(f"{name} is {value!r}, but SOURCE has no attention layers.")
     config = make_config(**fields)
@@ -348,7 +349,9 @@ def _flags(
             "ReBased without parameters of normalisation ('rebased')."
         )
     settle("use-beta", False, use_beta, "SOURCE has no ln_q.beta")
-    if kernel == "rebased" and normalize is None:
+    if kernel == "based":
+        settle("normalize", False, normalize, "no Based layer normalises without ln_q and ln_k")
+    elif normalize is None:
         raise ConversionError(
             "--normalize or --no-normalize (normalize) is needed: SOURCE has no ln_q and ln_k, so its ReBased layers "
             "normalise without parameters or not at all."

@@ -129,6 +129,15 @@ def from_based(
         "eos_token_id": _settle("eos_token_id", None, theirs),
     }
     config, mapping = read_layout(state, settings, notes)
+    _check_used(
+        config,
+        {
+            "--num-heads": (num_heads, {"linear_attention", "sliding_attention"}),
+            "--window-size": (window_size, {"sliding_attention"}),
+            "--rope-theta": (rope_theta, {"sliding_attention"}),
+            "--attention-eps": (attention_eps, {"linear_attention"}),
+        },
+    )
     tokens = load_tokenizer(Path(source), tokenizer, config) if tokenizer or Path(source).is_dir() else None
     if tokens is None:
         notes.append("no tokenizer: theirs is GPT-2's (--tokenizer)")
@@ -146,6 +155,13 @@ def from_based(
         with written(destination, overwrite, source) as folder:
             write_model(folder, config, result, tokenizer=tokens)
     return report
+
+
+def _check_used(config: ReBasedConfig, given: dict[str, tuple[float | None, set[str]]]) -> None:
+    """Refuse arguments, each with the types of layers that it is for, that no layer needs."""
+    for name, (value, types) in given.items():
+        if value is not None and not types & set(config.layer_types):
+            raise ConversionError(f"{name} is {value}, but SOURCE has no layer of {' or '.join(sorted(types))}.")
 
 
 def read_checkpoint(source: Path) -> tuple[dict[str, Any], State, list[str]]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from modeling_rebased import ReBasedConfig, ReBasedModel
 
-from .layout import State, check_against, make_config, model_shapes, same_bytes
+from .layout import State, check_against, make_config, matrix_size, model_shapes, same_bytes
 from .reading import check_tensors, load_config, load_folder, read_safetensors, read_state_dict
 from .record import from_record, read_record, write_record
 from .report import ConversionError, Report, progress, some
@@ -173,19 +173,15 @@ def _layer_fields(
     """Return the configuration's fields of the attention, which all layers must share."""
     found = set()
     for root in roots:
-        for name in PROJECTIONS:
-            if state[root + name].ndim != 2:
-                raise ConversionError(
-                    f"{root + name!r} has the shape {list(state[root + name].shape)}; it must be 2-D."
-                )
-        (q, hidden), v = state[f"{root}q_proj.weight"].shape, state[f"{root}v_proj.weight"].shape[0]
+        shapes = {name: matrix_size(state, root + name) for name in PROJECTIONS}
+        (q, hidden), v, o = shapes["q_proj.weight"], shapes["v_proj.weight"][0], shapes["o_proj.weight"][1]
         gamma, beta = (root + name in state for name in LEARNT)
         sizes = {state[root + name].numel() for name in LEARNT if root + name in state}
         if len(sizes) > 1:
             raise ConversionError(
                 f"gamma and beta of {root!r} in SOURCE must be of one size, but have {sorted(sizes)}."
             )
-        found.add((q, v, state[f"{root}o_proj.weight"].shape[1], hidden, gamma, beta, next(iter(sizes), None)))
+        found.add((q, v, o, hidden, gamma, beta, next(iter(sizes), None)))
     if len(found) > 1:
         raise ConversionError("The layers of SOURCE must be of one size and kind of normalisation, but they differ.")
     ((q, v, o, hidden, gamma, beta, feature_dim),) = found
@@ -245,8 +241,8 @@ def _model_fields(state: State, roots: list[str], rest: list[str], mapping: dict
         names[head] = "model.embed_tokens.weight" if tied else "lm_head.weight"
     mapping |= names
     return {
-        "vocab_size": state[embedding].shape[0],
-        "intermediate_size": state[f"{blocks[0]}mlp.up_proj.weight"].shape[0],
+        "vocab_size": matrix_size(state, embedding)[0],
+        "intermediate_size": matrix_size(state, f"{blocks[0]}mlp.up_proj.weight")[0],
         "mlp_type": "swiglu",
         "norm_type": "rmsnorm",
         "tie_word_embeddings": tied,

@@ -98,7 +98,7 @@ def export(
     folder = Path(source)
     config, state = load_folder(folder)
     if dtype is not None:
-        state = {key: tensor.to(DTYPES[dtype]) for key, tensor in progress(state.items(), "casting")}
+        state = {key: _cast(key, tensor, dtype) for key, tensor in progress(state.items(), "casting")}
     parameters = sum(tensor.numel() for tensor in state.values())
     tokens = load_tokenizer(folder, tokenizer, config)
     settings = _generation_config(folder, config, tokens)
@@ -171,6 +171,19 @@ def _check_arguments(push: str | None, private: bool, dtype: str | None, max_sha
         raise ConversionError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     if not re.fullmatch(r"[1-9][0-9]*([KMG]i?B)", max_shard_size):
         raise ConversionError(f"--max-shard-size is {max_shard_size!r}; it must be a number with KB, MB or GB.")
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return a tensor in another dtype.
+
+    Raises:
+        ConversionError: a finite number becomes infinite, as those above 65,504 do in float16.
+    """
+    new = tensor.to(DTYPES[dtype])
+    if (new.isinf() & tensor.isfinite()).any():
+        largest = tensor[tensor.isfinite()].abs().max()
+        raise ConversionError(f"--dtype is {dtype!r}, which cannot hold {largest:g} in {name!r}.")
+    return new
 
 
 def _check_repository(argument: str, name: str) -> None:

@@ -94,10 +94,9 @@ def linearize(
     folder, options, theirs = _open_source(Path(source))
     types = layer_types(theirs, layers)
     linear = set(types) & set(LINEAR_LAYER_TYPES)
-    if decay is not None and not linear:
-        raise ConversionError(f"--decay {decay} has no place: with --layers {layers!r} no layer is linear.")
-    if fit is not None and not linear:
-        raise ConversionError(f"--fit has nothing to fit: with --layers {layers!r} no layer is linear.")
+    for name, value in (("--feature-dim", feature_dim), ("--rotate", rotate), ("--decay", decay), ("--fit", fit)):
+        if value is not None and not linear:
+            raise ConversionError(f"{name} has no place: with --layers {layers!r} no layer is linear.")
     config = student_config(theirs, types, feature_dim, window, rotate, decay)
     is_gguf = "gguf_file" in options
     dtype = torch.float32 if is_gguf else "auto"
@@ -227,8 +226,6 @@ def student_config(
     linear = set(types) & set(LINEAR_LAYER_TYPES)
     if feature_dim is None:
         feature_dim = min(64, head_dim)
-    if not linear:
-        feature_dim = min(feature_dim, head_dim)
     if not 1 <= feature_dim <= head_dim:
         raise ConversionError(f"--feature-dim is {feature_dim}; it must be 1 to the model's head_dim, {head_dim}.")
     if window < 1:

@@ -20,7 +20,6 @@ RECORD_TENSORS = "conversion.safetensors"
 
 def write_record(folder: Path, record: dict[str, Any] | None, unused: State | None = None) -> None:
     """Write `RECORD`, and `RECORD_TENSORS` if there are any, into `folder`."""
-
     if record is not None:
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if unused:

@@ -279,7 +279,7 @@ def sample_shards(
         teacher: folder of a softmax model with its tokenizer.
         output: folder of the shards.
         tokens: of all shards and processes. They are rounded up to whole shards.
-        length: tokens of a row.
+        length: tokens of a row, at most the teacher's max_position_embeddings.
         batch_size: rows of a shard.
         shares: of shards whose rows begin with the start token, an opening, or a chat.
         openings: text file with an opening per line.
@@ -317,12 +317,15 @@ def sample_shards(
         "temperature": temperature,
         "seed": seed,
     }
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model = load_model(AutoModelForCausalLM, teacher, f"TEACHER {str(teacher)!r}", dtype=dtype).to(device).eval()
+    positions = model.config.max_position_embeddings
+    if length > positions:
+        raise ValueError(f"--length is {length}; it must be at most {positions}, the length that TEACHER is made for.")
     with locked(folder):
         check_made_by(folder, made_by)
         write_index(folder, tokenizer, made_by)
 
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = load_model(AutoModelForCausalLM, teacher, f"TEACHER {str(teacher)!r}", dtype=dtype).to(device).eval()
     began, sampled = time.monotonic(), 0
     for number in range(rank, -(-tokens // (batch_size * length)), world_size):
         if time.monotonic() - began > max_seconds:

@@ -193,12 +193,24 @@ def change(name, tensor):
     return lambda state: state.update({name: tensor})
 
 
+def only_convolutions(state):
+    for name in [name for name in state if name.startswith("backbone.layers.1.")]:
+        del state[name]
+    layer = {name.replace("layers.0.", "layers.1."): tensor for name, tensor in state.items() if "layers.0." in name}
+    state |= layer
+
+
 WRONG = {
     "heads_needed": (lambda state: None, {"num_heads": None}, r"--num-heads .*is needed.* fits \[3, 6\] heads"),
     "heads_wrong": (lambda state: None, {"num_heads": 5}, "--num-heads is 5, but proj_q has 12 rows"),
     "heads_zero": (lambda state: None, {"num_heads": 0}, "--num-heads is 0"),
     "kernel_unknown": (lambda state: None, {"kernel": "cosine"}, "--kernel is 'cosine'; it must be"),
     "normalize": (lambda state: None, {"normalize": False}, "--no-normalize was given, but SOURCE has ln_q.weight"),
+    "convolutions": (
+        only_convolutions,
+        {"num_heads": None, "normalize": False},
+        "--normalize is False, but SOURCE has no",
+    ),
     "eps": (lambda state: None, {"attention_eps": -1.0}, "attention_eps"),
     "positions": (lambda state: None, {"max_position_embeddings": 5}, "is 5, but .* has 16 rows"),
     "unknown_tensor": (change("backbone.extra", torch.ones(2)), {}, "'backbone.extra'"),
@@ -239,6 +251,8 @@ def test_what_the_tensors_do_not_tell_is_asked_for(tmp_path):
         from_authors(source, tmp_path / "out", num_heads=3)
     with pytest.raises(ConversionError, match=r"--no-normalize \(normalize\) is needed"):
         from_authors(source, tmp_path / "out", num_heads=3, kernel="rebased")
+    with pytest.raises(ConversionError, match="--normalize was given, but no Based layer normalises"):
+        from_authors(source, tmp_path / "out", num_heads=3, kernel="based", normalize=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
 
 

@@ -45,6 +45,26 @@ def assert_same_logits(folder, model):
     return ours
 
 
+@pytest.mark.parametrize(
+    ("kinds", "option", "message"),
+    [
+        (("conv", "linear"), "window_size", "--window-size is 8, but SOURCE has no layer of sliding_attention"),
+        (("conv", "linear"), "rope_theta", "--rope-theta is 8, but"),
+        (("conv", "sliding"), "attention_eps", "--attention-eps is 8.0, but SOURCE has no layer of linear_attention"),
+        (
+            ("conv", "conv"),
+            "num_heads",
+            "--num-heads is 8, but SOURCE has no layer of linear_attention or sliding_att",
+        ),
+    ],
+)
+def test_arguments_of_layers_that_are_not_there_are_refused(tmp_path, kinds, option, message):
+    torch.save(make_based_model(kinds=kinds).state_dict(), tmp_path / "m.bin")
+    needed = {"num_heads": 4} if "linear" in kinds else OPTIONS if "sliding" in kinds else {}
+    with pytest.raises(ConversionError, match=message):
+        from_based(tmp_path / "m.bin", tmp_path / "out", **{**needed, option: 8.0 if option == "attention_eps" else 8})
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits(tmp_path, case):
     arguments, options = CASES[case]

@@ -167,6 +167,20 @@ def test_dtype_and_dry_run(tmp_path, source):
     assert "mit" in metadata(tmp_path / "hub")["license"]
 
 
+def test_a_dtype_that_cannot_hold_the_weights_is_refused(tmp_path):
+    """float16 ends at 65,504."""
+    model = ReBasedForCausalLM(ReBasedConfig(**SMALL))
+    with torch.no_grad():
+        model.model.norm.weight[3] = -7e4
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(
+        ConversionError, match=r"--dtype is 'float16', which cannot hold 70000 in 'model\.norm\.weight'"
+    ):
+        export(tmp_path / "source", tmp_path / "hub", license="mit", dtype="float16")
+    assert not (tmp_path / "hub").exists()
+    export(tmp_path / "source", tmp_path / "hub", license="mit", dtype="bfloat16", dry_run=True)
+
+
 def test_generation_settings_of_the_source_are_kept(tmp_path, source):
     path = source / "generation_config.json"
     before = path.read_text()

@@ -190,6 +190,7 @@ WRONG = {
     "unknown": ({}, {}, {"g_proj.weight": torch.ones(2, 2)}, "not a ReBasedLinearAttention"),
     "shape": ({}, {}, {"k_proj.weight": torch.ones(8, 12)}, "k_proj.weight"),
     "gamma": ({}, {}, {"feature_map.gamma": torch.ones(5)}, "must be of one size"),
+    "flat": ({}, {}, {"o_proj.weight": torch.tensor(1.0)}, "'o_proj.weight' has the shape .* two dimensions"),
     "gamma_2d": ({}, {}, {"feature_map.gamma": torch.ones(2, 2)}, "q_norm.weight"),
 }
 

@@ -460,10 +460,18 @@ def test_a_start_that_is_fitted(tmp_path):
     assert near < 0.9 * far
 
 
+def test_what_is_for_linear_layers_needs_one(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "teacher")
+    for option in ({"decay": "gate"}, {"feature_dim": 4}, {"rotate": False}, {"fit": ["text.txt"]}):
+        name = next(iter(option)).replace("_", "-")
+        with pytest.raises(
+            ConversionError, match=f"--{name} has no place: with --layers 'softmax' no layer is linear"
+        ):
+            linearize(tmp_path / "teacher", tmp_path / "out", layers="softmax", **option)
+
+
 def test_what_a_fit_needs(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ConversionError, match="--decay gate has no place: with --layers 'softmax' no layer is linear"):
-        linearize(tmp_path / "teacher", tmp_path / "out", layers="softmax", decay="gate")
     (tmp_path / "text.txt").write_text("short")
     with pytest.raises(ConversionError, match="--fit needs a tokenizer"):
         linearize(tmp_path / "teacher", tmp_path / "out", fit=[tmp_path / "text.txt"])
@@ -471,7 +479,6 @@ def test_what_a_fit_needs(tmp_path):
     for fit, message in (
         ({"fit": [tmp_path / "text.txt"]}, "the length of a row is 512, but .* holds only 6 tokens"),
         ({"fit": [tmp_path / "none.txt"]}, "--fit: .*none"),
-        ({"fit": [tmp_path / "text.txt"], "layers": "softmax"}, "nothing to fit: with --layers 'softmax'"),
         ({"fit": [tmp_path / "text.txt"], "fit_tokens": 5}, "--fit-tokens is 5"),
     ):
         with pytest.raises(ConversionError, match=message):

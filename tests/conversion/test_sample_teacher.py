@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, MistralConfig
 
 from modeling_rebased import ReBasedForCausalLM
@@ -159,6 +160,13 @@ def test_wrong_arguments(teacher, tmp_path, capsys):
     byte_tokenizer().save_pretrained(tmp_path / "mute")
     assert main([str(tmp_path / "mute"), str(tmp_path / "out"), "--tokens", "9"]) == 1
     assert "has no chat format" in capsys.readouterr().err
+    assert "--length is 65; it must be at most 64" in refused("--tokens", "9", "--length", "65")
+    damaged = shutil.copytree(teacher, tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    assert main([str(damaged), str(tmp_path / "out"), "--tokens", "9", "--length", "30"]) == 1
+    assert "missing 'model.norm.weight'" in capsys.readouterr().err and not (tmp_path / "out").exists()
     sample_shards(teacher, tmp_path / "out", tokens=60, length=30, batch_size=2)
     assert "holds shards of other settings: length 30" in refused(
         *["--tokens", "60", "--length", "31", "--batch-size", "2"]
