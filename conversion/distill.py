@@ -376,6 +376,7 @@ def _finished_student(
     else:
         if distill.stage != "transfer":  # the model that was trained may be sharded
             student = ReBasedForCausalLM(whole.config).to(trainer.args.device)
+            student.generation_config = whole.generation_config
         student.load_state_dict(whole.state_dict(), strict=distill.stage != "transfer")
     student.requires_grad_(True)
     student.config.kernel_backend = load_config(Path(distill.student)).kernel_backend

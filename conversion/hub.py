@@ -10,13 +10,13 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.training.card import model_card, table
 
 from .lm_eval_results import HARNESS, Evaluation, read_results
-from .reading import load_folder, load_tokenizer
+from .reading import load_folder, load_generation_config, load_tokenizer
 from .report import ConversionError, Report, progress
 from .writing import check_destination, write_model, written
 
@@ -101,7 +101,7 @@ def export(
         state = {key: _cast(key, tensor, dtype) for key, tensor in progress(state.items(), "casting")}
     parameters = sum(tensor.numel() for tensor in state.values())
     tokens = load_tokenizer(folder, tokenizer, config)
-    settings = _generation_config(folder, config, tokens)
+    settings = load_generation_config(folder, config, tokens)
     evaluation = read_results(results or [], parameters)
     said = _said_by_readme(folder)
     card = hub_card(
@@ -194,25 +194,6 @@ def _check_repository(argument: str, name: str) -> None:
 
 
 # ---------------------------------------------------------------- what goes into the folder
-
-
-def _generation_config(
-    folder: Path, config: ReBasedConfig, tokens: PreTrainedTokenizerBase | None
-) -> GenerationConfig:
-    """Return the source's settings, or those that follow from its configuration, with the special tokens."""
-    if (folder / "generation_config.json").is_file():
-        try:
-            settings = GenerationConfig.from_pretrained(folder)
-            settings.validate(strict=True)
-        except Exception as error:  # ValueError, OSError and whatever odd values raise
-            raise ConversionError(f"generation_config.json in {str(folder)!r} is not valid: {error}") from error
-    else:
-        settings = GenerationConfig.from_model_config(config)
-    if tokens is not None:
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(settings, name) is None:
-                setattr(settings, name, getattr(tokens, name))
-    return settings
 
 
 def _said_by_readme(folder: Path) -> dict[str, Any]:

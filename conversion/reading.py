@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_rebased import ReBasedConfig
 
@@ -265,6 +265,29 @@ def load_tokenizer(
             f"{config.vocab_size}."
         )
     return tokens
+
+
+def load_generation_config(
+    folder: Path, config: ReBasedConfig, tokens: PreTrainedTokenizerBase | None
+) -> GenerationConfig:
+    """Return the settings in `folder`, or those that follow from its configuration, with the special tokens.
+
+    Raises:
+        ConversionError: the settings in `folder` are not valid.
+    """
+    if (folder / "generation_config.json").is_file():
+        try:
+            settings = GenerationConfig.from_pretrained(folder)
+            settings.validate(strict=True)
+        except Exception as error:  # ValueError, OSError and whatever odd values raise
+            raise ConversionError(f"generation_config.json in {str(folder)!r} is not valid: {error}") from error
+    else:
+        settings = GenerationConfig.from_model_config(config)
+    if tokens is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(settings, name) is None:
+                setattr(settings, name, getattr(tokens, name))
+    return settings
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .layout import State, check_against, make_config, model_shapes, own_fields
-from .reading import load_folder, load_tokenizer
+from .reading import load_folder, load_generation_config, load_tokenizer
 from .reduce_heads import exp_beta
 from .report import ConversionError, Report
 from .writing import check_destination, write_model, written
@@ -17,10 +17,10 @@ def to_rebased(
 ) -> Report:
     """Start a ReBased model from a Based one of this package.
 
-    All weights are kept. The linear layers get the kernel (q.k)^2 and a normalisation per head with gamma 1, and with
-    the beta that makes the kernel (1 + s)^2. Based's kernel 1 + s + s^2/2 is half of that plus 1/2, the part that
-    keeps a model from ignoring tokens. Queries and keys are now normalised, so their scores differ from before, and
-    the model must be trained further. Its first loss is finite.
+    All weights, the tokenizer and the settings of generation are kept. The linear layers get the kernel (q.k)^2 and a
+    normalisation per head with gamma 1, and with the beta that makes the kernel (1 + s)^2. Based's kernel 1 + s +
+    s^2/2 is half of that plus 1/2, the part that keeps a model from ignoring tokens. Queries and keys are now
+    normalised, so their scores differ from before, and the model must be trained further. Its first loss is finite.
 
     Args:
         source: the folder of a Based model.
@@ -60,8 +60,9 @@ def to_rebased(
             report.map("- (1 or beta)", result[name], name)
     check_against(new, result, str(source))
     report.notes.append("queries and keys are normalised now: train the model further")
+    tokens = load_tokenizer(Path(source), None, new)
+    settings = load_generation_config(Path(source), new, tokens)
     if not dry_run:
-        tokens = load_tokenizer(Path(source), None, new)
         with written(destination, overwrite, source) as path:
-            write_model(path, new, result, tokenizer=tokens)
+            write_model(path, new, result, generation_config=settings, tokenizer=tokens)
     return report

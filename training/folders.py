@@ -54,7 +54,8 @@ def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) 
 
     Every process must call it. FSDP2 and tensor parallelism keep a part of each weight on each process, and FSDP2
     gives the model another class, whose code is torch's. The copy has whole weights on the CPU and the class that its
-    configuration names. The weights are gathered one at a time, so a GPU never holds the whole model.
+    configuration names, and the settings of generation. The weights are gathered one at a time, so a GPU never holds
+    the whole model.
 
     Args:
         model: a causal language model, wrapped, compiled or sharded in any way that torch and accelerate know.
@@ -71,6 +72,7 @@ def gathered_model(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) 
         copy = AutoModelForCausalLM.from_config(config)
     copy.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, assign=True)
     copy.tie_weights()
+    copy.generation_config = deepcopy(model.generation_config)
     return copy
 
 

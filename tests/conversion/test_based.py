@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, from_based, to_rebased
@@ -175,7 +176,9 @@ def test_on_to_rebased(tmp_path):
                 parameter.mul_(0.2)
     torch.save(model.state_dict(), tmp_path / "m.bin")
     from_based(tmp_path / "m.bin", tmp_path / "based", **OPTIONS)
+    GenerationConfig(do_sample=True, temperature=0.3).save_pretrained(tmp_path / "based")
     to_rebased(tmp_path / "based", tmp_path / "start")
+    assert GenerationConfig.from_pretrained(tmp_path / "start").temperature == 0.3
     start = ReBasedForCausalLM.from_pretrained(tmp_path / "start")
     assert start.config.coefficients == (0, 0, 1) and start.config.normalize
     assert start.config.conv_type == "gated" and start.config.sliding_window == 5

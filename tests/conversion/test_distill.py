@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import GenerationConfig, LlamaForCausalLM, TrainingArguments
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import ConversionError, distill, distill_arguments, linearize
@@ -116,7 +116,10 @@ def test_in_transfer_each_layer_learns_by_itself(folder):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_logits_bring_the_student_to_the_teacher(folder, tmp_path, lora_rank):
-    assert main(command(folder, "logits", tmp_path / "out", "--lora_rank", str(lora_rank))) == 0
+    started = shutil.copytree(folder / "start", tmp_path / "start")
+    GenerationConfig(eos_token_id=[7, 256], temperature=0.3, do_sample=True).save_pretrained(started)
+    options = ("--lora_rank", str(lora_rank), "--student", str(started))
+    assert main(command(folder, "logits", tmp_path / "out", *options)) == 0
     blocks = TokenBlocks([folder / "text.txt"], byte_tokenizer(), 32)
     student = ReBasedForCausalLM.from_pretrained(tmp_path / "out" / "final")
     said = json.loads((tmp_path / "out" / "perplexity.json").read_text())
@@ -125,6 +128,7 @@ def test_logits_bring_the_student_to_the_teacher(folder, tmp_path, lora_rank):
     assert perplexity(student, blocks) == pytest.approx(row["student"], rel=1e-3)
     assert row["student"] < 0.8 * row["before"]
     assert set(student.state_dict()) == set(start_of(folder).state_dict())
+    assert student.generation_config.eos_token_id == [7, 256] and student.generation_config.temperature == 0.3
 
 
 class Ticks:

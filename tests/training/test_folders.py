@@ -104,9 +104,11 @@ def test_a_gathered_model_is_a_copy_of_a_type():
     model = make_model("paper")
     expected = model.config.to_dict()
     model.config.use_cache = False  # as the Trainer leaves it
+    model.generation_config.temperature = 0.3  # as a checkpoint may have it
     for dtype in (torch.bfloat16, torch.float32):
         copy = gathered_model(model, dtype) if dtype != torch.bfloat16 else gathered_model(model)
         assert type(copy) is type(model) and copy.config.to_dict() == expected
+        assert copy.generation_config.temperature == 0.3
         assert copy.lm_head.weight is copy.model.embed_tokens.weight
         assert all(
             torch.equal(weight, model.state_dict()[name].to(dtype)) for name, weight in copy.state_dict().items()
