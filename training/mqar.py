@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .arguments import HelpFormatter
+from .arguments import HelpFormatter, with_dashes
 from .random_numbers import GOLDEN, below, example_rows, mix, numbers, uniform
 from .values import count, known_device
 
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", type=known_device, default="cpu", help="where to compute")
     parser.add_argument("--leakage", action="store_true", help="compare with the test set")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N sequences and labels")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_dashes(argv))
 
     try:
         spec = figure_1_spec(args.length) if args.pairs is None else MQARSpec(args.length, args.pairs)

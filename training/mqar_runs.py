@@ -15,7 +15,7 @@ from . import mqar, mqar_checkpoint
 from .floor import add_floor
 from .fused_loss import linear_cross_entropy
 from .peers import PEERS, insert
-from .recipe import Recipe
+from .recipe import Recipe, shown
 
 
 # The paper's models: a short convolution first, the mixer second. Its ablation takes parts of the normalisation away.
@@ -71,7 +71,7 @@ class Run(Recipe):
 
     @property
     def name(self) -> str:
-        extra = [f"e{self.epochs}", f"b{self.batch_size}", f"n{self.train_examples}", f"d{self.dropout:g}"]
+        extra = [f"e{self.epochs}", f"b{self.batch_size}", f"n{self.train_examples}", f"d{shown(self.dropout)}"]
         # The rest is named where it is not the recipe's, so that such a run is not taken for the recipe's own.
         for short, field in _NAMED_IF_OTHER.items():
             if (value := getattr(self, field)) != getattr(type(self), field):
@@ -82,7 +82,7 @@ class Run(Recipe):
                 f"h{self.hidden}",
                 f"l{self.length}",
                 f"p{self.pairs}",
-                f"lr{self.lr:g}",
+                f"lr{shown(self.lr)}",
                 f"s{self.seed}",
                 *extra,
             ]

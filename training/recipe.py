@@ -116,6 +116,11 @@ class Options:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
 
+def shown(value: float) -> str:
+    """Return a number as the name of a run has it: short, and different for any two numbers."""
+    return str(value) if isinstance(value, int) or float(f"{value:g}") != value else f"{value:g}"
+
+
 def best_epoch(history: list[dict[str, float]]) -> int | None:
     """Return the number of the epoch with the lowest validation loss, or `None` if there is none."""
     losses = [(entry["validation_loss"], entry["epoch"]) for entry in history if "validation_loss" in entry]

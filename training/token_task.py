@@ -20,7 +20,7 @@ from . import folders, mqar
 from .card import model_card
 from .peers import PEERS, check_peers, insert, state_of_head
 from .random_numbers import IGNORED
-from .recipe import Recipe
+from .recipe import Recipe, shown
 from .values import count, fraction, integer, list_of, not_negative, positive
 
 
@@ -117,10 +117,10 @@ class TokenRun(Recipe):
             "d": "dropout",
             "stop": "stop_at",
         }
-        parts = [f"{short}{value:g}" for short, value in always.items()]
+        parts = [f"{short}{shown(value)}" for short, value in always.items()]
         for short, field in others.items():
             if (value := getattr(self, field)) != getattr(type(self), field):
-                parts.append(f"{short}{value:g}")
+                parts.append(f"{short}{shown(value)}")
         return "-".join([self.model, *first, *parts])
 
 

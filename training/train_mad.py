@@ -31,7 +31,7 @@ from torch import nn
 
 from . import mad
 from .mad import MADSpec
-from .recipe import Options
+from .recipe import Options, shown
 from .sweep import sweep
 from .sweep_arguments import options_of, parse_with_preset, sweep_parser
 from .token_task import TokenRun, TokenTask, add_run_options, check_models, fields_of, new_model, save_model
@@ -76,7 +76,7 @@ class MADRun(TokenRun):
     @property
     def name(self) -> str:
         sizes = [f"v{self.vocab_size}", f"l{self.length}"]
-        sizes += [f"noise{self.noise:g}of{self.noise_vocab_size}"] if self.noise_vocab_size else []
+        sizes += [f"noise{shown(self.noise)}of{self.noise_vocab_size}"] if self.noise_vocab_size else []
         sizes += [f"copy{self.copy}"] if self.copy else []
         return self.name_of(self.task, *sizes)
 

@@ -230,7 +230,7 @@ def test_unknown_split_and_length_are_named():
         (["--pairs", "0"], "got 2048 and 0"),
         (["--length", "300"], "length 300 is not in Figure 1"),
         (["--examples", "-3"], "--examples: must be an integer of at least 1, got '-3'"),
-        (["--test-examples", "0"], "--test-examples: must be an integer of at least 1, got '0'"),
+        (["--test_examples", "0"], "--test-examples: must be an integer of at least 1, got '0'"),
     ],
 )
 def test_the_command_line_names_impossible_sizes(sizes, words, capsys):

@@ -207,6 +207,12 @@ def test_any_two_runs_have_different_names(run):
     changes |= own if run is ICLL else mads
     names = {dataclasses.replace(run, **{field: value}).name for field, value in changes.items()}
     assert len(names | {run.name}) == len(changes) + 1
+    for field, value, other in (
+        ("seed", 1_234_567, 1_234_568),
+        ("data_seed", 1_234_567, 1_234_568),
+        ("lr", 1e-3, 1.0000001e-3),
+    ):
+        assert dataclasses.replace(run, **{field: value}).name != dataclasses.replace(run, **{field: other}).name
     left = {field.name for field in dataclasses.fields(run)} - set(changes)
     assert left <= {"task", "noise", "noise_vocab_size", "copy"}
 
