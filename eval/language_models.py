@@ -201,7 +201,8 @@ def measure_positions(
     if not documents:
         return result
     for length in lengths:
-        windows = [ids[first : first + length] for ids in documents for first in range(0, max(lengths), length)]
+        starts = range(0, max(lengths) - length + 1, length)  # without a shorter rest
+        windows = [ids[first : first + length] for ids in documents for first in starts]
         sums, counts = np.zeros(length - 1), 0
         for _, losses, _ in scored(model, windows, tokens_at_once, device, f"{length:,} tokens"):
             sums += losses

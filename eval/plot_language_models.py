@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -104,19 +105,22 @@ def plot(models: list[dict[str, Any]], path: Path) -> None:
     domains.margins(y=0.25)
     domains.legend(fontsize=8, ncols=3, loc="upper center")
 
-    kinds = [row["slice"] for row in models[0]["slices"]["all"]]
-    losses = {
-        found["model"]: [row["loss"] for row in found["slices"]["all"] if row["slice"] in kinds] for found in models
-    }
+    kinds = list(dict.fromkeys(row["slice"] for found in models for row in found["slices"]["all"]))
+    losses = {}
+    for found in models:  # one that was measured without the training text has no slice "known"
+        by_kind = {row["slice"]: row["loss"] for row in found["slices"]["all"]}
+        losses[found["model"]] = [by_kind.get(kind, math.nan) for kind in kinds]
     _grouped_bars(slices, models, kinds, losses)
     slices.set(ylabel="loss, nats per token", title="by slice")
 
     ends = []
     shown: list[float] = []
+    longest = 0
     for found in models:
         lengths = found.get("positions", {}).get("lengths", {})
         if not lengths:
             continue
+        longest = max(longest, *map(int, lengths))
         bins = lengths[max(lengths, key=int)]["bins"]
         points = [(max(least, 64), loss / tokens) for least, tokens, loss in bins]
         shown += [x for x, _ in points]
@@ -125,7 +129,6 @@ def plot(models: list[dict[str, Any]], path: Path) -> None:
         ends.append((*points[-1], label_of(found["model"]), color))
     if ends:
         plain_log_axis(positions, "x", shown, sorted(set(shown))[::2])
-        longest = max(int(length) for found in models for length in found["positions"]["lengths"])
         positions.set(
             xlabel="position from", ylabel="loss, nats per token", title=f"by position in {longest:,} tokens"
         )
