@@ -191,7 +191,10 @@ def to_text(name: str, raw: bytes) -> list[str]:
     if CODE.fullmatch(path.suffix):
         return [code_to_text(text)]
     if path.suffix == ".json":
-        return [facts_to_text(json.loads(text))]
+        try:
+            return [facts_to_text(json.loads(text))]
+        except ValueError:  # JSON with comments, for example
+            return []
     if path.suffix == ".mm":
         text = metamath_to_text(text)
     return [unwrap(text)] if PROSE.fullmatch(path.suffix) else []

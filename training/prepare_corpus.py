@@ -46,7 +46,7 @@ from .folders import write_text, written
 from .prepare_text import clean, read_texts
 from .shards import compress_shard, tokenizer_identity, write_index, write_shard
 from .text import END_OF_TEXT, encode_all
-from .values import count, new_folder
+from .values import count, natural, new_folder
 
 
 LONGEST = 1_000_000  # characters of a document; longer ones are cut
@@ -312,6 +312,11 @@ def finish(
     copies = near_copies(corpus.signatures)
     held = hold_out(corpus, ~copies, held_out_tokens)
     trained = ~copies & ~held
+    if not trained.any():
+        raise SystemExit(
+            f"no document is left for training: --held-out-tokens {held_out_tokens:,} of each domain takes all "
+            f"{len(corpus):,}"
+        )
     shares = quoted_shares(corpus, held, trained)
     for number, share in shares.items():
         if share > MOST_QUOTED:
@@ -419,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--tokenizer", help="folder of a tokenizer, or a .gguf file (default: SmolLM2's, fetched)")
     add("--held-out-tokens", type=count, default=400_000, help="of each domain")
     add("--tokens-per-shard", type=count, default=1 << 23, help="of the training part")
-    add("--seed", type=int, default=0, help="decides the order of the documents")
+    add("--seed", type=natural, default=0, help="decides the order of the documents")
     add("--skip-missing", action="store_true", help="go on without packages that cannot be fetched, and name them")
     add("--output-dir", type=new_folder, required=True, help="folder for the files")
     args = parser.parse_args(with_dashes(argv))

@@ -17,10 +17,12 @@ Whole documents are held out, never parts of one, so nothing of a held-out text 
 import argparse
 import gzip
 import json
+import lzma
 import re
 import statistics
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +45,8 @@ HELD_OUT = (
     "gutenberg-blake-poems",
     "gutenberg-carroll-alice",
 )
+# What reading a file of these kinds raises if it is cut short or damaged.
+DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -51,19 +55,22 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
     The name is that of the file without .txt, with its folder where several files have that name.
 
     Raises:
-        ValueError: `path` is none of these, or holds no .txt file.
+        ValueError: `path` is none of these, is damaged, or holds no .txt file.
     """
-    if path.is_dir():
-        files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*.txt")}
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            files = {name: archive.read(name) for name in archive.namelist() if name.endswith(".txt")}
-    elif path.is_file() and tarfile.is_tarfile(path):
-        with tarfile.open(path) as archive:
-            names = [member.name for member in archive if member.isfile() and member.name.endswith(".txt")]
-            files = {name: file.read() for name in names if (file := archive.extractfile(name))}
-    else:
-        raise ValueError(f"--text {path} is neither a folder nor a zip or tar archive")
+    try:
+        if path.is_dir():
+            files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*.txt")}
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                files = {name: archive.read(name) for name in archive.namelist() if name.endswith(".txt")}
+        elif path.is_file() and tarfile.is_tarfile(path):
+            with tarfile.open(path) as archive:
+                names = [member.name for member in archive if member.isfile() and member.name.endswith(".txt")]
+                files = {name: file.read() for name in names if (file := archive.extractfile(name))}
+        else:
+            raise ValueError(f"--text {path} is neither a folder nor a zip or tar archive")
+    except DAMAGE as error:
+        raise ValueError(f"--text {path} is damaged: {error}") from error
     if not files:
         raise ValueError(f"--text {path} holds no .txt file")
     alike = Counter(Path(file).stem for file in files)
@@ -113,7 +120,10 @@ def read_dictionary(path: Path) -> Iterator[tuple[str, str]]:
     etymologies, and anything that still has markup. Only the first usable definition of an entry is kept, so that the
     dictionary does not outweigh the prose. Each entry is one line: `Lark: A frolic; a jolly time.`
     """
-    raw = gzip.decompress(path.read_bytes()) if path.suffix in (".dz", ".gz") else path.read_bytes()
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix in (".dz", ".gz") else path.read_bytes()
+    except DAMAGE as error:
+        raise ValueError(f"--dictionary {path} is damaged: {error}") from error
     letters: dict[str, list[str]] = {}
     # An entry starts at the margin, its body is indented.
     for entry in re.split(r"\n(?=\S)", decode(raw)):
@@ -152,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         missing = sorted(set(args.held_out) - set(documents))
         if missing:
             raise ValueError(f"--held-out names documents that --text does not hold: {', '.join(missing)}")
-        held_out = {name: documents.pop(name) for name in args.held_out}
+        held_out = {name: documents.pop(name) for name in dict.fromkeys(args.held_out)}
         if args.bible:
             documents.update(read_bible(args.bible))
         if args.dictionary:

@@ -61,7 +61,18 @@ def _json_lines(name: str | os.PathLike, text: str) -> Iterator[str]:
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
             raise ValueError(f'{name}, line {number}: no field "text", there is {found}')
+        if "\\u" in line and not is_unicode(entry["text"]):
+            raise ValueError(f"{name}, line {number}: the text has half of a surrogate pair, which is no character")
         yield entry["text"]
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def encode(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -83,7 +94,7 @@ def read_token_ids(path: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) 
     """
     try:
         ids = np.load(path, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is no array of numbers: {error}") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < len(tokenizer)):
         raise ValueError(

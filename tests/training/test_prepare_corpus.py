@@ -83,6 +83,7 @@ nothing
         ),
         ("a/picture.png", b"\x89PNG\0\0", []),
         ("a/broken.gz", b"no", []),
+        ("a/comments.json", b'{"text": "a"} // no JSON', []),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -242,6 +243,11 @@ def test_the_command_builds_a_corpus_and_goes_on_where_it_stopped(tmp_path, monk
     command += ["--tokenizer", str(tmp_path / "tokenizer"), "--held-out-tokens", "9000", "--tokens-per-shard", "50000"]
     with pytest.raises(SystemExit, match="gone failed"):
         prepare_corpus.main(command)
+    with pytest.raises(
+        SystemExit, match=r"left for training: --held-out-tokens 9,000,000 of each domain takes all 51"
+    ):
+        prepare_corpus.main([*command, "--skip-missing", "--held-out-tokens", "9000000"])
+    fetched.remove("gone")
     prepare_corpus.main([*command, "--skip-missing"])
     assert fetched == ["pages", "gone", "gone"] and "without: gone" in capsys.readouterr().out
 
@@ -297,6 +303,7 @@ def test_the_command_builds_a_corpus_and_goes_on_where_it_stopped(tmp_path, monk
             {"--text": "training", "--tokens-per-shard": "0"},
             "--tokens-per-shard: must be an integer of at least 1, got '0'",
         ),
+        ({"--packages": "nowhere.yaml", "--seed": "-1"}, "--seed: must be an integer of at least 0, got '-1'"),
         ({"--packages": "nowhere.yaml"}, "--packages"),
         ({"--text": "training", "--tokenizer": "./nowhere"}, "--tokenizer: "),
     ],

@@ -72,6 +72,27 @@ def test_read_texts_says_what_is_wrong(tmp_path, capsys):
     assert "missing is neither a folder nor" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_files_that_are_cut_short_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("".join(map(str, range(9999))))
+    with tarfile.open(tmp_path / "a.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "a.txt", "a.txt")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "a")
+    (tmp_path / "g.dz").write_bytes(gzip.compress(DICTIONARY.encode())[:-20])
+    (tmp_path / "a.tar.xz").write_bytes((tmp_path / "a.tar.xz").read_bytes()[:-2000])
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes().replace(b"a.txta", b"a.txtb"))
+    out = ["--output-dir", str(tmp_path / "out"), "--held-out", "a", "a"]
+    for options, words in (
+        (["--text", "a.tar.xz"], "--text a.tar.xz is damaged: "),
+        (["--text", "a.zip"], "--text a.zip is damaged: "),
+        (["--text", str(tmp_path), "--dictionary", "g.dz"], "--dictionary g.dz is damaged: "),
+    ):
+        with pytest.raises(SystemExit):
+            main([*options, *out])
+        assert words in capsys.readouterr().err
+
+
 def test_read_bible(tmp_path):
     path = tmp_path / "kjv.txt"
     path.write_text("Ge1:1 In the beginning.\nGe1:2 And the earth.\nGe2:1 Thus.\n1Ti1:1 Paul.\n")

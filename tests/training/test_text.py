@@ -54,8 +54,8 @@ def test_token_ids_count_as_their_text(file, tmp_path):
 
 
 def test_lines_of_json(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
-    assert read_documents([tmp_path / "a.jsonl"]) == ["a\u2028b", "c"]
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b"}\n\n{"text": "c\\ud83d\\ude00"}\n', encoding="utf-8")
+    assert read_documents([tmp_path / "a.jsonl"]) == ["a\u2028b", "c\U0001f600"]
     for line, words in (('{"body": "x"}', 'line 1: no field "text", there is body'), ("{", "line 1: no JSON")):
         (tmp_path / "b.jsonl").write_text(line)
         with pytest.raises(ValueError, match=words):
@@ -81,6 +81,7 @@ def test_text_that_cannot_be_read(tmp_path):
         ('{"text": 3, "id": 1}', 'no field "text", there is text, id'),
         ("[1]", 'no field "text", there is list'),
         ("{", "no JSON: Expecting property name"),
+        ('{"text": "a\\ud800"}', "the text has half of a surrogate pair"),
     ):
         path.write_text('{"text": "x"}\n \n' + line)
         with pytest.raises(ValueError, match=f"^{re.escape(f'{path}, line 3: {words}')}"):
@@ -104,7 +105,7 @@ def test_token_ids_that_cannot_be(tmp_path):
         np.save(path, ids)
         with pytest.raises(ValueError, match=f"^{re.escape(start + words)}$"):
             read_token_ids(path, tokenizer)
-    for content in (b"no array", np.array([{}], dtype=object)):
+    for content in (b"no array", b"", np.array([{}], dtype=object)):
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
