@@ -527,8 +527,13 @@ def write_final(
     args: TrainingArguments,
 ) -> None:
     """Write the finished model: bf16 weights, tokenizer, generation settings, code, figures and card."""
-    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens)
+    generation = model.generation_config  # a model that is trained further keeps its temperature, and its other ends
+    if generation._from_model_config:
+        generation = model.generation_config = GenerationConfig()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token, own = getattr(tokenizer, name), getattr(generation, name)
+        if not (isinstance(own, list) and token in own):
+            setattr(generation, name, token)
     data = [(Path(name).name, "training", file_size(name)) for name in data_args.train_file]
     data += [(Path(name).name, "held out", file_size(name)) for name in data_args.eval_file or []]
     units = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.training import train_lm
@@ -105,7 +105,7 @@ def test_the_finished_folder_is_what_a_user_loads(finished):
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(final / "model.safetensors").values())
     # A process that does not know the package, in a folder where it cannot be imported.
     code = f"""
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 model = AutoModelForCausalLM.from_pretrained({str(final)!r}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({str(final)!r}, trust_remote_code=True)
 output = model.generate(**tokenizer("The quick", return_tensors="pt"), max_new_tokens=5, do_sample=False)
@@ -392,7 +392,13 @@ def test_a_folder_of_another_run_is_refused(recipe, finished, tmp_path):
 def test_a_model_is_trained_further(recipe, finished, tmp_path, caplog):
     without_config = tmp_path / "recipe.yaml"
     without_config.write_text(recipe.read_text().replace(f"config: {recipe.parent}\n", ""))
-    _again(without_config, tmp_path / "out", "--model", str(finished / "final"), "--max_steps", "1")
+    shutil.copytree(finished / "final", tmp_path / "trained")
+    settings = {"do_sample": True, "temperature": 0.7, "eos_token_id": [256, 65]}
+    GenerationConfig(**settings).save_pretrained(tmp_path / "trained")
+    _again(without_config, tmp_path / "out", "--model", str(tmp_path / "trained"), "--max_steps", "1")
+    kept = json.loads((tmp_path / "out" / "final" / "generation_config.json").read_text())
+    kept.pop("transformers_version")
+    assert kept == settings | {"bos_token_id": 256, "pad_token_id": 257}
     # its first loss is that of a trained model: all but the dropout and bfloat16's rounding
     assert _losses(tmp_path / "out")[1] == pytest.approx(_losses(finished)[STEPS], abs=0.5)
     assert _losses(tmp_path / "out")[1] < _losses(finished)[1] - 0.5
