@@ -51,7 +51,7 @@ from modeling_rebased.training.card import file_size, hardware, model_card, trai
 from modeling_rebased.training.folders import gathered_model, save_model, write_text, written
 from modeling_rebased.training.hub import open_repository, upload_finished
 from modeling_rebased.training.resume import (
-    CheckpointError,
+    RunError,
     RunRecord,
     latest_complete_checkpoint,
     train_from,
@@ -455,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         distill, arguments = parse_arguments(argv)
         found = run(distill, arguments, typed_command("conversion.distill", argv))
-    except (ConversionError, CheckpointError, OSError) as error:
+    except (ConversionError, RunError, OSError) as error:
         print(f"rebased-distill: error: {error}", file=sys.stderr)
         return 1
     for row in found:

@@ -93,7 +93,7 @@ def _wrong_value(args: TrainingArguments) -> str | None:
         return "--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it"
     if wrong := wrong_hub_argument(args):
         return wrong
-    for name in ("learning_rate", "weight_decay", "adam_epsilon"):
+    for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
         if not 0 <= (value := getattr(args, name)) < math.inf:
             return f"--{name} must be at least 0 and finite, got {value:g}"
     for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
@@ -102,6 +102,8 @@ def _wrong_value(args: TrainingArguments) -> str | None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(args, name)) < 1:
             return f"--{name} must be at least 1, got {value}"
+    if args.save_strategy == "steps" and not args.save_steps > 0:  # the library would write no checkpoint
+        return f"--save_steps must be positive, got {args.save_steps:g}; --save_strategy no writes no checkpoints"
     if args.dataloader_num_workers < 0:
         return f"--dataloader_num_workers must be at least 0, got {args.dataloader_num_workers}"
     if args.max_steps < 1 and args.max_steps != -1:  # the library would train for the epochs

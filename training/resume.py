@@ -47,8 +47,8 @@ def latest_complete_checkpoint(output_dir: str | os.PathLike, processes: int = 1
     return None
 
 
-class CheckpointError(ValueError):
-    """Signal a checkpoint that this launch cannot go on from."""
+class RunError(ValueError):
+    """Signal a run that cannot be trained, such as one with a checkpoint that this launch cannot go on from."""
 
 
 def train_from(trainer: Trainer, checkpoint: str | None) -> None:
@@ -57,8 +57,8 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
     A checkpoint of the last step is only loaded: Trainer itself would take one step more.
 
     Raises:
-        CheckpointError: FSDP wrote the checkpoint, this launch trains without it, or the other way round, and the
-            checkpoint cannot be rewritten.
+        RunError: FSDP wrote the checkpoint, this launch trains without it, or the other way round, and the checkpoint
+            cannot be rewritten. Or there is no whole batch to train on.
     """
     if checkpoint is not None:
         # Before the model is wrapped. The processes that wait find the checkpoint rewritten.
@@ -68,7 +68,7 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
                     rewrite(Path(checkpoint), trainer)
                 except (CheckpointException, OSError, KeyError, ValueError) as error:
                     written, now = ("without", "with") if trainer.is_fsdp_enabled else ("with", "without")
-                    raise CheckpointError(
+                    raise RunError(
                         f"{checkpoint} was written {written} FSDP, this launch trains {now} it, and the checkpoint "
                         f"cannot be rewritten ({error!r}). Launch as before, with any number of processes"
                     ) from error
@@ -79,6 +79,11 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step == 0:  # the library only logs it
+        raise RunError(
+            "nothing was trained: the text holds less than a batch, and a smaller one is left out "
+            "(--dataloader_drop_last, or --compile of rebased-distill)"
+        )
 
 
 def weights_identity(folder: str | os.PathLike) -> str:

@@ -52,7 +52,7 @@ from .card import file_size, hardware, model_card, training_section, typed_comma
 from .context_parallel import ContextParallelTrainer
 from .folders import gathered_model, save_model, written
 from .hub import HubError, open_repository, upload_finished
-from .resume import CheckpointError, RunRecord, latest_complete_checkpoint, train_from, weights_identity
+from .resume import RunError, RunRecord, latest_complete_checkpoint, train_from, weights_identity
 from .shards import tokenizer_identity
 from .tensor_parallel import split_model, tensor_parallel_size
 from .text import TokenBlocks
@@ -376,7 +376,7 @@ def _main(argv: list[str]) -> None:
         newest = latest_complete_checkpoint(args.output_dir, inputs.record.fewest_processes)
     try:
         train_from(trainer, args.resume_from_checkpoint or newest)
-    except CheckpointError as error:
+    except RunError as error:
         raise SystemExit(f"rebased-train: error: {error}") from error
 
     batches = args.world_size // trainer.get_cp_size() // trainer.get_tp_size()  # processes that do not share one
@@ -499,10 +499,11 @@ def _settings(args: TrainingArguments, tokens_per_step: int, length: int, config
     if isinstance(config, ReBasedConfig):
         share = f"{config.embedding_dropout:g} of embeddings, {config.residual_dropout:g} of what layers add"
         dropout = [("dropout", share)]
+    optimizer = str(getattr(args.optim, "value", args.optim))
     return [
         ("tokens per step", f"{tokens_per_step:,}"),
         ("tokens per example", f"{length:,}"),
-        ("optimizer", f"{getattr(args.optim, 'value', args.optim)}, betas {args.adam_beta1} and {args.adam_beta2}"),
+        ("optimizer", optimizer + (f", betas {args.adam_beta1} and {args.adam_beta2}" if "adam" in optimizer else "")),
         (
             "learning rate",
             f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
@@ -510,7 +511,7 @@ def _settings(args: TrainingArguments, tokens_per_step: int, length: int, config
         ("warm-up", warm_up(args.warmup_steps)),
         ("weight decay", f"{args.weight_decay:g}"),
         *dropout,
-        ("gradient clipping", f"{args.max_grad_norm:g}"),
+        ("gradient clipping", f"{args.max_grad_norm:g}" if args.max_grad_norm else "none"),
         ("precision", "bfloat16, mixed" if args.bf16 else "float16, mixed" if args.fp16 else "float32"),
         ("seed", args.seed),
     ]

@@ -66,13 +66,14 @@ class FakeTrainer:
     def __init__(self, max_steps, is_fsdp_enabled=False):
         self.args = SimpleNamespace(max_steps=max_steps, main_process_first=lambda **_: contextlib.nullcontext())
         self.is_fsdp_enabled, self.model = is_fsdp_enabled, torch.nn.Linear(2, 2)
-        self.loaded, self.trained, self.state = None, [], None
+        self.loaded, self.trained, self.state = None, [], TrainerState()
 
     def _load_from_checkpoint(self, checkpoint):
         self.loaded = checkpoint
 
     def train(self, resume_from_checkpoint):
         self.trained.append(resume_from_checkpoint)
+        self.state.global_step = 9
 
 
 @pytest.mark.parametrize("max_steps, is_done", [(3, True), (2, True), (4, False), (0, False), (-1, False)])

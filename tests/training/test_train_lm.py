@@ -216,6 +216,8 @@ def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
         (("--learning_rate", "-1"), "--learning_rate must be at least 0 and finite, got -1"),
         (("--weight_decay", "nan"), "--weight_decay must be at least 0 and finite, got nan"),
         (("--adam_beta2", "1"), "--adam_beta2 must be at least 0 and less than 1, got 1"),
+        (("--max_grad_norm", "-1"), "--max_grad_norm must be at least 0 and finite, got -1"),
+        (("--save_steps", "0"), "--save_steps must be positive, got 0; --save_strategy no writes"),
         (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1, got 0"),
         (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1, got 0"),
         (("--label_smoothing_factor", "2"), "--label_smoothing_factor must be at least 0 and less than 1, got 2"),
@@ -308,6 +310,13 @@ def test_a_finished_run_says_so_and_is_left_alone(recipe, finished, capsys):
         _again(recipe, finished, *more)
         assert f"is finished, after {STEPS} steps: nothing is left to do" in capsys.readouterr().out
     assert (finished / "final" / "model.safetensors").stat() == before
+
+
+def test_a_run_without_a_whole_batch_is_an_error_and_writes_no_model(recipe, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit, match="error: nothing was trained: the text holds less than a batch"):
+        _again(recipe, output, "--dataloader_drop_last", "True", "--per_device_train_batch_size", "9999")
+    assert not (output / "final").exists()
 
 
 def test_push_to_hub_uploads_the_finished_model_alone(recipe, tmp_path, monkeypatch):
