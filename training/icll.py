@@ -59,6 +59,8 @@ class ICLLSpec:
             )
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")
+        if self.length < 2:
+            raise ValueError("max_strings or max_length must be at least 2, or there is no next token to say")
 
     @property
     def separator(self) -> int:

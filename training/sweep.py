@@ -141,8 +141,10 @@ def run_group(
 def sweep(runs: Sequence[Recipe], options: Options, output: str, jobs: int = 1, save: str | None = None) -> list[dict]:
     """Train every run that `output` does not hold yet, with groups of one kind at once in `jobs` processes.
 
+    A run that is given twice is trained once.
     Where torchrun or accelerate launch has started several processes, each trains its share on a GPU of its own.
     """
+    runs = list(dict.fromkeys(runs))
     runs = _runs_of_process(runs, by_kind=options.race_epoch is not None)  # a race is between runs of one kind
     lines = _lines_of(output)
     done = [run for run in runs if _is_finished(lines.get(run.name))]

@@ -183,6 +183,8 @@ def parse(argv: list[str] | None = None) -> tuple[list[MADRun], Options, argpars
     check_models(parser, args)
     if unknown := [task for task in args.tasks if task not in mad.TASKS]:
         parser.error(f"--tasks: {', '.join(unknown)} is not one of {', '.join(mad.TASKS)}")
+    if "compression" in args.tasks and (wrong := [size for size in args.hidden if size % 2 or size < 4]):
+        parser.error(f"--hidden must be even and at least 4 for the decoder of compression, got {wrong[0]}")
     if args.save and "compression" in args.tasks:
         parser.error("--save: the autoencoder of compression is no language model and cannot be saved")
     sizes = {

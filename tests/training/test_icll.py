@@ -219,6 +219,7 @@ def test_it_is_fast():
         ({"max_states": 3}, "max_states must be 4 to 64, got 3"),
         ({"min_strings": 5, "max_strings": 4}, "min_strings must be 1 to max_strings, got 5 and max_strings=4"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_length": 1, "min_strings": 1, "max_strings": 1}, "max_strings or max_length must be at least 2"),
     ],
 )
 def test_impossible_sizes_are_named(sizes, words):

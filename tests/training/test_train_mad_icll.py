@@ -306,6 +306,7 @@ def test_the_laptop_presets_are_small(command, tmp_path, capsys):
         ),
         (train_mad, ["--tasks", "recall,chess"], "--tasks: chess is not one of recall,"),
         (train_mad, ["--head", "7"], "--head 7 does not divide --hidden 128"),
+        (train_mad, ["--hidden", "2", "--head", "1"], "--hidden must be even and at least 4 for the decoder"),
         (train_mad, ["--length", "9"], "recall: length must be even, got 9"),
         (train_mad, ["--save", "models"], "--save: the autoencoder of compression is no language model"),
         (train_mad, ["--vary", "--length", "64"], "--vary: the variations have sizes of their own"),
