@@ -550,10 +550,18 @@ class ReBasedLinearAttention(nn.Module):
                 q, k, values, state, attention_mask=attention_mask, log_decay=log_decay, **options
             )
         else:
-            if cu_seqlens is not None:
-                segment_ids = None
-            output, state = self._attend_to_all(
-                q, k, values, log_decay, state, attention_mask, cache, cu_seqlens, segment_ids
+            output, state = rebased_attention(
+                q,
+                k,
+                values,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                segment_ids=segment_ids if cu_seqlens is None else None,
+                initial_state=state,
+                output_final_state=cache is not None,
+                normalized=self.normalized,
+                log_decay=log_decay,
+                **options,
             )
             if cache is not None:
                 keep_recurrent_state(cache, self.layer_idx, state)
@@ -584,38 +592,21 @@ class ReBasedLinearAttention(nn.Module):
             for n, size in ((heads, self.feature_dim), (kv_heads, self.feature_dim), (kv_heads, self.head_dim))
         )
         log_decay = torch.zeros(batch, length, kv_heads, device=device) if decays else None
-        state = recurrent_state(cache, self.layer_idx)
         with compiling_only():
-            self._attend_to_all(q, k, values, log_decay, state, attention_mask, cache, cu_seqlens, None)
-
-    def _attend_to_all(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        values: torch.Tensor,
-        log_decay: torch.Tensor | None,
-        state: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        cache: Cache | None,
-        cu_seqlens: torch.Tensor | None,
-        segment_ids: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output [B, T, H, D] for several tokens, and the state after them if there is a cache."""
-        return rebased_attention(
-            q,
-            k,
-            values,
-            coefficients=self.coefficients,
-            eps=self.eps,
-            attention_mask=attention_mask,
-            cu_seqlens=cu_seqlens,
-            segment_ids=segment_ids,
-            initial_state=state,
-            output_final_state=cache is not None,
-            normalized=self.normalized,
-            log_decay=log_decay,
-            backend=self.backend,
-        )
+            rebased_attention(
+                q,
+                k,
+                values,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                initial_state=recurrent_state(cache, self.layer_idx),
+                output_final_state=cache is not None,
+                normalized=self.normalized,
+                log_decay=log_decay,
+                coefficients=self.coefficients,
+                backend=self.backend,
+                eps=self.eps,
+            )
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
