@@ -178,6 +178,15 @@ def is_first(prepared: Launches, device: torch.device) -> bool:
     return is_new and not is_compiling_only() and can_compile_ahead(device)
 
 
+def compiles_backward(variants: int, device: torch.device) -> bool:
+    """Return whether a call should start to compile the kernels of its backward pass.
+
+    That is so for the first of its variant, and where kernels are only compiled. `variants` is what `count_variants`
+    returned before the call.
+    """
+    return is_compiling_only() or (count_variants() > variants and can_compile_ahead(device))
+
+
 _STARTING = threading.Lock()
 # Two passes may need the same compiled kernel. The second one finds it when the first one has been compiled.
 _KERNEL_LOCKS: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)

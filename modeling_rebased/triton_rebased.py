@@ -63,13 +63,7 @@ from .triton_decode_rebased import decode_fake, decode_token
 from .triton_forward_rebased import forward_fake, forward_pass
 from .triton_inputs_rebased import needs_range, range_backward_fake, range_backward_pass, range_fake, range_pass
 from .triton_language_rebased import HAS_TRITON, INTERPRETED
-from .triton_launch_rebased import (
-    can_compile_ahead,
-    compiling_only,
-    count_variants,
-    is_compiling_only,
-    on_gpu_of,
-)
+from .triton_launch_rebased import compiles_backward, compiling_only, count_variants, on_gpu_of
 
 
 _WIDE_BYTES = 112 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
@@ -131,7 +125,7 @@ class _Attention(torch.autograd.Function):
         variants = count_variants()
         output = forward_pass(*inputs)
         _setup_context(ctx, inputs, output)
-        if is_compiling_only() or (count_variants() > variants and can_compile_ahead(inputs[0].device)):
+        if compiles_backward(variants, inputs[0].device):
             _compile_backward(ctx, inputs, output)
         return output
 
@@ -161,7 +155,7 @@ class _ShortConv(torch.autograd.Function):
         variants = count_variants()
         _setup_conv_context(ctx, inputs, None)
         y = conv_forward(*inputs)
-        if is_compiling_only() or (count_variants() > variants and can_compile_ahead(y.device)):
+        if compiles_backward(variants, y.device):
             with on_gpu_of(y), compiling_only():
                 conv_backward(y, *inputs)
         return y
