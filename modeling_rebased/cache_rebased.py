@@ -109,9 +109,12 @@ def _batch_select_indices(self: LinearAttentionCacheLayerMixin, indices: torch.T
 
 # `Cache` offers both to custom loops of generation, such as contrastive search, but up to 5.24 the library's recurrent
 # layers lack them.
-for _method in (_batch_repeat_interleave, _batch_select_indices):
-    if not hasattr(LinearAttentionCacheLayerMixin, _method.__name__[1:]):
-        setattr(LinearAttentionCacheLayerMixin, _method.__name__[1:], _method)
+for _name, _method in (
+    ("batch_repeat_interleave", _batch_repeat_interleave),
+    ("batch_select_indices", _batch_select_indices),
+):
+    if not hasattr(LinearAttentionCacheLayerMixin, _name):
+        setattr(LinearAttentionCacheLayerMixin, _name, _method)
 
 
 class RollbackLayer:

@@ -96,8 +96,8 @@ def mixed_text() -> dict[str, Any]:
 def mixed_stages() -> str:
     """Return the students' perplexity after each stage, as a multiple of the teacher's, at 1,024 tokens."""
     results = mixed_text()
-    rows = [row for row in results["perplexity"] if row["length"] == 1024]
-    found = {(row["model"], row["stage"], row["file"]): row["perplexity"] for row in rows}
+    short = [row for row in results["perplexity"] if row["length"] == 1024]
+    found = {(row["model"], row["stage"], row["file"]): row["perplexity"] for row in short}
     training = {(row["model"], row["stage"]): row for row in results["training"]}
     rows = []
     for model in ("hybrid", "pure"):
