@@ -6,6 +6,9 @@ reads FOLDER/MODEL.json of each model, and writes into FOLDER
     domains.csv, slices.csv, distance.csv, frequency.csv, positions.csv, speed.csv    one row per model and bin
     language_models.png    bits per byte by domain, loss of the slices, and loss by position
     curves.png             training loss by tokens
+
+Models whose names differ in the seed alone, such as "rebased" and "rebased, seed 1", are seeds of one model. A bar is
+their mean, with a line from the least to the largest, and each seed has its own curve.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import argparse
 import csv
 import json
 import math
+import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,6 +43,19 @@ def read_models(folder: Path) -> list[dict[str, Any]]:
 def kind_of(model: str) -> str:
     """Return the kind of a model, whose name may end in a seed: "rebased" for "rebased, seed 1"."""
     return model.split(",")[0]
+
+
+def without_seed(model: str) -> str:
+    """Return the name of a model without its seed: "rebased" for "rebased, seed 1"."""
+    return re.sub(r", seed \d+$", "", model)
+
+
+def seeds_of(models: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the seeds of each model by its name without the seed."""
+    result: dict[str, list[dict[str, Any]]] = {}
+    for found in models:
+        result.setdefault(without_seed(found["model"]), []).append(found)
+    return result
 
 
 def tables(models: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -83,51 +101,72 @@ def write_tables(rows: dict[str, list[dict[str, Any]]], folder: Path) -> None:
                 writer.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()})
 
 
-def _grouped_bars(axis: Any, models: list[dict[str, Any]], names: list[str], heights: dict[str, list[float]]) -> None:
-    width = 0.8 / len(models)
-    for number, found in enumerate(models):
-        name = found["model"]
-        places = [x + (number - (len(models) - 1) / 2) * width for x in range(len(names))]
-        color = color_of(name, (each["model"] for each in models))
-        axis.bar(places, heights[name], width * 0.92, color=color, label=label_of(name))
+def _grouped_bars(axis: Any, heights: dict[str, list[list[float]]], names: list[str]) -> None:
+    """Draw a bar per model and name. `heights` has a list per model with the heights of each seed."""
+    width = 0.8 / len(heights)
+    for number, (model, seeds) in enumerate(heights.items()):
+        places = [x + (number - (len(heights) - 1) / 2) * width for x in range(len(names))]
+        means = [statistics.fmean(of) for of in zip(*seeds)]
+        ends = [(mean - min(of), max(of) - mean) for mean, of in zip(means, zip(*seeds))]
+        spread = {"yerr": list(zip(*ends)), "error_kw": {"lw": 1}} if len(seeds) > 1 else {}
+        axis.bar(places, means, width * 0.92, color=color_of(model, heights), label=label_of(model), **spread)
     axis.set_xticks(range(len(names)), names)
+
+
+def _lines(axis: Any, lines: dict[str, list[list[tuple[float, float]]]], **style: Any) -> list[tuple]:
+    """Draw a line per seed of each model, and return the ends that `label_lines` takes, one per model."""
+    ends = []
+    for model, seeds in lines.items():
+        color = color_of(model, lines)
+        for points in seeds:
+            axis.plot(*zip(*points), color=color, **style)
+        if seeds:
+            x = max(points[-1][0] for points in seeds)
+            y = statistics.fmean(points[-1][1] for points in seeds)
+            ends.append((x, y, label_of(model), color))
+    return ends
+
+
+def _by_position(found: dict[str, Any], length: str) -> list[tuple[float, float]]:
+    """Return the loss by position in windows of this length."""
+    bins = found["positions"]["lengths"][length]["bins"]
+    return [(max(least, 64), loss / tokens) for least, tokens, loss in bins]
 
 
 def plot(models: list[dict[str, Any]], path: Path) -> None:
     """Draw bits per byte by domain, the loss of the slices, and the loss by position in the longest windows."""
     figure, axes = new_figure(1, 3, 6.2, 4.2)
     domains, slices, positions = axes[0]
+    groups = seeds_of(models)
     names = list(models[0]["domains"])
-    bits = {found["model"]: [found["domains"][name]["bits_per_byte"] for name in names] for found in models}
-    _grouped_bars(domains, models, names, bits)
+    bits = {
+        model: [[found["domains"][name]["bits_per_byte"] for name in names] for found in seeds]
+        for model, seeds in groups.items()
+    }
+    _grouped_bars(domains, bits, names)
     domains.set(ylabel="bits per byte", title="by domain")
     domains.tick_params(axis="x", labelrotation=20)
     domains.margins(y=0.25)
     domains.legend(fontsize=8, ncols=3, loc="upper center")
 
     kinds = list(dict.fromkeys(row["slice"] for found in models for row in found["slices"]["all"]))
-    losses = {}
+    losses: dict[str, list[list[float]]] = {model: [] for model in groups}
     for found in models:  # one that was measured without the training text has no slice "known"
         by_kind = {row["slice"]: row["loss"] for row in found["slices"]["all"]}
-        losses[found["model"]] = [by_kind.get(kind, math.nan) for kind in kinds]
-    _grouped_bars(slices, models, kinds, losses)
+        losses[without_seed(found["model"])].append([by_kind.get(kind, math.nan) for kind in kinds])
+    _grouped_bars(slices, losses, kinds)
     slices.set(ylabel="loss, nats per token", title="by slice")
 
-    ends = []
-    shown: list[float] = []
+    lines: dict[str, list[list[tuple[float, float]]]] = {model: [] for model in groups}
     longest = 0
     for found in models:
         lengths = found.get("positions", {}).get("lengths", {})
-        if not lengths:
-            continue
-        longest = max(longest, *map(int, lengths))
-        bins = lengths[max(lengths, key=int)]["bins"]
-        points = [(max(least, 64), loss / tokens) for least, tokens, loss in bins]
-        shown += [x for x, _ in points]
-        color = color_of(found["model"], (each["model"] for each in models))
-        positions.plot(*zip(*points), "o-", ms=4, color=color)
-        ends.append((*points[-1], label_of(found["model"]), color))
+        if lengths:
+            longest = max(longest, *map(int, lengths))
+            lines[without_seed(found["model"])].append(_by_position(found, max(lengths, key=int)))
+    ends = _lines(positions, lines, marker="o", ms=4)
     if ends:
+        shown = [x for seeds in lines.values() for points in seeds for x, _ in points]
         plain_log_axis(positions, "x", shown, sorted(set(shown))[::2])
         positions.set(
             xlabel="position from", ylabel="loss, nats per token", title=f"by position in {longest:,} tokens"
@@ -148,17 +187,14 @@ def smoothed(values: Iterable[float], share: float = 0.8) -> list[float]:
 def plot_curves(models: list[dict[str, Any]], path: Path) -> None:
     """Draw the training loss of each model over the tokens it has seen."""
     figure, axes = new_figure(1, 1, 7.0, 4.4)
-    ends = []
+    lines: dict[str, list[list[tuple[float, float]]]] = {model: [] for model in seeds_of(models)}
     for found in models:
-        curve = found["curve"]
-        if not curve:
-            continue
         step = found.get("training", {}).get("tokens_per_step", 1)
-        x = [row["step"] * step / 1e6 for row in curve]
-        y = smoothed(row["loss"] for row in curve)
-        color = color_of(found["model"], (each["model"] for each in models))
-        axes[0, 0].plot(x, y, lw=1.4, color=color)
-        ends.append((x[-1], y[-1], label_of(found["model"]), color))
+        x = [row["step"] * step / 1e6 for row in found["curve"]]
+        y = smoothed(row["loss"] for row in found["curve"])
+        if x:
+            lines[without_seed(found["model"])].append(list(zip(x, y)))
+    ends = _lines(axes[0, 0], lines, lw=1.2)
     if ends:
         axes[0, 0].set_ylim(min(y for _, y, _, _ in ends) * 0.95, min(y for _, y, _, _ in ends) * 1.8)
         axes[0, 0].set(xlabel="million tokens", ylabel="training loss, nats per token (running mean)")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from typing import Any
 
 from modeling_rebased.eval import plot_icll, plot_mad
+from modeling_rebased.eval.plot_language_models import without_seed
 from modeling_rebased.eval.plot_mqar import read_runs
 from modeling_rebased.eval.plot_style import label_of
 
@@ -107,40 +109,77 @@ def corpus_domains() -> str:
     )
 
 
-def label_with_seed(model: str) -> str:
-    """Return the label of a model such as "rebased, seed 1"."""
-    kind, comma, seed = model.partition(",")
-    return label_of(kind) + comma + seed
+def mean_of_seeds(values: list[float], digits: int = 3) -> str:
+    """Return the mean of the seeds and, where there are several, half the distance of the least and the largest."""
+    mean, half = statistics.fmean(values), (max(values) - min(values)) / 2
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
-def by_model(rows: list[dict[str, Any]], kind: str, value: str, digits: str) -> tuple[list[Any], list[list[str]]]:
-    """Return the different values of column `kind`, and for each model its label and its `value` at each of them."""
+def by_model(rows: list[dict[str, Any]], kind: str, value: str) -> tuple[list[Any], list[list[str]]]:
+    """Return the different values of column `kind`, and for each model its label and its mean `value` at each."""
     kinds = list(dict.fromkeys(row[kind] for row in rows))
-    found: dict[str, dict[Any, str]] = defaultdict(dict)
+    found: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[row["model"]][row[kind]] = format(row[value], digits)
-    return kinds, [[label_with_seed(model), *(cells[kind] for kind in kinds)] for model, cells in found.items()]
+        found[without_seed(row["model"])][row[kind]].append(row[value])
+    return kinds, [[label_of(model), *(mean_of_seeds(of[kind]) for kind in kinds)] for model, of in found.items()]
+
+
+def over_all(name: str) -> list[dict[str, Any]]:
+    """Return the rows over all domains of slices.csv that are of this slice, or with "" of every slice."""
+    rows = results("language_models/slices.csv")
+    return [row for row in rows if row["domain"] == "all" and name in ("", row["slice"])]
+
+
+def by_length() -> list[dict[str, Any]]:
+    """Return the loss of each model over the same documents in windows of each length."""
+    sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in results("language_models/positions.csv"):
+        total = sums[row["model"], row["length"]]
+        total[0] += row["loss"] * row["tokens"]
+        total[1] += row["tokens"]
+    return [{"model": model, "length": n, "loss": loss / count} for (model, n), (loss, count) in sums.items()]
 
 
 @shown("lm-domains")
 def lm_domains() -> str:
     """Return bits per byte of each domain, and the perplexity over all domains."""
     rows = results("language_models/domains.csv")
-    domains, lines = by_model(rows, "domain", "bits_per_byte", ".3f")
-    parameters = {label_with_seed(row["model"]): f"{row['parameters']:,}" for row in rows}
-    overall = [row for row in results("language_models/slices.csv") if row["domain"] == row["slice"] == "all"]
-    perplexities = {label_with_seed(row["model"]): f"{row['perplexity']:.2f}" for row in overall}
+    domains, lines = by_model(rows, "domain", "bits_per_byte")
+    parameters = {label_of(row["model"]): f"{row['parameters']:,}" for row in rows}
+    perplexities: dict[str, list[float]] = defaultdict(list)
+    for row in over_all("all"):
+        perplexities[label_of(row["model"])].append(row["perplexity"])
     return table(
         ["model", "parameters", *domains, "perplexity of all"],
-        [[name, parameters[name], *bits, perplexities[name]] for name, *bits in lines],
+        [[name, parameters[name], *bits, mean_of_seeds(perplexities[name], 2)] for name, *bits in lines],
     )
+
+
+@shown("lm-lead")
+def lm_lead() -> str:
+    """Return how far ReBased is ahead of Based with each seed, beside the differences between seeds of one model."""
+    cases: dict[str, dict[str, float]] = defaultdict(dict)  # the loss by model
+    for row in over_all(""):
+        cases["all tokens" if row["slice"] == "all" else f"{row['slice']} tokens"][row["model"]] = row["loss"]
+    for row in results("language_models/distance.csv"):
+        if row["distance_from"] >= 128:
+            cases[f"recall at a distance from {row['distance_from']:,}"][row["model"]] = row["loss"]
+    for row in by_length():
+        cases[f"windows of {row['length']:,} tokens"][row["model"]] = row["loss"]
+    rows = []
+    for case, loss in cases.items():
+        leads = [loss["based" + seed] - loss["rebased" + seed] for seed in ("", ", seed 1")]
+        between = [abs(loss[model] - loss[f"{model}, seed 1"]) for model in ("rebased", "based")]
+        rows.append([case, *(f"{lead:+.3f}" for lead in leads), *(f"{each:.3f}" for each in between)])
+    heads = ["lead of ReBased, seed 0", "lead of ReBased, seed 1", "ReBased, between seeds", "Based, between seeds"]
+    return table(["loss, nats per token", *heads], rows)
 
 
 @shown("lm-slices")
 def lm_slices() -> str:
     """Return the loss of each slice over all domains, and its share of the tokens."""
-    rows = [row for row in results("language_models/slices.csv") if row["domain"] == "all"]
-    slices, lines = by_model(rows, "slice", "loss", ".3f")
+    rows = over_all("")
+    slices, lines = by_model(rows, "slice", "loss")
     shares = {row["slice"]: f"{row['share']:.1%}" for row in rows}
     return table(["loss, nats per token", *slices], [*lines, ["share of tokens", *(shares[name] for name in slices)]])
 
@@ -149,27 +188,19 @@ def lm_slices() -> str:
 def lm_distance() -> str:
     """Return the loss of recall tokens by the distance to the earlier bigram."""
     rows = [row for row in results("language_models/distance.csv") if row["distance_from"] >= 8]
-    distances, lines = by_model(rows, "distance_from", "loss", ".3f")
+    distances, lines = by_model(rows, "distance_from", "loss")
     return table(["loss at a distance from", *(f"{distance:,}" for distance in distances)], lines)
 
 
 @shown("lm-lengths")
 def lm_lengths() -> str:
     """Return the loss of the same documents in windows of each length."""
-    sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for row in results("language_models/positions.csv"):
-        total = sums[row["model"], row["length"]]
-        total[0] += row["loss"] * row["tokens"]
-        total[1] += row["tokens"]
-    rows = [{"model": model, "length": n, "loss": loss / count} for (model, n), (loss, count) in sums.items()]
-    lengths, lines = by_model(rows, "length", "loss", ".3f")
+    lengths, lines = by_model(by_length(), "length", "loss")
     return table(["tokens per window", *(f"{length:,}" for length in lengths)], lines)
 
 
 @shown("lm-speed")
 def lm_speed() -> str:
     """Return speed and memory of a training step of each model."""
-    columns = "model: {label} | tokens per second: {training_tokens_per_second:,.0f} | peak, GiB: {training_gib:.1f}"
-    return down(
-        ({"label": label_with_seed(row["model"]), **row} for row in results("language_models/speed.csv")), columns
-    )
+    columns = "model: {model:name} | tokens per second: {training_tokens_per_second:,.0f} | "
+    return down(results("language_models/speed.csv"), columns + "peak, GiB: {training_gib:.1f}")

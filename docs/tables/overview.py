@@ -10,6 +10,7 @@ from modeling_rebased.eval.plot_mqar import cells
 from .conversion import mixed_text
 from .form import number, results, shown, table
 from .kernels import kernel_times, whole_models
+from .models import by_model, over_all
 from .recall import mqar_runs
 
 
@@ -29,8 +30,7 @@ def overview() -> str:
         next(x for x in results(f"context_parallel/h200/{name}.csv") if (x["gpus"], x["tokens"]) == (4, 131072))
         for name in ("context_parallel", "ring")
     )
-    slices = [row for row in results("language_models/slices.csv") if row["domain"] == row["slice"] == "all"]
-    losses = {row["model"]: row["loss"] for row in slices}
+    losses = dict(by_model(over_all("all"), "slice", "loss")[1])
     ours, based = recall_512()
     spread = [f"{cell.mean:.2f} ± {statistics.stdev(cell.accuracies):.2f}" for cell in (ours, based)]
     unseen = {
@@ -70,9 +70,9 @@ def overview() -> str:
             "[kernels](docs/kernels.md#whole-models)",
         ],
         [
-            "language model of 150M parameters after 400M tokens, loss on held-out text in nats per token",
-            f"{losses['rebased']:.3f}",
-            f"Based {losses['based']:.3f}, softmax {losses['softmax']:.3f}",
+            "language model of 150M parameters after 400M tokens, two seeds, loss on held-out text in nats per token",
+            losses["ReBased"],
+            f"Based {losses['Based']}, softmax {losses['softmax']}",
             "[results](docs/results.md#150-million-parameters)",
         ],
         [

@@ -153,7 +153,13 @@ def test_tables_and_pictures_of_all_models(folder, found, tmp_path):
     (tmp_path / "mamba2.json").write_text(json.dumps({**found, "model": "mamba2", **without}))
     (tmp_path / "other.json").write_text("{}")
     plot_language_models.main([str(tmp_path)])
-    assert [m["model"] for m in plot_language_models.read_models(tmp_path)] == ["rebased", "rebased, seed 1", "mamba2"]
+    models = plot_language_models.read_models(tmp_path)
+    assert [found["model"] for found in models] == ["rebased", "rebased, seed 1", "mamba2"]
+    assert {name: len(seeds) for name, seeds in plot_language_models.seeds_of(models).items()} == {
+        "rebased": 2,
+        "mamba2": 1,
+    }
+    assert plot_language_models.without_seed("rebased, lr 3e-3, seed 2") == "rebased, lr 3e-3"
     rows = list(csv.DictReader((tmp_path / "domains.csv").open()))
     assert len(rows) == 6
     assert float(rows[0]["bits_per_byte"]) == pytest.approx(found["domains"]["books"]["bits_per_byte"], rel=1e-5)
