@@ -117,6 +117,34 @@ def models_generation() -> str:
     )
 
 
+@shown("late")
+def late_look_for_the_end() -> str:
+    """Return a step of `generate()` that looks for the end one step late or at once, on an H200."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in results("generation/h200/late.csv"):
+        minimum = str(row["min_new_tokens"]) == "True"
+        case = rows.setdefault((row["batch"], minimum), {"batch": row["batch"], "minimum": minimum})
+        case[row["end"].replace(" ", "_")] = row
+    return down(
+        rows.values(),
+        "batch: {batch} | `min_new_tokens`: {minimum:yes} | late, ms per step: {late[ms]:.2f} | "
+        "at once, ms per step: {at_once[ms]:.2f} | late, tokens per second: {late[tokens_per_s]:,.0f} | "
+        "at once, tokens per second: {at_once[tokens_per_s]:,.0f}",
+        words=0,
+    )
+
+
+@shown("static")
+def static_cache() -> str:
+    """Return `generate()` with a static cache on an H200."""
+    rows = results("generation/h200/static.csv")
+    return down(
+        ({**row, "model": row["model"].removeprefix("150m-")} for row in rows),
+        "model: {model:name} | batch: {batch} | context: {context:,} | ms per step: {ms_per_token:.2f} | "
+        "tokens per second: {tokens_per_s:,.0f} | peak GiB: {peak_gib:.1f}",
+    )
+
+
 @shown("cpu-generation")
 def cpu_generation() -> str:
     """Return `generate()` of small models on a CPU."""
@@ -249,6 +277,29 @@ def changes_of_first_calls() -> str:
         "version: {version} | caches: {caches} | first training step, s: {step:3sig} | "
         "first prefill, s: {prefill:3sig}",
         words=2,
+    )
+
+
+@shown("first-calls")
+def first_calls_of_the_package() -> str:
+    """Return the seconds of first calls on an H200, and of later calls, with the least and the most."""
+    found: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for row in results("generation/h200/first-calls.csv"):
+        found[row["what"], row["caches"], row["version"]].append(row)
+    names = {"step": "training step, 16,384 tokens", "prefill": "prefill, 32,768 tokens"}
+    rows = []
+    for (what, caches, version), calls in sorted(found.items(), key=lambda each: each[0][:2]):
+        spans = {}
+        for key, digits in (("first_s", 2), ("later_ms", 0)):
+            values = sorted(call[key] for call in calls)
+            ends = f" ({values[0]:.{digits}f} to {values[-1]:.{digits}f})" if len(values) > 1 else ""
+            spans[key] = f"{statistics.median(values):.{digits}f}{ends}"
+        rows.append({"what": names[what], "caches": caches, "version": version, "calls": len(calls), **spans})
+    return down(
+        rows,
+        "first call: {what} | caches: {caches} | version: {version} | calls: {calls} | seconds: {first_s} | "
+        "later calls, ms: {later_ms}",
+        words=3,
     )
 
 
