@@ -321,6 +321,53 @@ def passes_for_range() -> str:
     )
 
 
+@shown("decay-errors")
+def errors_with_a_decay() -> str:
+    """Return the largest errors of the kernels with a decay against float64, by version, dtype and size."""
+    versions = {
+        "before": "no limit of registers",
+        "mask after the decay": "and masks after the decay",
+        "rounded numbers": "and rounded numbers, but no masks after the decay",
+        "both": "all three",
+    }
+    dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    cases: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for row in results("kernels/decay.csv"):
+        size = "D = 256" if row["D"] > 128 else "F = 128" if row["F"] > 64 else "F up to 64, D up to 128"
+        cases[row["version"], row["dtype"], size, row["gpu"]].append(row)
+    places = list(versions), list(dtypes)
+    rows = []
+    for (version, dtype, size, gpu), found in sorted(
+        cases.items(), key=lambda each: (places[0].index(each[0][0]), places[1].index(each[0][1]))
+    ):
+        most = {key: max(row[key] for row in found) for key in ("o", "dq", "dk", "dv", "d_log_decay")}
+        above = sum(row["d_log_decay"] > 1e-2 for row in found)
+        names = {"version": versions[version], "dtype": dtypes[dtype], "size": size, "gpu": gpu}
+        rows.append({**names, **most, "cases": len(found), "above": above})
+    return down(
+        rows,
+        "version: {version} | dtype: {dtype} | size: {size} | GPU: {gpu} | cases: {cases} | o: {o:.1e} | "
+        "dq: {dq:.1e} | dk: {dk:.1e} | dv: {dv:.1e} | by log_decay: {d_log_decay:.1e} | cases above 1e-2: {above}",
+        words=4,
+    )
+
+
+@shown("decay-times")
+def times_with_a_decay() -> str:
+    """Return the times of attention with and without a decay."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in results("kernels/few-keys-times.csv"):
+        key = row["F"], row["D"], row["heads"], row["kv_heads"], row["T"]
+        rows.setdefault(key, {**row})["decaying" if row["decay"] else "plain"] = row
+    return down(
+        (row for row in rows.values() if "decaying" in row),
+        "F: {F} | D: {D} | heads: {heads} | key-value heads: {kv_heads} | T: {T:,} | "
+        "forward, ms: {plain[forward_ms]:.2f} | with a decay: {decaying[forward_ms]:.2f} | "
+        "forward and backward, ms: {plain[training_ms]:.2f} | with a decay: {decaying[training_ms]:.2f}",
+        words=0,
+    )
+
+
 @shown("train-lm")
 def train_lm() -> str:
     """Return the speed of rebased-train."""
