@@ -104,4 +104,4 @@ def decay_gradient(
     if final is not None and grad_final is not None:
         by_last = (final * grad_final).sum((2, 3))  # [B or N, H_kv]
         gradient += by_last[..., None] if cu_seqlens is None else by_last[sequence].T
-    return gradient.transpose(1, 2).float()
+    return gradient.transpose(1, 2).float().contiguous()

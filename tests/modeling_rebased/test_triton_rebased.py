@@ -20,6 +20,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch._inductor.utils import run_and_get_code
+from torch._prims_common import check_significant_strides
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from modeling_rebased import (
     ReBasedConfig,
@@ -777,6 +781,56 @@ def test_operators_are_well_formed():
         torch.library.opcheck(triton_rebased.OPS.decode.default, arguments, test_utils=tests)
 
 
+class ComparesWithFakes(TorchDispatchMode):
+    """Compares what an operator of ours returns with what its fake implementation tells torch.compile.
+
+    The compiled code stops with an error where strides differ, on a GPU alone. `opcheck` overlooks strides on a CPU.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if func.namespace.startswith("rebased_"):
+            self.seen.add(func._opname)
+            with FakeTensorMode() as mode:
+                fakes = func(*tree_map_only(torch.Tensor, mode.from_tensor, args))
+            for number, (result, fake) in enumerate(zip(tree_leaves(results), tree_leaves(fakes), strict=True)):
+                told = f"{func._opname}: result {number} has strides {result.stride()}, its fake {fake.stride()}"
+                assert (result.shape, result.dtype) == (fake.shape, fake.dtype), told
+                assert check_significant_strides(result, fake, only_cuda=False)[0], told
+        return results
+
+
+@pytest.mark.parametrize(("feature_dim", "packed"), [(5, False), (5, True), (20, False)])
+def test_results_are_as_compiled_code_expects(feature_dim, packed):
+    """Two heads of keys, since the strides of a dimension of size 1 mean nothing."""
+    batch, length = (1, 30) if packed else (2, 15)
+    q, k, v = (x.requires_grad_() for x in make(batch, length, 2, 2, feature_dim, 6))
+    decay = -torch.rand(batch, length, 2, device=DEVICE)
+    cu = torch.tensor([0, 11, 30], dtype=torch.int32, device=DEVICE) if packed else None
+    mask = torch.rand(batch, length, device=DEVICE) > 0.2
+    initial = torch.rand(2, 2, n_features(feature_dim, REBASED), 7, device=DEVICE) + 1
+    with ComparesWithFakes() as mode:
+        for dtype, options in (
+            (torch.float32, {"log_decay": decay.requires_grad_()}),
+            (torch.float16, {"initial_state": initial.requires_grad_(), "attention_mask": mask}),
+        ):
+            o, state = rebased_attention(
+                q.to(dtype),
+                k.to(dtype),
+                v.to(dtype),
+                cu_seqlens=cu,
+                output_final_state=True,
+                backend="triton",
+                **options,
+            )
+            (o.float().square().sum() + state.square().sum()).backward()
+    assert {"forward", "backward", "range", "range_backward"} <= mode.seen
+
+
 def test_export_with_any_length():
     """One exported graph serves sequences of one segment and of several: no guard on T's size against a segment."""
 
@@ -818,6 +872,24 @@ def test_compiles_without_graph_breaks(normalized):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(step(*token, state), compiled(*token, other))
     assert torch.equal(state, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", [None, "gate"])
+def test_training_by_compiled_code_on_a_gpu(decay):
+    """Inductor's code for a GPU holds each operator to the strides that its fake implementation gave."""
+    sizes = {"vocab_size": 50, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "feature_dim": 8}
+    model = ReBasedForCausalLM(ReBasedConfig(**sizes, num_hidden_layers=2, decay=decay)).to(DEVICE)
+    ids = torch.randint(50, (2, 300), device=DEVICE)
+    losses, grads = [], []
+    for run in (model, torch.compile(model)):
+        model.zero_grad()
+        losses.append(run(ids, labels=ids).loss)
+        losses[-1].backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+    for eager, compiled in zip(*grads, strict=True):
+        assert relative(compiled, eager.double()) < 1e-3
 
 
 @pytest.mark.parametrize("by_slot", [False, True])
