@@ -96,7 +96,7 @@ def _options_of_from_fla(add: Add) -> None:
         "--normalize", action=argparse.BooleanOptionalAction, help="whether q and k are normalised (default: they are)"
     )
     add("--attention-eps", type=float, default=1e-5, help="the layer's eps (default: 1e-5)")
-    add("--norm-eps", type=float, default=1e-6, help="of a whole model's RMSNorm (default: 1e-6)")
+    add("--norm-eps", type=float, help="of a whole model's RMSNorm (default: 1e-6)")
     add("--max-position-embeddings", type=int, help="length trained on")
 
 
@@ -118,7 +118,7 @@ def _options_of_from_based(add: Add) -> None:
 def _options_of_linearize(add: Add) -> None:
     add("--layers", default="window", help="pure, window, hybrid, softmax, or a type for each layer (default: window)")
     add("--feature-dim", type=int, help="size of linear queries and keys (default: 64, or the head's own if smaller)")
-    add("--window", type=int, default=64, help="tokens that the window sees (default: 64)")
+    add("--window", type=int, help="tokens that the window sees (default: 64)")
     add(
         "--rotate",
         action=argparse.BooleanOptionalAction,
@@ -126,7 +126,7 @@ def _options_of_linearize(add: Add) -> None:
     )
     add("--decay", choices=["gate"], help="let linear layers learn to forget, by a gate that starts open")
     add("--fit", nargs="+", metavar="TEXT", help="texts to fit the linear layers to, layer by layer")
-    add("--fit-tokens", type=int, default=32768, help="tokens of them that are used (default: 32768)")
+    add("--fit-tokens", type=int, help="tokens of them that are used (default: 32768)")
 
 
 def _options_of_export(add: Add) -> None:

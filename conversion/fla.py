@@ -43,7 +43,7 @@ def from_fla(
     num_heads: int | None = None,
     normalize: bool | None = None,
     attention_eps: float = 1e-5,
-    norm_eps: float = 1e-6,
+    norm_eps: float | None = None,
     max_position_embeddings: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -92,8 +92,11 @@ def from_fla(
         fields["max_position_embeddings"] = max_position_embeddings
     if rest:
         mapping = {name: f"model.{ours}" for name, ours in mapping.items()}
-        fields |= _model_fields(theirs, roots, rest, mapping) | {"norm_eps": norm_eps}
+        fields |= _model_fields(theirs, roots, rest, mapping) | {"norm_eps": 1e-6 if norm_eps is None else norm_eps}
     else:
+        for name, value in (("--norm-eps", norm_eps), ("--max-position-embeddings", max_position_embeddings)):
+            if value is not None:
+                raise ConversionError(f"{name} is {value}, but SOURCE has attention layers alone and no model around.")
         fields |= {"vocab_size": 1, "mlp_type": "none"}
         notes.append(f"attention layers alone: written as {ATTENTION_FILE}, for {__package__}.load_attention")
     config = make_config(**fields)

@@ -44,11 +44,11 @@ def linearize(
     *,
     layers: str = "window",
     feature_dim: int | None = None,
-    window: int = 64,
+    window: int | None = None,
     rotate: bool | None = None,
     decay: Literal["gate"] | None = None,
     fit: Sequence[str | os.PathLike] | None = None,
-    fit_tokens: int = 32768,
+    fit_tokens: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Report:
@@ -73,14 +73,14 @@ def linearize(
             layer, separated by commas: "linear_attention", "hybrid_sliding", "full_attention".
         feature_dim: size of a query or key of the linear layers, at most the model's head_dim. By default 64, or the
             head_dim if that is smaller.
-        window: number of tokens that the window sees.
+        window: number of tokens that the window sees, at least 2. By default 64.
         rotate: whether queries and keys of the linear layers are rotated by position, as in the original model. By
             default they are if its rotary embedding is of the plain kind and `feature_dim` divides its head_dim.
         decay: "gate" lets every head of the linear layers forget (the configuration's `decay`). The gate starts the
             same for every token, so that a token keeps 1 / e of its weight after GATE_MEMORY tokens.
         fit: text files, `.npy` files of token ids or folders of shards, to which the linear layers are fitted
             (fit.py). It takes a GPU if there is one.
-        fit_tokens: how many tokens of the text are used, in rows of 512 that are spread over it.
+        fit_tokens: how many tokens of the text are used, in rows of 512 that are spread over it. By default 32,768.
         overwrite: whether to replace `destination` if it exists.
         dry_run: whether to only report what maps where.
 
@@ -97,7 +97,11 @@ def linearize(
     for name, value in (("--feature-dim", feature_dim), ("--rotate", rotate), ("--decay", decay), ("--fit", fit)):
         if value is not None and not linear:
             raise ConversionError(f"{name} has no place: with --layers {layers!r} no layer is linear.")
-    config = student_config(theirs, types, feature_dim, window, rotate, decay)
+    if window is not None and "hybrid_sliding" not in types:
+        raise ConversionError(f"--window has no place: with --layers {layers!r} no layer has a window.")
+    if fit_tokens is not None and fit is None:
+        raise ConversionError("--fit-tokens has no place: nothing is fitted without --fit.")
+    config = student_config(theirs, types, feature_dim, 64 if window is None else window, rotate, decay)
     is_gguf = "gguf_file" in options
     dtype = torch.float32 if is_gguf else "auto"
     teacher = load_model(
@@ -121,7 +125,7 @@ def linearize(
     if fit is not None:
         if tokens is None:
             raise ConversionError("--fit needs a tokenizer, and SOURCE has none that can be loaded.")
-        ids = _rows_to_fit(fit, tokens, fit_tokens)
+        ids = _rows_to_fit(fit, tokens, 32768 if fit_tokens is None else fit_tokens)
         report.notes.append(
             f"queries, keys, norms, gates and decays are fitted to the teacher's attention on {ids.numel()} tokens"
         )
@@ -228,8 +232,8 @@ def student_config(
         feature_dim = min(64, head_dim)
     if not 1 <= feature_dim <= head_dim:
         raise ConversionError(f"--feature-dim is {feature_dim}; it must be 1 to the model's head_dim, {head_dim}.")
-    if window < 1:
-        raise ConversionError(f"--window is {window}; it must be at least 1.")
+    if window < 2:
+        raise ConversionError(f"--window is {window}; it must be at least 2.")
     plain = fields["position_embedding_type"] == "rope" and rope.get("rope_type", "default") == "default"
     can = plain and feature_dim % 2 == 0 and head_dim % feature_dim == 0
     if rotate and not can:

@@ -181,7 +181,8 @@ class ReBasedConfig(PreTrainedConfig):
         rope_linear_attention (`bool`, *optional*, defaults to `False`):
             Whether "rope" also rotates the queries and keys of the linear layers, after their normalisation.
         sliding_window (`int`, *optional*, defaults to 64):
-            Number of tokens that "sliding_attention" and the window of "hybrid_sliding" see, their own included.
+            Number of tokens that "sliding_attention" and the window of "hybrid_sliding" see, their own included. It
+            is at least 2.
         embedding_dropout (`float`, *optional*, defaults to 0.0):
             Dropout after the embedding.
         residual_dropout (`float`, *optional*, defaults to 0.0):
@@ -490,8 +491,9 @@ class ReBasedConfig(PreTrainedConfig):
         softmax = sorted(set(self.layer_types) & set(SOFTMAX_LAYER_TYPES))
         windowed = [t for t in softmax if t != "full_attention"]
         _require(
-            not windowed or (self.sliding_window is not None and self.sliding_window >= 1),
-            f"`sliding_window` must be at least 1 where `layer_types` has {windowed}, but got {self.sliding_window}.",
+            # The library's caches keep every token for a window of one, and their masks then do not fit.
+            not windowed or (self.sliding_window is not None and self.sliding_window >= 2),
+            f"`sliding_window` must be at least 2 where `layer_types` has {windowed}, but got {self.sliding_window}.",
         )
 
     def _check_rotary_embedding(self) -> None:

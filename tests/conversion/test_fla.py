@@ -191,6 +191,8 @@ WRONG = {
     "shape": ({}, {}, {"k_proj.weight": torch.ones(8, 12)}, "k_proj.weight"),
     "gamma": ({}, {}, {"feature_map.gamma": torch.ones(5)}, "must be of one size"),
     "flat": ({}, {}, {"o_proj.weight": torch.tensor(1.0)}, "'o_proj.weight' has the shape .* two dimensions"),
+    "norm_eps": ({}, {"norm_eps": 1e-6}, {}, "--norm-eps is 1e-06, but SOURCE has attention layers alone"),
+    "length": ({}, {"max_position_embeddings": 8}, {}, "--max-position-embeddings is 8, but SOURCE has attention"),
     "gamma_2d": ({}, {}, {"feature_map.gamma": torch.ones(2, 2)}, "q_norm.weight"),
 }
 

@@ -224,7 +224,7 @@ def test_beta_makes_the_kernel_that_is_promised():
 BAD = {
     "layers": ({"layers": "none"}, {}, "--layers is 'none'; it must be one of pure, window, hybrid, softmax, or 4 of"),
     "count": ({"layers": "full_attention"}, {}, "--layers is 'full_attention'"),
-    "window": ({"window": 0}, {}, "--window is 0; it must be at least 1"),
+    "window": ({"window": 0}, {}, "--window is 0; it must be at least 2"),
     "feature_dim": ({"feature_dim": 17}, {}, "--feature-dim is 17; it must be 1 to the model's head_dim, 16"),
     "rotate": ({"feature_dim": 5, "rotate": True}, {}, "--rotate needs an even --feature-dim"),
     "bias": ({}, {"attention_bias": True}, "attention_bias True"),
@@ -468,6 +468,14 @@ def test_what_is_for_linear_layers_needs_one(tmp_path):
             ConversionError, match=f"--{name} has no place: with --layers 'softmax' no layer is linear"
         ):
             linearize(tmp_path / "teacher", tmp_path / "out", layers="softmax", **option)
+    for option, message in (
+        ({"layers": "pure", "window": 8}, "--window has no place: with --layers 'pure' no layer has a window"),
+        ({"layers": "pure", "fit_tokens": 1024}, "--fit-tokens has no place: nothing is fitted without --fit"),
+        ({"layers": "window", "window": 1}, "--window is 1; it must be at least 2"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            linearize(tmp_path / "teacher", tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_fit_needs(tmp_path):

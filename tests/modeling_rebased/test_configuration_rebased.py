@@ -239,9 +239,9 @@ ROPE = {"position_embedding_type": "rope"}
         *(
             (
                 {"layer_types": [*layers, "full_attention"] * (12 // (len(layers) + 1)), "sliding_window": window},
-                f"`sliding_window` must be at least 1 where `layer_types` has {sorted(layers)}, but got {window}.",
+                f"`sliding_window` must be at least 2 where `layer_types` has {sorted(layers)}, but got {window}.",
             )
-            for layers, window in ((["sliding_attention"], None), (["sliding_attention", "hybrid_sliding"], 0))
+            for layers, window in ((["sliding_attention"], None), (["sliding_attention", "hybrid_sliding"], 1))
         ),
         (
             {**ROPE, "layer_types": SOFTMAX, "head_dim": 5},
@@ -313,7 +313,7 @@ def test_refusals_say_what_was_given_and_what_is_allowed(fields, message):
         {"qk_norm_shared": True, "num_key_value_heads": 4, "use_gamma": False, "use_beta": False},
         {"conv_type": "gated", "conv_intermediate_size": 1},
         {"mlp_type": "none", "intermediate_size": 0, "hidden_act": "softmax"},
-        {"layer_types": ["sliding_attention"] * 12, "sliding_window": 1},
+        {"layer_types": ["sliding_attention"] * 12, "sliding_window": 2},
         {"layer_types": SOFTMAX, "sliding_window": None},
         {"layer_types": SOFTMAX, "head_dim": 5},
         {**ROPE, "layer_types": ["linear_attention"] * 12, "head_dim": 5},
