@@ -321,35 +321,37 @@ def passes_for_range() -> str:
     )
 
 
-@shown("decay-errors")
-def errors_with_a_decay() -> str:
+def errors_with_a_decay(versions: dict[str, str]) -> str:
     """Return the largest errors of the kernels with a decay against float64, by version, dtype and size."""
-    versions = {
-        "before": "no limit of registers",
-        "mask after the decay": "and masks after the decay",
-        "rounded numbers": "and rounded numbers, but no masks after the decay",
-        "both": "all three",
-    }
     dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     cases: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in results("kernels/decay.csv"):
         size = "D = 256" if row["D"] > 128 else "F = 128" if row["F"] > 64 else "F up to 64, D up to 128"
-        cases[row["version"], row["dtype"], size, row["gpu"]].append(row)
-    places = list(versions), list(dtypes)
+        cases[row["version"], row["dtype"], size].append(row)
     rows = []
-    for (version, dtype, size, gpu), found in sorted(
-        cases.items(), key=lambda each: (places[0].index(each[0][0]), places[1].index(each[0][1]))
-    ):
-        most = {key: max(row[key] for row in found) for key in ("o", "dq", "dk", "dv", "d_log_decay")}
-        above = sum(row["d_log_decay"] > 1e-2 for row in found)
-        names = {"version": versions[version], "dtype": dtypes[dtype], "size": size, "gpu": gpu}
-        rows.append({**names, **most, "cases": len(found), "above": above})
+    for (version, dtype, size), found in cases.items():
+        if version in versions:
+            most = {key: max(row[key] for row in found) for key in ("o", "dq", "dk", "dv", "d_log_decay")}
+            names = {"version": versions[version], "dtype": dtypes[dtype], "size": size, "cases": len(found)}
+            rows.append({**names, **most})
+    columns = "size: {size} | " if len(versions) == 1 else "version: {version} | "
     return down(
         rows,
-        "version: {version} | dtype: {dtype} | size: {size} | GPU: {gpu} | cases: {cases} | o: {o:.1e} | "
-        "dq: {dq:.1e} | dk: {dk:.1e} | dv: {dv:.1e} | by log_decay: {d_log_decay:.1e} | cases above 1e-2: {above}",
-        words=4,
+        columns + "dtype: {dtype} | cases: {cases} | o: {o:.1e} | dq: {dq:.1e} | dk: {dk:.1e} | dv: {dv:.1e} | "
+        "gradient by log_decay: {d_log_decay:.1e}",
+        words=2,
     )
+
+
+CHANGES = {
+    "before": "no limit of registers",
+    "mask after the decay": "and masks after the decay",
+    "rounded numbers": "and rounded numbers, but no masks after the decay",
+}
+TABLES |= {
+    "decay-errors": lambda: errors_with_a_decay({"both": "now"}),
+    "decay-versions": lambda: errors_with_a_decay(CHANGES),
+}
 
 
 @shown("decay-times")
