@@ -3,7 +3,9 @@
     python -m modeling_rebased.eval.plot_mqar eval/results/mqar/*.jsonl --output eval/results/mqar
 
 A cell is one model at one length and hidden size. Of its learning rates those with the most seeds are compared, and
-the one with the highest mean accuracy counts. A seed that was trained again, in another file, counts once, with the
+the one with the highest mean accuracy counts. Runs of another recipe than the paper's, such as another batch size,
+are cells of their own: they stand in figure_1.md under a name that says so, and not in the
+picture of the paper's cells. A seed that was trained again, in another file, counts once, with the
 mean of its runs. A run that was cut off before it reached the paper's goal of 99% is drawn nowhere. Values read off
 the authors' figure stand beside these results. Runs that were planned for fewer epochs than the paper's 64 and did not
 reach the goal are marked: they do not reproduce a cell.
@@ -63,6 +65,15 @@ ORDER = (*FIGURE_MODELS, *VARIANTS, "x2", "normalized", "gamma", "gamma_beta")
 SEED_LINES = ("-", "--", ":", "-.", (0, (9, 3)))  # of the curves, by seed
 PAPER_EPOCHS = 64
 PAPER_GOAL = 0.99  # the accuracy at which the authors stop a run
+# What runs of one cell have in common, with the paper's values and the words for another value
+PAPER_RECIPE: dict[str, tuple[Any, str]] = {
+    "batch_size": (512, "batch {}"),
+    "train_examples": (100_000, "{} examples"),
+    "dropout": (0.1, "dropout {}"),
+    "weight_decay": (0.1, "weight decay {}"),
+    "vocab_size": (8192, "vocabulary {}"),
+    "bf16": (True, "float32"),
+}
 
 
 @dataclass
@@ -75,6 +86,7 @@ class Cell:
     pairs: int | None
     lr: float
     by_seed: dict[int, float]  # the accuracy of each seed, the mean of its runs
+    recipe: str  # what differs from the paper's recipe, empty where nothing does
     runs: int  # more than seeds where some were repeated
     epochs: int  # the most that a seed trained
     complete: bool  # every seed trained the paper's epochs or reached its goal
@@ -90,9 +102,14 @@ class Cell:
         return statistics.fmean(self.accuracies)
 
     @property
+    def label(self) -> str:
+        """Return the model's name in a table, with what differs from the paper's recipe."""
+        return ", ".join(filter(None, (label_of(self.model), self.recipe)))
+
+    @property
     def paper(self) -> float | None:
-        """Return the authors' number, where it was read off their figure and the task is theirs."""
-        if self.pairs not in (None, PAPER_PAIRS.get(self.length)):
+        """Return the authors' number, where it was read off their figure, and task and recipe are theirs."""
+        if self.recipe or self.pairs not in (None, PAPER_PAIRS.get(self.length)):
             return None
         return PUBLISHED.get(self.model, {}).get((self.length, self.hidden))
 
@@ -101,7 +118,7 @@ class Cell:
         """Return the authors' number as a table shows it, empty where they have none."""
         if self.paper is not None:
             return f"{self.paper:.2f}"
-        theirs = self.length in LENGTHS and self.hidden in HIDDEN
+        theirs = not self.recipe and self.length in LENGTHS and self.hidden in HIDDEN
         theirs = theirs and self.pairs in (None, PAPER_PAIRS[self.length])
         return "≥ 0.97" if theirs and self.model in ("rebased", "based") else ""
 
@@ -121,16 +138,25 @@ def read_runs(paths: list[str | Path]) -> list[dict[str, Any]]:
             except json.JSONDecodeError:  # a line cut off by a kill
                 continue
             if run.get("accuracy") is not None:
-                newest[run["name"], run.get("loop"), str(path)] = run
+                newest[run["name"], recipe_of(run), run.get("loop"), str(path)] = run
     by_run: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for (name, loop, _), run in newest.items():
-        if run not in by_run[name, loop]:  # a copy of a file is no repeat
-            by_run[name, loop].append(run)
+    for (name, recipe, loop, _), run in newest.items():
+        if run not in by_run[name, recipe, loop]:  # a copy of a file is no repeat
+            by_run[name, recipe, loop].append(run)
     runs = []
     for group in by_run.values():
         finished = [run for run in group if not run.get("stopped")]
         runs += finished or [max(group, key=lambda run: run["epochs_trained"])]
     return runs
+
+
+def recipe_of(run: dict[str, Any]) -> str:
+    """Return what differs from the paper's recipe in a run, in words, and nothing where nothing does."""
+    different = []
+    for name, (value, words) in PAPER_RECIPE.items():
+        if (given := run.get(name, value)) != value:
+            different.append(words.format(f"{given:,}"))
+    return ", ".join(different)
 
 
 def is_unfinished(run: dict[str, Any]) -> bool:
@@ -155,9 +181,9 @@ def cells(runs: list[dict[str, Any]]) -> list[Cell]:
     by_cell: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         if not is_unfinished(run):
-            by_cell[run["model"], run["length"], run["hidden"], run.get("pairs")].append(run)
+            by_cell[run["model"], run["length"], run["hidden"], run.get("pairs"), recipe_of(run)].append(run)
     result = []
-    for (model, length, hidden, pairs), group in by_cell.items():
+    for (model, length, hidden, pairs, recipe), group in by_cell.items():
         epochs = max(run["epochs"] for run in group)
         by_rate: dict[float, list[dict[str, Any]]] = defaultdict(list)
         for run in group:
@@ -173,8 +199,8 @@ def cells(runs: list[dict[str, Any]]) -> list[Cell]:
         complete = all(run["epochs_trained"] >= PAPER_EPOCHS or run["accuracy"] >= PAPER_GOAL for run in chosen)
         trained = max(run["epochs_trained"] for run in chosen)
         accuracies = seed_accuracies(chosen)
-        result.append(Cell(model, length, hidden, pairs, lr, accuracies, len(chosen), trained, complete))
-    return sorted(result, key=lambda cell: (cell.length, cell.hidden, _place(cell.model)))
+        result.append(Cell(model, length, hidden, pairs, lr, accuracies, recipe, len(chosen), trained, complete))
+    return sorted(result, key=lambda cell: (cell.length, cell.hidden, _place(cell.model), cell.recipe))
 
 
 def _place(model: str) -> tuple[int, str]:
@@ -194,7 +220,7 @@ def markdown(found: list[Cell]) -> str:
         count = f"{seeds}" if cell.runs == seeds else f"{seeds} ({cell.runs} runs)"
         epochs = f"{cell.epochs}" if cell.complete else f"{cell.epochs} of {PAPER_EPOCHS}"
         lines.append(
-            f"| {cell.length:,} | {cell.hidden} | {label_of(cell.model)} | {cell.mean:.3f} | {spread} | {count} "
+            f"| {cell.length:,} | {cell.hidden} | {cell.label} | {cell.mean:.3f} | {spread} | {count} "
             f"| {epochs} | {cell.lr:g} | {cell.paper_text} |"
         )
     return "\n".join(lines)
@@ -235,6 +261,7 @@ def differences(found: list[Cell]) -> str:
         "| difference | 95% interval | p |",
         "| --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
+    found = [cell for cell in found if not cell.recipe]
     by_size = {(cell.model, cell.length, cell.hidden, cell.pairs): cell for cell in found}
     for cell in found:
         other = by_size.get(("based", cell.length, cell.hidden, cell.pairs))
@@ -271,7 +298,8 @@ def ablation(found: list[Cell]) -> str:
         "| length | model | mean over hidden sizes | " + " | ".join(map(str, ABLATION_HIDDEN)) + " | seeds | paper |",
         "| --: | --- | --: |" + " --: |" * (len(ABLATION_HIDDEN) + 2),
     ]
-    by_size = {(cell.length, cell.model, cell.hidden): cell for cell in found if cell.pairs == ABLATION_PAIRS}
+    own = [cell for cell in found if cell.pairs == ABLATION_PAIRS and not cell.recipe]
+    by_size = {(cell.length, cell.model, cell.hidden): cell for cell in own}
     for i, length in enumerate((256, 2048)):
         for model, published in ABLATION.items():
             here = [by_size.get((length, model, hidden)) for hidden in ABLATION_HIDDEN]
@@ -291,9 +319,15 @@ def figure_cells(found: list[Cell]) -> list[Cell]:
         cell
         for cell in found
         if cell.model in FIGURE_MODELS
+        and not cell.recipe
         and (cell.length in LENGTHS and cell.hidden in HIDDEN)
         and cell.pairs in (None, PAPER_PAIRS[cell.length])
     ]
+
+
+def line_of(recipe: str) -> str:
+    """Return the line style of a recipe: solid for the paper's."""
+    return "--" if recipe else "-"
 
 
 def plot(found: list[Cell], path: str | Path) -> None:
@@ -311,18 +345,19 @@ def plot(found: list[Cell], path: str | Path) -> None:
     if not shown:  # none is the paper's
         shown = found
         lengths, sizes = sorted({cell.length for cell in found}), sorted({cell.hidden for cell in found})
-    models = sorted({cell.model for cell in shown}, key=_place)
+    kinds = sorted({(cell.model, cell.recipe) for cell in shown}, key=lambda kind: (_place(kind[0]), kind[1]))
+    labels = {(cell.model, cell.recipe): cell.label.replace(", ", ",\n") for cell in shown}
     figure, axes = new_figure(1, len(lengths), 2.75, 3.4, sharey=True)
     for axis, length in zip(axes[0], lengths):
-        for i, model in enumerate(models):
-            shift = min(0.16, 0.66 / len(models)) * (i - (len(models) - 1) / 2)
+        for i, (model, recipe) in enumerate(kinds):
+            shift = min(0.16, 0.66 / len(kinds)) * (i - (len(kinds) - 1) / 2)
             color = color_of(model)
             theirs = [PUBLISHED.get(model, {}).get((length, hidden), 0.985) for hidden in sizes]
             if model in PUBLISHED and sizes is HIDDEN:
                 axis.plot(range(len(sizes)), theirs, "*--", color=color, mfc="white", ms=9, lw=1, alpha=0.45, zorder=1)
-            ours = [cell for cell in shown if cell.model == model and cell.length == length]
+            ours = [cell for cell in shown if (cell.model, cell.recipe, cell.length) == (model, recipe, length)]
             places = [sizes.index(cell.hidden) + shift for cell in ours]
-            axis.plot(places, [cell.mean for cell in ours], "-", color=color, lw=1.8, zorder=3)
+            axis.plot(places, [cell.mean for cell in ours], line_of(recipe), color=color, lw=1.8, zorder=3)
             for place, cell in zip(places, ours):
                 alpha = 0.9 if cell.complete else 0.35
                 axis.plot([place - 0.07, place + 0.07], [cell.mean] * 2, color=color, lw=4, alpha=alpha, zorder=4)
@@ -332,7 +367,9 @@ def plot(found: list[Cell], path: str | Path) -> None:
         axis.set(xlabel="hidden size", xlim=(-0.6, len(sizes) - 0.4), ylim=(-0.03, 1.04))
         axis.grid(True, axis="y", alpha=0.25)
     axes[0, 0].set_ylabel("accuracy")
-    handles = [Line2D([], [], color=color_of(model), lw=2, label=label_of(model)) for model in models]
+    handles = [
+        Line2D([], [], color=color_of(kind[0]), ls=line_of(kind[1]), lw=2, label=labels[kind]) for kind in kinds
+    ]
     grey: dict[str, Any] = {"color": "#666666"}
     handles += [
         Line2D([], [], marker="_", ls="-", mew=4, ms=8, label="mean", **grey),
@@ -344,7 +381,7 @@ def plot(found: list[Cell], path: str | Path) -> None:
 
 
 def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw accuracy over epochs, a panel per length, hidden size and rate: models by colour, seeds by line style.
+    """Draw accuracy over epochs, a panel per length, hidden size, rate and recipe: models by colour, seeds by line.
 
     Sizes at which every run reached the goal are left out, and runs that were cut off before it.
     """
@@ -353,13 +390,14 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
     runs = [run for run in runs if not is_unfinished(run)]
     hard = {(run["length"], run["hidden"]) for run in runs if run["accuracy"] < PAPER_GOAL}
     runs = [run for run in runs if (run["length"], run["hidden"]) in hard] or runs
-    panels = sorted({(run["length"], run["hidden"], run["lr"]) for run in runs})
+    panels = sorted({(run["length"], run["hidden"], run["lr"], recipe_of(run)) for run in runs})
     columns = min(len(panels), 4 if len(panels) % 4 == 0 else 3)
     rows = math.ceil(len(panels) / columns)
     figure, axes = new_figure(rows, columns, 3.6, 3.0, sharey=True)
-    for axis, (length, hidden, lr) in zip(axes.flat, panels):
+    for axis, panel in zip(axes.flat, panels):
+        length, hidden, lr, recipe = panel
         for run in runs:
-            if (run["length"], run["hidden"], run["lr"]) == (length, hidden, lr):
+            if (run["length"], run["hidden"], run["lr"], recipe_of(run)) == panel:
                 axis.plot(
                     [entry["epoch"] for entry in run["history"]],
                     [entry["accuracy"] for entry in run["history"]],
@@ -368,7 +406,8 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
                     lw=1.3,
                 )
         axis.set(xlabel="epoch", ylim=(-0.03, 1.03))
-        axis.set_title(f"length {length:,}, hidden size {hidden},\nrate {lr:g}", fontsize=9)
+        name = ", ".join(filter(None, (f"rate {lr:g}", recipe)))
+        axis.set_title(f"length {length:,}, hidden size {hidden},\n{name}", fontsize=9)
         axis.grid(True, alpha=0.25)
     for axis in axes.flat[len(panels) :]:
         axis.remove()

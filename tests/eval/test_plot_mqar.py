@@ -55,6 +55,36 @@ def test_short_runs_are_marked_unless_they_reach_the_goal():
     assert cells([run(epochs_trained=16, accuracy=0.995)])[0].complete
 
 
+def test_runs_of_another_recipe_are_cells_of_their_own(tmp_path, figures):
+    own = [run(seed=seed, accuracy=0.5) for seed in (0, 1)]
+    others = [
+        run(seed=0, accuracy=0.9, batch_size=64, dropout=0.0),
+        run(seed=0, accuracy=0.7, bf16=False, vocab_size=512),
+        run("based", seed=0, accuracy=0.8, bf16=False),
+        run("based", seed=1, accuracy=0.8, bf16=False),
+    ]
+    (tmp_path / "all").write_text("\n".join(json.dumps(line) for line in [*own, *others]))  # runs of one name
+    found = cells(read_runs([tmp_path / "all"]))
+    assert [(cell.label, cell.paper_text, cell.mean) for cell in found] == [
+        ("ReBased", "0.55", 0.5),
+        ("ReBased, batch 64, dropout 0.0", "", 0.9),
+        ("ReBased, vocabulary 512, float32", "", 0.7),
+        ("Based, float32", "", 0.8),
+    ]
+    assert "| ReBased, batch 64, dropout 0.0 | 0.900 |" in markdown(found)
+    assert len(plot_mqar.differences(found).splitlines()) == 2  # no Based of the same recipe
+    plot_mqar.plot(found, tmp_path / "figure.png")
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()][:2] == ["ReBased", "mean"]
+    plot_mqar.plot([cell for cell in found if cell.recipe], tmp_path / "figure.png")
+    names = [text.get_text() for text in figures[1].legends[0].get_texts()][:3]
+    assert [name.replace("\n", " ") for name in names] == [cell.label for cell in found if cell.recipe]
+    plot_mqar.plot_curves(read_runs([tmp_path / "all"]), tmp_path / "curves.png")
+    titles = [axis.get_title().split("\n")[1] for axis in figures[2].axes]
+    assert titles[0] == "rate 0.001" and len(titles) == 4 and "rate 0.001, float32" in titles
+    small = [run("x2", 256, hidden, pairs=32, batch_size=64) for hidden in (16, 24, 32, 48)]
+    assert len(plot_mqar.ablation(cells(small)).splitlines()) == 2
+
+
 def test_the_authors_numbers_stand_beside():
     runs = [run(), run("based"), run(length=256), run("gamma"), run("rebased_3_heads"), run(length=64, hidden=32)]
     table = markdown(cells([*runs, run(length=512, pairs=8), run(length=512, hidden=128, pairs=128)]))
