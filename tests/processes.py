@@ -1,4 +1,4 @@
-"""Run Python programs in processes of their own, and scripts on two processes.
+"""Run Python programs in processes of their own, and scripts on several processes.
 
 A new process takes five seconds to import torch and transformers. The processes here are forked from one that has
 imported both and nothing of this repository, so they start at once.
@@ -93,21 +93,22 @@ def commands_for_scripts(commands: dict[str, list[str]]) -> Iterator[Path]:
             Client(listener.address).close()
 
 
-def run_with_two_processes(script: Path, *arguments: object) -> str:
-    """Run a script on two processes, as torchrun does, with gloo between them, and return what the first printed."""
+def run_with_processes(count: int, script: Path, *arguments: object) -> str:
+    """Run a script on `count` processes, as torchrun does, with gloo between them. Return what the first printed."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     with tempfile.TemporaryDirectory() as folder:
         processes = []
-        for rank in ("0", "1"):
+        for rank in map(str, range(count)):
             output = Path(folder, rank)
             output.mkdir()
             own = {**environment, "RANK": rank, "LOCAL_RANK": rank}
             processes.append((start_python(script, *arguments, environment=own, output=output), output))
         done = [_wait(process, output) for process, output in processes]
-    assert [each.returncode for each in done] == [0, 0], "\n".join(each.stderr[-3000:] for each in done)
+    assert not any(each.returncode for each in done), "\n".join(each.stderr[-3000:] for each in done)
     return done[0].stdout
 
 

@@ -22,7 +22,7 @@ from modeling_rebased.training import train_lm
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.text import TokenBlocks, read_token_ids
 from tests.conversion.teacher import make_teacher
-from tests.processes import ROOT, run_with_two_processes
+from tests.processes import ROOT, run_with_processes
 
 
 LAUNCH_ON_CPU = ROOT / "tests/training/launch_on_cpu.py"
@@ -478,7 +478,7 @@ def test_stages_under_fsdp2(folder, tmp_path, stage):
     """Two processes that share the weights train the same student as one."""
     assert main(command(folder, stage, tmp_path / "one", steps=2)) == 0
     two = command(folder, stage, tmp_path / "two", "--per_device_train_batch_size", "4", steps=2)
-    run_with_two_processes(LAUNCH_ON_CPU, "fsdp2", "modeling_rebased.conversion.distill", *two)
+    run_with_processes(2, LAUNCH_ON_CPU, "fsdp2", "modeling_rebased.conversion.distill", *two)
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5

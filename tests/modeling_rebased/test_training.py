@@ -11,7 +11,7 @@ from modeling_rebased import (
     ReBasedForTokenClassification,
 )
 from tests.modeling_rebased.cases import BASE, MODELS, make_config, make_ids, make_model, make_small_model
-from tests.processes import run_with_two_processes
+from tests.processes import run_with_processes
 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -258,7 +258,7 @@ for name in names:
 torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
 """
     )
-    run_with_two_processes(script, folder, *TENSOR_PARALLEL)
+    run_with_processes(2, script, folder, *TENSOR_PARALLEL)
     return folder
 
 
@@ -308,7 +308,7 @@ dist.destroy_process_group()
 """
     )
     torch.save(ids, tmp_path / "ids.pt")
-    run_with_two_processes(script, tmp_path / "model", tmp_path / "ids.pt", tmp_path / "result.pt")
+    run_with_processes(2, script, tmp_path / "model", tmp_path / "ids.pt", tmp_path / "result.pt")
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     model.train()
     model(ids, labels=ids).loss.backward()

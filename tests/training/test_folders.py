@@ -13,7 +13,7 @@ from modeling_rebased.eval.timing import write_csv
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.folders import gathered_model, save_model, write_text, written
 from tests.modeling_rebased.cases import make_ids, make_model
-from tests.processes import run_with_two_processes
+from tests.processes import run_with_processes
 
 
 def test_what_fails_leaves_nothing(tmp_path):
@@ -148,7 +148,7 @@ if whole is not None:
 dist.destroy_process_group()
 """
     )
-    run_with_two_processes(script, tmp_path / "model", tmp_path / "sharded")
+    run_with_processes(2, script, tmp_path / "model", tmp_path / "sharded")
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     assert {path.name for path in alone.iterdir()} == {path.name for path in sharded.iterdir()}
     assert json.loads((alone / "config.json").read_text()) == json.loads((sharded / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Training under FSDP2 and tensor parallelism makes what one process makes; FSDP2 goes on from its checkpoint."""
+"""Training under DDP, FSDP2 and tensor parallelism makes what one process makes; each goes on from the others."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from modeling_rebased import ReBasedConfig
 from modeling_rebased.training import train_lm
 from modeling_rebased.training.tensor_parallel import split_model
-from tests.processes import run_with_two_processes
+from tests.processes import run_with_processes
 
 
 LAUNCH_ON_CPU = Path(__file__).with_name("launch_on_cpu.py")
@@ -35,9 +35,9 @@ def train(arguments: list[str], output: Path, steps: int) -> None:
     train_lm.main([*arguments, "--output_dir", str(output), "--max_steps", str(steps)])
 
 
-def train_by_two(arguments: list[str], output: Path, steps: int, launch: str = "fsdp2", batch: int = 1) -> None:
+def train_by(processes: int, launch: str, arguments: list[str], output: Path, steps: int, batch: int) -> None:
     own = ["--per_device_train_batch_size", batch, "--output_dir", output, "--max_steps", steps]
-    run_with_two_processes(LAUNCH_ON_CPU, launch, "modeling_rebased.training.train_lm", *arguments, *own)
+    run_with_processes(processes, LAUNCH_ON_CPU, launch, "modeling_rebased.training.train_lm", *arguments, *own)
 
 
 def assert_same(output: Path, expected: Path) -> None:
@@ -50,23 +50,25 @@ def assert_same(output: Path, expected: Path) -> None:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-2, atol=1e-4)  # in bfloat16
 
 
-def test_one_process_and_fsdp2_go_on_from_one_another(arguments, tmp_path, monkeypatch):
+def test_any_number_of_processes_goes_on_from_another(arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    one = [*arguments, "--per_device_train_batch_size", "2"]
+    one = [*arguments, "--per_device_train_batch_size", "4"]
     train(one, tmp_path / "whole", 4)
-    # As if the run had been stopped after its first step, then after its second
+    # As if the run had been stopped after its first step, then after its second and third
     stopped = tmp_path / "stopped"
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", stopped / "checkpoint-1")
-    train_by_two(arguments, stopped, 2)
+    sharded = "fsdp2,fsdp_offload_params=true,fsdp_activation_checkpointing=true"
+    train_by(2, sharded, arguments, stopped, 2, batch=2)
     for step in ("checkpoint-1", "checkpoint-2"):
         assert (stopped / step / "pytorch_model_fsdp_0").is_dir() and not (stopped / step / "optimizer.pt").exists()
     names = [{path.name for path in (folder / "final").iterdir()} for folder in (stopped, tmp_path / "whole")]
     assert names[0] == names[1]
+    train_by(4, "ddp", arguments, stopped, 3, batch=1)
     train(one, stopped, 4)
     assert not (stopped / "checkpoint-2" / "pytorch_model_fsdp_0").exists()
     assert_same(stopped, tmp_path / "whole")
     # Tensor parallelism: both processes train on the same examples.
-    train_by_two(arguments, tmp_path / "split", 4, "tp", batch=2)
+    train_by(2, "tp", arguments, tmp_path / "split", 4, batch=4)
     assert_same(tmp_path / "split", tmp_path / "whole")
     assert not list((tmp_path / "split").glob("checkpoint-*"))
     figures = [
