@@ -62,7 +62,7 @@ from modeling_rebased.training.text import TokenBlocks
 from modeling_rebased.training.train_lm import check_kernels
 
 from .distill_arguments import RECIPES, DistillArguments, DistillTrainingArguments, read_recipe
-from .distill_trainer import DistillTrainer, freeze_all_but_transferred, without_mlps
+from .distill_trainer import DistillTrainer, freeze_all_but_transferred, linear_layers, without_mlps
 from .reading import load_config, load_model
 from .report import ConversionError, progress
 
@@ -151,14 +151,15 @@ def read_texts(distill: DistillArguments) -> tuple[PreTrainedTokenizerBase, Toke
     try:
         tokenizer = AutoTokenizer.from_pretrained(distill.teacher)
     except (ValueError, OSError) as error:
-        raise ConversionError(f"--teacher {distill.teacher!r} gives no tokenizer: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"--teacher {distill.teacher!r} gives no tokenizer: {reason}") from error
     argument = "--context_length" if distill.eval_length is None else "--eval_length"
     lengths = distill.eval_length or [distill.context_length]
     try:
         held_out = read_held_out(distill.eval_file or [], tokenizer, lengths, argument)
         return tokenizer, TokenBlocks(distill.train_file, tokenizer, distill.context_length), held_out
     except ValueError as error:
-        raise ConversionError(f"{error}.") from error
+        raise ConversionError(f"{str(error).rstrip('.')}.") from error
 
 
 def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> None:
@@ -170,7 +171,7 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
     try:
         check_paths({"train_file": distill.train_file, "eval_file": distill.eval_file}, str(arguments.output_dir))
     except ValueError as error:
-        raise ConversionError(f"{error}.") from error
+        raise ConversionError(f"{str(error).rstrip('.')}.") from error
     if distill.eval_length is not None and not distill.eval_file:
         raise ConversionError("--eval_length is given, but no --eval_file to measure.")
     if distill.max_seconds is not None and not distill.max_seconds > 0:
@@ -186,14 +187,23 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
         raise ConversionError(f"--text_weight is {distill.text_weight}; it must be 0 to 1.")
     if distill.lora_rank < 0:
         raise ConversionError(f"--lora_rank is {distill.lora_rank}; it must be at least 0, which trains all weights.")
+    if distill.stage == "transfer":
+        for name in ("temperature", "text_weight"):
+            if getattr(distill, name) != getattr(DistillArguments, name):  # the default
+                raise ConversionError(f"--{name} is for stages logits and long; stage transfer reads no logits.")
+    if arguments.label_smoothing_factor:
+        raise ConversionError("--label_smoothing_factor has no place: the loss is the distance to the teacher.")
     if distill.stage == "transfer" and distill.lora_rank:
         raise ConversionError("--lora_rank is for stage logits; stage transfer trains few weights as it is.")
     if distill.stage == "transfer" and arguments.gradient_checkpointing:
         raise ConversionError("--gradient_checkpointing is for stage logits; transfer keeps no long graph.")
+    student = _student_config(distill)
+    if distill.stage == "transfer":
+        linear_layers(student)
     try:
-        check_kernels(_student_config(distill), arguments)
+        check_kernels(student, arguments)
     except ValueError as error:
-        raise ConversionError(f"{error}.") from error
+        raise ConversionError(f"{str(error).rstrip('.')}.") from error
     # Anything else that is no folder is looked for on the Hub, where a misspelt path is not either.
     if not Path(distill.teacher).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)", distill.teacher):
         raise ConversionError(
@@ -250,7 +260,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         try:
             record.check()
         except ValueError as error:
-            raise ConversionError(f"{error}.") from error
+            raise ConversionError(f"{str(error).rstrip('.')}.") from error
         repository = open_repository(arguments)
         if record.is_finished(arguments, distill.max_seconds) and summary.is_file():
             print(record)
@@ -277,7 +287,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
             distill=distill,
         )
     except ValueError as error:  # of the library's checks
-        raise ConversionError(f"{error}.") from error
+        raise ConversionError(f"{str(error).rstrip('.')}.") from error
     _check_parallelism(distill, trainer)
     newest = latest_complete_checkpoint(arguments.output_dir, record.fewest_processes)
     started = time.monotonic()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from modeling_rebased import ReBasedForCausalLM
+from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
 
 from .clock import Clock, StopByClock
@@ -92,7 +92,7 @@ class DistillTrainer(Trainer):
         if distill.stage != "transfer":
             self._take_the_loss_in_the_head(student.lm_head)
         else:
-            layers = linear_layers(student)
+            layers = linear_layers(student.config)
             self.teacher_tap = AttentionTap({i: self.teacher.model.layers[i].self_attn for i in layers})
             self.student_tap: AttentionTap | None = None
         if distill.compile:
@@ -171,13 +171,13 @@ class DistillTrainer(Trainer):
         return torch.stack(losses).mean()
 
 
-def linear_layers(student: ReBasedForCausalLM) -> list[int]:
+def linear_layers(student: ReBasedConfig) -> list[int]:
     """Return the numbers of the layers that have linear attention.
 
     Raises:
         ConversionError: no layer has it.
     """
-    layers = [i for i, layer_type in enumerate(student.config.layer_types) if layer_type in LINEAR_LAYER_TYPES]
+    layers = [i for i, layer_type in enumerate(student.layer_types) if layer_type in LINEAR_LAYER_TYPES]
     if not layers:
         raise ConversionError("--student has no linear layers, so there is nothing to transfer.")
     return layers
@@ -203,6 +203,6 @@ def without_mlps(student: ReBasedForCausalLM) -> ReBasedForCausalLM:
 def freeze_all_but_transferred(student: ReBasedForCausalLM) -> None:
     """Freeze everything but the queries, keys, their normalisation and the gates of linear layers."""
     student.requires_grad_(False)
-    for i in linear_layers(student):
+    for i in linear_layers(student.config):
         for name, parameter in student.model.layers[i].self_attn.named_parameters():
             parameter.requires_grad_(name.startswith(TRANSFERRED))

@@ -33,7 +33,7 @@ def fit_layers(
     Returns:
         The relative square error of each linear layer's output, before and after.
     """
-    layers = linear_layers(student)
+    layers = linear_layers(student.config)
     device = student.device
     trained = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     student.requires_grad_(False)

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+from transformers.utils import is_accelerate_available
 
 from .hub import wrong_hub_argument
 
@@ -78,11 +80,13 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
         *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
     except ValueError as error:  # of the checks of TrainingArguments
         parser.error(str(error))
-    except ImportError as error:  # TrainingArguments looks for accelerate
-        parser.error(f"{error}. The extra brings it: pip install 'modeling-rebased[train]'")
+    except ImportError as error:  # TrainingArguments looks for what it needs
+        extra = "" if is_accelerate_available() else ". The extra brings it: pip install 'modeling-rebased[train]'"
+        parser.error(f"{error}{extra}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; --help-all shows all options")
-    if wrong := _wrong_value(parsed[-1]):
+    has_held_out = any(getattr(each, "eval_file", None) for each in parsed)
+    if wrong := _wrong_value(parsed[-1]) or _wrong_evaluation(parsed[-1], has_held_out) or _wrong_tool(parsed[-1]):
         parser.error(wrong)
     return tuple(parsed)
 
@@ -93,7 +97,7 @@ def _wrong_value(args: TrainingArguments) -> str | None:
         return "--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it"
     if wrong := wrong_hub_argument(args):
         return wrong
-    for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
+    for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):
         if not 0 <= (value := getattr(args, name)) < math.inf:
             return f"--{name} must be at least 0 and finite, got {value:g}"
     for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
@@ -102,10 +106,19 @@ def _wrong_value(args: TrainingArguments) -> str | None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (value := getattr(args, name)) < 1:
             return f"--{name} must be at least 1, got {value}"
+    for name in ("save_total_limit", "eval_accumulation_steps"):  # the library would keep all, or divide by 0
+        if (value := getattr(args, name)) is not None and value < 1:
+            return f"--{name} must be at least 1, got {value}"
     if args.save_strategy == "steps" and not args.save_steps > 0:  # the library would write no checkpoint
         return f"--save_steps must be positive, got {args.save_steps:g}; --save_strategy no writes no checkpoints"
+    if args.logging_strategy == "steps" and not 0 < args.logging_steps < math.inf:
+        return (
+            f"--logging_steps must be positive and finite, got {args.logging_steps:g}; --logging_strategy no logs none"
+        )
     if args.dataloader_num_workers < 0:
         return f"--dataloader_num_workers must be at least 0, got {args.dataloader_num_workers}"
+    if not 0 <= args.seed < 2**32:
+        return f"--seed must be at least 0 and less than 2**32, got {args.seed}"
     if args.max_steps < 1 and args.max_steps != -1:  # the library would train for the epochs
         return f"--max_steps must be at least 1, or -1 to train for --num_train_epochs, got {args.max_steps}"
     if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
@@ -113,6 +126,68 @@ def _wrong_value(args: TrainingArguments) -> str | None:
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
         return f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no trainer_state.json"
+    return None
+
+
+def _wrong_evaluation(args: TrainingArguments, has_held_out: bool) -> str | None:
+    """Return what is wrong with the arguments of the evaluation during training."""
+    if not has_held_out and args.eval_strategy != "no":
+        return f"--eval_strategy {args.eval_strategy.value} needs --eval_file, which is not given"
+    if not has_held_out and args.eval_on_start:
+        return "--eval_on_start True needs --eval_file, which is not given"
+    if args.eval_steps is not None and args.eval_strategy != "steps":
+        return f"--eval_steps is for --eval_strategy steps, which is {args.eval_strategy.value}"
+    if args.eval_steps is not None and not 0 < args.eval_steps < math.inf:
+        return f"--eval_steps must be positive and finite, got {args.eval_steps:g}"
+    metric, allowed = args.metric_for_best_model, getattr(args, "METRICS", ("loss",))
+    if metric is not None and metric.removeprefix("eval_") not in allowed:
+        return f"--metric_for_best_model must be one of {', '.join(allowed)}, got {metric}"
+    if not 0 <= args.eval_delay < math.inf:
+        return f"--eval_delay must be at least 0 and finite, got {args.eval_delay:g}"
+    return None
+
+
+def _wrong_tool(args: TrainingArguments) -> str | None:
+    """Return what is wrong with the optimizer, the schedule and other tools, which the Trainer would say late."""
+    from transformers import Trainer  # here, since it takes seconds
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    if missing := sorted(set(args.report_to) - set(available)):
+        here = ", ".join(["none", *sorted(available)])
+        return f"--report_to must be of {here}, whose packages are installed, got {', '.join(missing)}"
+
+    optimizer_name, schedule = (str(getattr(x, "value", x)) for x in (args.optim, args.lr_scheduler_type))
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        return f"--optim {optimizer_name}: {error}"
+    except ValueError:
+        pass  # of optimizers that look at the model
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    total = max(args.max_steps, 10_000)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, total, dict(args.lr_scheduler_kwargs or {}))
+    except (TypeError, ValueError) as error:
+        given = json.dumps(args.lr_scheduler_kwargs or {})
+        return f"--lr_scheduler_type {schedule} with --lr_scheduler_kwargs {given}: {error}"
+    if args.torch_compile:
+        from accelerate.utils import DynamoBackend
+
+        backends = [backend.value.lower() for backend in DynamoBackend]
+        if args.torch_compile_backend.lower() not in backends:
+            return f"--torch_compile_backend must be one of {', '.join(backends)}, got {args.torch_compile_backend}"
+        modes = list(torch._inductor.list_mode_options())
+        if args.torch_compile_mode not in (None, *modes):
+            return f"--torch_compile_mode must be one of {', '.join(modes)}, got {args.torch_compile_mode}"
+    checkpointing = args.gradient_checkpointing_kwargs
+    if checkpointing and not args.gradient_checkpointing:
+        return "--gradient_checkpointing_kwargs is for --gradient_checkpointing True, which is not given"
+    allowed = ["use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug"]
+    if hasattr(args, "activation_checkpointing"):  # from transformers 5.24 on
+        allowed.append("every_n_layers")
+    if unknown := sorted(set(checkpointing or {}) - set(allowed)):
+        return f"--gradient_checkpointing_kwargs may hold {', '.join(allowed)}, but holds {', '.join(unknown)}"
     return None
 
 

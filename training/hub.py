@@ -28,7 +28,9 @@ def repository_name(args: TrainingArguments) -> str:
 def wrong_hub_argument(args: TrainingArguments) -> str | None:
     """Return what is wrong with the arguments of the Hub, as far as can be known without a connection."""
     if not args.push_to_hub:
-        given = [name for name in ("hub_model_id", "hub_private_repo", "hub_revision") if getattr(args, name)]
+        given = [
+            name for name in ("hub_model_id", "hub_private_repo", "hub_revision", "hub_token") if getattr(args, name)
+        ]
         return f"--{given[0]} is for --push_to_hub True, which is not given" if given else None
     if args.hub_strategy.value not in ("every_save", "end"):
         return f"--hub_strategy {args.hub_strategy.value} is not possible: only the finished model is uploaded"

@@ -103,6 +103,8 @@ def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, exampl
             parser.error(f"--kernel-backend triton cannot run on --device {args.device}: {reason}")
     if args.batch_size > examples:
         parser.error(f"--batch-size {args.batch_size} is larger than --train-examples {examples}")
+    if args.take_turns and args.jobs == 1:
+        parser.error("--take-turns is for --jobs above 1")
     _check_writable(parser, args)
     if not on_gpu and tokens > MANY_TOKENS:
         print("This needs a GPU: on a CPU it takes hours. --preset laptop is a task for two cores.", file=sys.stderr)

@@ -174,16 +174,19 @@ class TokenBlocks(torch.utils.data.Dataset):
         elif cache_dir is None:
             self.tokens = self._in_memory(parts, tokenizer)
         else:
-            self.tokens = self._stored(parts, tokenizer, cache_dir)
+            self.tokens = self._stored(parts, tokenizer, cache_dir, length, argument)
         self._set_length(length, argument)
 
     def _set_length(self, length: int, argument: str) -> None:
         _check_length(length, argument)
-        if len(self.tokens) < length:
+        self._check_size(len(self.tokens), length, argument)
+        self.length = length
+
+    def _check_size(self, size: int, length: int, argument: str) -> None:
+        if size < length:
             names = ", ".join(map(str, self.files))
             verb = "holds" if len(self.files) == 1 else "hold"
-            raise ValueError(f"{argument} is {length}, but {names} {verb} only {len(self.tokens)} tokens")
-        self.length = length
+            raise ValueError(f"{argument} is {length}, but {names} {verb} only {size} tokens")
 
     def of_length(self, length: int, argument: str = "--context_length") -> TokenBlocks:
         """Return blocks of another length of the same tokens, which are neither read nor encoded again.
@@ -210,15 +213,21 @@ class TokenBlocks(torch.utils.data.Dataset):
         return np.concatenate([np.empty(0, self.dtype), *self._encoded(parts, tokenizer)])
 
     def _stored(
-        self, parts: list[np.ndarray | list[str]], tokenizer: PreTrainedTokenizerBase, cache_dir: str | os.PathLike
+        self,
+        parts: list[np.ndarray | list[str]],
+        tokenizer: PreTrainedTokenizerBase,
+        cache_dir: str | os.PathLike,
+        length: int,
+        argument: str,
     ) -> np.ndarray:
         path = Path(cache_dir) / f"tokens-{self.identity}.bin"
         if not path.exists():
-            with written(path) as unfinished, open(unfinished, "wb") as out:
-                for ids in self._encoded(parts, tokenizer):
-                    ids.tofile(out)
-        if path.stat().st_size == 0:  # which cannot be mapped
-            return np.empty(0, self.dtype)
+            with written(path) as unfinished:
+                with open(unfinished, "wb") as out:
+                    for ids in self._encoded(parts, tokenizer):
+                        ids.tofile(out)
+                # Too few tokens are an error, which leaves no file. An empty one could not be mapped either.
+                self._check_size(unfinished.stat().st_size // self.dtype.itemsize, length, argument)
         return np.memmap(path, dtype=self.dtype, mode="r")
 
     def __len__(self) -> int:

@@ -37,7 +37,7 @@ from .recipe import Options, best_epoch
 from .sweep import sweep
 from .sweep_arguments import options_of, parse_with_preset, sweep_parser
 from .token_task import TokenRun, TokenTask, add_run_options, check_models, fields_of, new_model, save_model
-from .values import count, list_of
+from .values import count, list_of, natural
 
 
 # A task that two cores of a laptop learn to some degree in about a minute.
@@ -204,7 +204,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[ICLLRun], Options, argpar
     add("--max-length", type=count, default=ICLLRun.max_length, help="symbols in a string")
     add(
         "--patience",
-        type=count,
+        type=natural,
         default=0,
         help="end a run after so many epochs without a lower validation loss; 0 never does",
     )

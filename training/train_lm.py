@@ -24,7 +24,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from transformers import (
@@ -115,6 +115,8 @@ class DataArguments:
 class LMTrainingArguments(TrainingArguments):
     """Hold the arguments of transformers, with defaults that suit a small language model."""
 
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", "bits_per_byte")  # of the evaluation, the lower the better
+
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or below 1 a share of all."})
@@ -140,6 +142,11 @@ class LMTrainingArguments(TrainingArguments):
             "compiles the whole model, which takes a minute and is little faster."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = False  # as the library has it for names that end in "loss" alone
+        super().__post_init__()
 
 
 def read_recipe(path: Path) -> list[str]:
@@ -208,7 +215,10 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
         except ValueError as error:
             needed = "pip install flash-linear-attention"
             raise ValueError(f"{name} {folder} holds a model of type {kind!r}, which needs `{needed}`") from error
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(f"{name} {folder} has no configuration of a known model: {error}") from error
     if not isinstance(config, ReBasedConfig):
         raise ValueError(
             f"{folder} holds a model of type {config.model_type!r}; it must be {ReBasedConfig.model_type!r} "
@@ -244,7 +254,8 @@ def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig, length:
         tokenizer = byte_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
     except (ValueError, OSError) as error:
         argument = "--model" if model_args.tokenizer is None else "--tokenizer"
-        raise ValueError(f"{argument} {name} gives no tokenizer: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{argument} {name} gives no tokenizer: {reason}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is only {config.vocab_size}")
     if config.vocab_size > 2 * len(tokenizer):

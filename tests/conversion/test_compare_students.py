@@ -47,7 +47,8 @@ def folder(tmp_path_factory):
     teacher.save_pretrained(folder / "teacher")
     chat_tokenizer().save_pretrained(folder / "teacher")
     for name, layers in (("pure", "pure"), ("window", "window")):
-        linearize(folder / "teacher", folder / name / "start", layers=layers, feature_dim=4, window=4)
+        window = 4 if layers == "window" else None
+        linearize(folder / "teacher", folder / name / "start", layers=layers, feature_dim=4, window=window)
     student = "start"
     for stage in ("transfer", "logits"):
         options = f"--stage {stage} --teacher teacher --student pure/{student} --output_dir pure/{stage}".split()

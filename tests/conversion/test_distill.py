@@ -320,6 +320,18 @@ def test_wrong_arguments(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_lm, "triton_unavailable_reason", lambda *given: "no GPU")
     assert main(command(folder, "transfer", tmp_path / "out", "--lora_rank", "2")) == 1
     assert "--lora_rank is for stage logits" in capsys.readouterr().err
+    for name, value in (("temperature", "2"), ("text_weight", "0")):
+        assert main(command(folder, "transfer", tmp_path / "out", f"--{name}", value)) == 1
+        assert f"--{name} is for stages logits and long" in capsys.readouterr().err
+    assert main(command(folder, "logits", tmp_path / "out", "--label_smoothing_factor", "0.1")) == 1
+    assert "--label_smoothing_factor has no place" in capsys.readouterr().err
+    assert main(command(folder, "transfer", tmp_path / "out", "--student", str(tmp_path / "missing"))) == 1
+    assert "as save_pretrained writes it.\n" in capsys.readouterr().err
+    config = ReBasedConfig(num_hidden_layers=2, layer_types=["full_attention"] * 2, vocab_size=9)
+    config.save_pretrained(tmp_path / "softmax")
+    assert main(command(folder, "transfer", tmp_path / "out", "--student", str(tmp_path / "softmax"))) == 1
+    assert "--student has no linear layers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert main(command(folder, "logits", tmp_path / "out", "--context_length", "99999")) == 1
     assert "--context_length is 99999" in capsys.readouterr().err
     for name, value in (
@@ -346,7 +358,6 @@ def test_wrong_arguments(folder, tmp_path, capsys, monkeypatch):
         (("--eval_file", str(folder / "text.txt"), "--eval_length", "99999"), "--eval_length is 99999, but "),
         (("--kernel_backend", "triton"), "--kernel_backend triton cannot run here: no GPU"),
         (("--teacher", str(tmp_path / "mute")), "mute' gives no tokenizer"),
-        (("--report_to", "nobody"), "nobody is not supported"),
     ):
         assert main([*command(folder, "transfer", tmp_path / "out"), *more]) == 1
         assert message in capsys.readouterr().err

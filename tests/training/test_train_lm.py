@@ -224,6 +224,26 @@ def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
         (("--dataloader_num_workers", "-1"), "--dataloader_num_workers must be at least 0, got -1"),
         (("--max_steps", "0"), "--max_steps must be at least 1, or -1 to train for --num_train_epochs, got 0"),
         (("--max_steps", "-1", "--num_train_epochs", "0"), "--num_train_epochs must be positive and finite, got 0"),
+        (("--warmup_steps", "nan"), "--warmup_steps must be at least 0 and finite, got nan"),
+        (("--save_total_limit", "0"), "--save_total_limit must be at least 1, got 0"),
+        (("--eval_accumulation_steps", "0"), "--eval_accumulation_steps must be at least 1, got 0"),
+        (("--logging_steps", "-1"), "--logging_steps must be positive and finite, got -1"),
+        (("--seed", "-1"), "--seed must be at least 0 and less than 2**32, got -1"),
+        (("--eval_steps", "5"), "--eval_steps is for --eval_strategy steps, which is no"),
+        (("--eval_strategy", "steps", "--eval_steps", "-3"), "--eval_steps must be positive and finite, got -3"),
+        (("--eval_delay", "-1"), "--eval_delay must be at least 0 and finite, got -1"),
+        (("--metric_for_best_model", "bleu"), "--metric_for_best_model must be one of loss, bits_per_byte, got bleu"),
+        (("--report_to", "nothing"), "--report_to must be of none"),
+        (("--optim", "adamw_bnb_8bit"), "--optim adamw_bnb_8bit: You need to install `bitsandbytes`"),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "--lr_scheduler_type cosine_with_min_lr with --lr_scheduler_"),
+        (("--lr_scheduler_kwargs", '{"x": 1}'), '--lr_scheduler_type cosine with --lr_scheduler_kwargs {"x": 1}: '),
+        (("--torch_compile_mode", "x"), "--torch_compile_mode must be one of default, "),
+        (("--torch_compile_backend", "x"), "--torch_compile_backend must be one of no, eager, "),
+        (("--gradient_checkpointing_kwargs", '{"x": 1}'), "--gradient_checkpointing_kwargs is for --gradient_check"),
+        (
+            ("--gradient_checkpointing", "True", "--gradient_checkpointing_kwargs", '{"x": 1}'),
+            "--gradient_checkpointing_kwargs may hold use_reentrant, preserve_rng_state, ",
+        ),
         (("--resume_from_checkpoint", "no"), "--resume_from_checkpoint no is no checkpoint"),
         (("--use_liger_kernel", "True"), "--use_liger_kernel has no kernels for ReBased"),
         (("--push_to_hub", "True"), "--push_to_hub needs a token of the Hub"),
@@ -231,6 +251,7 @@ def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
         (("--push_to_hub", "True", "--output_dir", "a b"), "--output_dir (used as --hub_model_id) a b is no repos"),
         (("--push_to_hub", "True", "--hub_strategy", "checkpoint"), "--hub_strategy checkpoint is not possible"),
         (("--hub_model_id", "a/b"), "--hub_model_id is for --push_to_hub True, which is not given"),
+        (("--hub_token", "hf_x"), "--hub_token is for --push_to_hub True, which is not given"),
     ],
 )
 def test_an_unknown_or_impossible_argument_is_an_error_with_a_short_usage(
@@ -259,6 +280,24 @@ def test_a_path_length_or_backend_that_cannot_be_used_is_an_error(recipe, tmp_pa
     monkeypatch.setattr(train_lm, "triton_unavailable_reason", lambda *given: "no GPU")
     with pytest.raises(SystemExit, match=f"rebased-train: error: {message}"):
         train_lm.main([str(recipe), "--output_dir", str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_needs_text_and_the_best_model_has_the_fewest_bits(recipe, tmp_path, capsys):
+    arguments = [str(recipe), "--output_dir", str(tmp_path / "out")]
+    for given in (("--eval_strategy", "steps"), ("--eval_on_start", "True")):
+        with pytest.raises(SystemExit, match="2"):
+            parse_arguments(["--train_file", "a", *arguments[1:], *given])
+        assert f"error: {' '.join(given)} needs --eval_file, which is not given" in capsys.readouterr().err
+    for metric in ("loss", "eval_bits_per_byte"):
+        assert parse_arguments([*arguments, "--metric_for_best_model", metric])[2].greater_is_better is False
+
+
+def test_too_little_text_leaves_no_folder(recipe, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    arguments = [str(recipe), "--output_dir", str(tmp_path / "out"), "--train_file", str(tmp_path / "short.txt")]
+    with pytest.raises(SystemExit, match=r"--context_length is 64, but .*short.txt holds only 6 tokens"):
+        train_lm.main(arguments)
     assert not (tmp_path / "out").exists()
 
 

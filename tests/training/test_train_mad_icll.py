@@ -312,6 +312,8 @@ def test_the_laptop_presets_are_small(command, tmp_path, capsys):
         (train_mad, ["--vary", "--length", "64"], "--vary: the variations have sizes of their own"),
         (train_mad, ["--batch-size", "512"], "--batch-size 512 is larger than --train-examples 256"),
         (train_icll, ["--layers", "3"], "--layers must be even, got 3"),
+        (train_icll, ["--take-turns"], "--take-turns is for --jobs above 1"),
+        (train_icll, ["--patience", "-1"], "--patience: must be an integer of at least 0, got '-1'"),
         (train_icll, ["--symbols", "3"], "symbols must be 4 to 64, got 3"),
         (train_icll, ["--test-examples", "1"], "--test-examples must be at least 2"),
         (train_icll, ["--weight-decays", "-1"], "--weight-decays: must be"),

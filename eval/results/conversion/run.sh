@@ -51,7 +51,7 @@ stage() {
 
 # train VARIANT: the start, attention transfer, then the logits in what time is left.
 train() {
-    linearize "$work/teacher" "$work/$1/start" --layers "$1" --window 64 \
+    linearize "$work/teacher" "$work/$1/start" --layers "$1" \
         > "$work/logs/$1-linearize.log" 2>&1 || return
     said "$1 starts"
     student=$work/$1/start
