@@ -135,6 +135,9 @@ class LMTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "DDP looks for weights without a gradient, which no model here has."}
     )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Of --metric_for_best_model; by default a lower value is better."}
+    )
     compile_layers: bool = field(
         default=False,
         metadata={
