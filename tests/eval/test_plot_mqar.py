@@ -136,9 +136,26 @@ def test_differences_want_two_seeds_of_both():
     runs = [run(seed=seed, accuracy=0.5 + 0.1 * seed) for seed in (0, 1)] + [run("based", accuracy=0.4)]
     assert len(plot_mqar.differences(cells(runs)).splitlines()) == 2  # the head alone
     table = plot_mqar.differences(cells([*runs, run("based", seed=1, accuracy=0.2)]))
-    assert "| 1,024 | 64 | 2 | 0.550 ± 0.071 | 0.300 ± 0.141 | +0.250 |" in table
+    assert "| 1,024 | 64 | 2 | 0.550 ± 0.071 | 0.300 ± 0.141 | +0.250 | +0.22 |" in table
+    assert table.endswith("| too few seeds |")
     solved = [run(model, seed=seed, accuracy=0.995) for model in ("rebased", "based") for seed in (0, 1)]
     assert len(plot_mqar.differences(cells(solved)).splitlines()) == 2  # both stopped at the goal
+
+
+def test_who_is_ahead_is_told_by_five_seeds_and_a_p_value_for_four_cells():
+    def last(shift, seeds=5, size=(1024, 64)):
+        runs = [run("based", *size, seed=seed, accuracy=0.3 + 0.01 * seed) for seed in range(seeds)]
+        runs += [run("rebased", *size, seed=seed, accuracy=0.3 + shift + 0.01 * seed) for seed in range(seeds)]
+        row = plot_mqar.differences(cells(runs)).splitlines()[-1].split("|")
+        return row[-2].strip(), float(row[-3])
+
+    # Both variances are 0.00025, so the error of the difference is 0.01, with 8 degrees of freedom:
+    # t is 3, then 4 and -4. Tables of the t distribution have p = 0.0171, more than a quarter of 0.05, and p = 0.0039.
+    assert last(0.03) == ("not decided", pytest.approx(0.0171, abs=2e-4))
+    assert last(0.04) == ("ReBased", pytest.approx(0.0039, abs=1e-4))
+    assert last(-0.04) == ("Based", pytest.approx(0.0039, abs=1e-4))
+    assert last(0.04, size=(1024, 128))[0] == ""
+    assert last(0.04, seeds=4)[0] == "too few seeds"
 
 
 def test_the_curves_tell_models_seeds_and_rates_apart(tmp_path, figures):
