@@ -94,7 +94,13 @@ def export(
             upload failed, `destination` is complete.
     """
     check_destination(destination, overwrite, source)
-    _check_arguments(push, private, dtype, max_shard_size)
+    texts = {
+        "--name": name,
+        "--base-model": base_model,
+        "--license-name": license_name,
+        "--license-link": license_link,
+    }
+    _check_arguments(push, private, dtype, max_shard_size, texts | {"--tag": "" if "" in (tags or []) else None})
     folder = Path(source)
     config, state = load_folder(folder)
     if dtype is not None:
@@ -162,7 +168,12 @@ def upload(folder: str | os.PathLike, repo_id: str, private: bool = False) -> st
     return str(url)
 
 
-def _check_arguments(push: str | None, private: bool, dtype: str | None, max_shard_size: str) -> None:
+def _check_arguments(
+    push: str | None, private: bool, dtype: str | None, max_shard_size: str, given: dict[str, str | None]
+) -> None:
+    for argument, value in given.items():
+        if value == "":
+            raise ConversionError(f"{argument} is empty; give it a value, or leave it out.")
     if private and push is None:
         raise ConversionError("--private is for the repository of --push, which is not given.")
     if push is not None:

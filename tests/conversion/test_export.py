@@ -235,6 +235,8 @@ BAD = {
     "private": ({"private": True}, "--private is for the repository of --push"),
     "license_name": ({"license_name": "mine"}, "--license-name and --license-link are for license 'other'"),
     "base_model": ({"base_model": "not a model"}, "--base-model is 'not a model'"),
+    "name": ({"name": ""}, "--name is empty; give it a value, or leave it out"),
+    "tag": ({"tags": ["new", ""]}, "--tag is empty"),
     "dtype": ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of float32"),
     "shards": ({"max_shard_size": "many"}, "--max-shard-size is 'many'"),
     "results": ({"results": ["nowhere.json"]}, "nowhere.json' is not a file of lm-eval's results"),
