@@ -212,10 +212,12 @@ def main() -> None:
         "--caches", nargs="*", default=["static", "dynamic"], choices=["static", "dynamic"], help="kinds of cache"
     )
     parser.add_argument("--steps", type=count, default=128, help="tokens that generate() writes")
-    parser.add_argument("--cpu", type=Path, nargs="*", metavar="FOLDER", help="models to time on a CPU instead")
+    parser.add_argument("--cpu", type=Path, nargs="+", metavar="FOLDER", help="models to time on a CPU instead")
     parser.add_argument("--rounds", type=count, default=20, help="calls per model on a CPU")
     arguments = parser.parse_args(with_dashes())
     if arguments.cpu:
+        if missing := [folder for folder in arguments.cpu if not (folder / "config.json").is_file()]:
+            parser.error(f"--cpu: {missing[0]} is no folder of a model: it has no config.json")
         rows: list[dict] = []
         cpu_table(rows, arguments.cpu, arguments.rounds, arguments.steps)
         if arguments.output is not None:

@@ -304,10 +304,13 @@ def parse(
         models[label] = folder
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         parser.error(f"--dtype is {args.dtype}; it must be auto or a dtype of torch, such as bfloat16")
-    try:
-        documents, known_documents = read_documents(args.text), read_documents(args.known_text)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    read: list[list[str]] = []
+    for name, files in (("--text", args.text), ("--known-text", args.known_text)):
+        try:
+            read.append(read_documents(files))
+        except (OSError, ValueError) as error:
+            parser.error(f"{name}: {error}")
+    documents, known_documents = read
     if not documents:
         parser.error(f"--text: no text in {', '.join(args.text)}")
     return parser, args, models, documents, known_documents

