@@ -3,8 +3,8 @@
     python -m modeling_rebased.eval.plot_icll output/icll.jsonl --output output
 
 For each model, width and number of training examples the best learning rate counts. Of the rates those with the most
-seeds are compared, by their means over seeds. Runs that were cut off count nowhere. The dashed line is a 3-gram model
-that learns from the same example.
+seeds are compared, by their means over seeds. Runs that were cut off count nowhere. Runs of different recipes, as with
+other layers or automata, are refused. The dashed line is a 3-gram model that learns from the same example.
 
 Writes icll.png and icll.md.
 """

@@ -4,7 +4,8 @@
 
 As MAD's authors do, the best learning rate and weight decay count in each setting. A setting is the base sizes, or a
 variation that was trained. The score of a task is the mean over its settings. Only the rates with the most seeds are
-compared, by their means over seeds. Runs that were cut off do not count.
+compared, by their means over seeds. Runs that were cut off do not count. Runs of different recipes, as with other
+layers or another batch size, are refused.
 
 Writes mad.png and mad.md.
 """
@@ -28,6 +29,9 @@ from .plot_style import STYLES, color_of, label_of, new_figure, save
 
 
 SETTING = ("vocab_size", "length", "noise", "copy", "train_examples", "hidden")
+# What all runs of a table have in common: of the model, the training, and the automata of ICLL
+SHARED = ("layers", "head", "epochs", "batch_size", "dropout", "test_examples", "data_seed", "stop_at", "bf16")
+SHARED += ("patience", "symbols", "max_states", "min_strings", "max_strings", "max_length")
 
 
 def best_runs(runs: list[dict[str, Any]], by: tuple[str, ...]) -> dict[tuple, list[dict[str, Any]]]:
@@ -133,6 +137,10 @@ def write_report(
         parser.error(str(error))
     if not runs:
         parser.error(f"no finished run in {', '.join(args.results)}")
+    for field in SHARED:
+        values = list(dict.fromkeys(str(run.get(field)) for run in runs))
+        if len(values) > 1:
+            parser.error(f"the runs have different {field}: {', '.join(values)}. Give files of one recipe at a time")
     folder = args.output
     table = markdown(runs)
     print(table)

@@ -61,6 +61,17 @@ def test_the_table_of_icll_has_the_3gram_model_first():
     ]
 
 
+@pytest.mark.parametrize(("field", "values"), [("layers", (2, 4)), ("batch_size", (128, 64)), ("max_states", (12, 6))])
+def test_runs_of_different_recipes_are_refused(tmp_path, capsys, field, values):
+    make, plot = (icll_run, plot_icll.main) if field == "max_states" else (run, plot_mad.main)
+    runs = [{**make(seed=seed), field: value} for seed, value in enumerate(values)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, runs)))
+    with pytest.raises(SystemExit):
+        plot([str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "out")])
+    assert f"different {field}: {values[0]}, {values[1]}." in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_pictures_are_drawn(tmp_path, figures, capsys):
     runs = [run(model, task) for model in ("rebased", "softmax") for task in ("recall", "memorization")]
     (tmp_path / "mad.jsonl").write_text("\n".join(map(json.dumps, runs)))
