@@ -30,8 +30,10 @@ from .plot_style import STYLES, color_of, label_of, new_figure, save
 
 SETTING = ("vocab_size", "length", "noise", "copy", "train_examples", "hidden")
 # What all runs of a table have in common: of the model, the training, and the automata of ICLL
-SHARED = ("layers", "head", "epochs", "batch_size", "dropout", "test_examples", "data_seed", "stop_at", "bf16")
-SHARED += ("patience", "symbols", "max_states", "min_strings", "max_strings", "max_length")
+SHARED = (
+    *("layers", "head", "epochs", "batch_size", "dropout", "test_examples", "data_seed", "stop_at", "bf16"),
+    *("patience", "symbols", "max_states", "min_strings", "max_strings", "max_length"),
+)
 
 
 def best_runs(runs: list[dict[str, Any]], by: tuple[str, ...]) -> dict[tuple, list[dict[str, Any]]]:
