@@ -240,10 +240,6 @@ def test_a_wrong_recipe_is_an_error_that_names_it(tmp_path, content, message):
         (("--torch_compile_mode", "x"), "--torch_compile_mode must be one of default, "),
         (("--torch_compile_backend", "x"), "--torch_compile_backend must be one of no, eager, "),
         (("--gradient_checkpointing_kwargs", '{"x": 1}'), "--gradient_checkpointing_kwargs is for --gradient_check"),
-        (
-            ("--gradient_checkpointing", "True", "--gradient_checkpointing_kwargs", '{"x": 1}'),
-            "--gradient_checkpointing_kwargs may hold use_reentrant, preserve_rng_state, ",
-        ),
         (("--resume_from_checkpoint", "no"), "--resume_from_checkpoint no is no checkpoint"),
         (("--use_liger_kernel", "True"), "--use_liger_kernel has no kernels for ReBased"),
         (("--push_to_hub", "True"), "--push_to_hub needs a token of the Hub"),
