@@ -94,6 +94,55 @@ def mqar_rates() -> str:
     return table(head, rows, 3)
 
 
+def curves() -> list[tuple[list[Any], list[dict[str, Any]]]]:
+    """Return what names each finished run, and its epochs."""
+    found = []
+    for run in mqar_runs():
+        if run.get("history") and not run.get("stopped"):
+            name = [run["length"], run["hidden"], label_of(run["model"]), f"{run['lr']:g}", run["seed"]]
+            found.append((name, run["history"]))
+    return sorted(found, key=lambda pair: pair[0][:2])
+
+
+NAMES = ["length", "hidden", "model", "rate", "seed"]
+
+
+@shown("mqar-falls")
+def mqar_falls() -> str:
+    """Return the epochs in which the accuracy fell by more than 0.1, with the epochs before and after."""
+    rows = []
+    for name, history in curves():
+        for before, there, after in zip(history, history[1:], history[2:]):
+            if there["accuracy"] < before["accuracy"] - 0.1:
+                values = [f"{each['accuracy']:.3f}" for each in (before, there, after)]
+                losses = [f"{each['loss']:.2f}" for each in (before, there, after)]
+                rows.append([f"{name[0]:,}", *name[1:], there["epoch"], *values, *losses])
+    head = [*NAMES, "epoch", "accuracy before", "in it", "after", "training loss before", "in it", "after"]
+    return table(head, rows, 3)
+
+
+@shown("mqar-declines")
+def mqar_declines() -> str:
+    """Return the runs that ended more than 0.02 below their best accuracy."""
+    rows = []
+    for name, history in curves():
+        best, end = max(history, key=lambda epoch: epoch["accuracy"]), history[-1]
+        if best["accuracy"] > end["accuracy"] + 0.02:
+            row = [f"{name[0]:,}", *name[1:], best["epoch"], end["epoch"]]
+            row += [f"{each['accuracy']:.3f}" for each in (best, end)]
+            rows.append([*row, *(f"{each['loss']:.2f}" for each in (best, end))])
+    head = [
+        *NAMES,
+        "best epoch",
+        "last epoch",
+        "best accuracy",
+        "at the end",
+        "training loss at the best",
+        "at the end",
+    ]
+    return table(head, rows, 3)
+
+
 @shown("mqar-ablation")
 def mqar_ablation() -> str:
     """Return the ablation of the normalisation beside the paper's Table 1."""
