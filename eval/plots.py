@@ -171,6 +171,38 @@ def plot_context_parallel(rows: list[dict[str, Any]], rings: list[dict[str, Any]
     save(figure, path)
 
 
+def plot_several_gpus(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw the speed of each GPU by the number of GPUs: as a share of that on the fewest GPUs, and in TFLOP/s.
+
+    Args:
+        rows: rows of training.csv of several GPUs: gpu, launch, gpus, parameters, tokens_per_s, tflops_per_gpu.
+        path: the PNG.
+    """
+    rows = sorted(rows, key=lambda row: (row["parameters"], row["gpus"]))
+    sizes = list(dict.fromkeys(row["parameters"] for row in rows))
+    colors = [OTHERS[sizes.index(row["parameters"]) % len(OTHERS)] for row in rows]
+    fewest = {row["parameters"]: row["tokens_per_s"] / row["gpus"] for row in reversed(rows)}
+    shares = [row["tokens_per_s"] / row["gpus"] / fewest[row["parameters"]] for row in rows]
+    names = {"one": "", "ddp": "DDP\n", "fsdp2": "FSDP2\n"}
+    ticks = [
+        f"{row['parameters'] / 1e6:,.0f}M\n{names[row['launch']]}{row['gpus']} GPU{'s' if row['gpus'] > 1 else ''}"
+        for row in rows
+    ]
+    figure, axes = new_figure(1, 2, 1.0 + 0.8 * len(rows), 3.6)
+    panels = (
+        ("speed per GPU, against the fewest GPUs", shares, "{:.2f}"),
+        ("TFLOP/s per GPU", [row["tflops_per_gpu"] for row in rows], "{:.0f}"),
+    )
+    for axis, (title, values, form) in zip(axes[0], panels):
+        bars = axis.bar(range(len(rows)), values, 0.7, color=colors)
+        axis.bar_label(bars, [form.format(value) for value in values], padding=2, fontsize=9)
+        axis.set_xticks(range(len(rows)), ticks)
+        axis.margins(y=0.12)
+        axis.set_title(title, fontsize=10)
+    figure.suptitle(f"training steps by rebased-train, {rows[0]['gpu']}", fontsize=10)
+    save(figure, path)
+
+
 def plot_slices(results: dict[str, dict[str, Any]], path: str | Path) -> None:
     """Draw the loss of each slice, and that of recall tokens over the distance to the last occurrence.
 
@@ -299,6 +331,9 @@ def redraw(folder: Path) -> list[Path]:
         drawn.append(path.with_suffix(".png"))
         rings = path.with_name("ring.csv")
         plot_context_parallel(read_csv(path), read_csv(rings) if rings.exists() else [], drawn[-1])
+    for path in sorted(folder.glob("several_gpus/*/training.csv")):
+        drawn.append(path.with_name("several_gpus.png"))
+        plot_several_gpus(read_csv(path), drawn[-1])
     for path in sorted(folder.glob("**/slices.json")):
         drawn.append(path.with_name("slices.png"))
         plot_slices(json.loads(path.read_text(encoding="utf-8")), drawn[-1])

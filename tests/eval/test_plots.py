@@ -34,6 +34,23 @@ def test_all_pictures_are_drawn_again_from_their_files(tmp_path, figures):
         assert not any("mathdefault" in label or "^" in label for label in tick_labels(figure))
 
 
+def test_the_picture_of_several_gpus_has_shares_of_the_fewest(tmp_path, figures):
+    rows = [
+        {"gpu": "H200", "launch": launch, "gpus": gpus, "parameters": size, "tokens_per_s": speed, "tflops_per_gpu": 9}
+        for launch, gpus, size, speed in (
+            ("fsdp2", 4, 2_000_000_000, 360),
+            ("fsdp2", 2, 2_000_000_000, 200),
+            ("one", 1, 150_000_000, 50),
+            ("ddp", 4, 150_000_000, 150),
+        )
+    ]
+    plots.plot_several_gpus(rows, tmp_path / "several_gpus.png")
+    share, _ = figures[0].axes
+    assert [label.get_text() for label in share.texts] == ["1.00", "0.75", "1.00", "0.90"]
+    names = [tick.get_text().replace("\n", " ") for tick in share.get_xticklabels()]
+    assert names == ["150M 1 GPU", "150M DDP 4 GPUs", "2,000M FSDP2 2 GPUs", "2,000M FSDP2 4 GPUs"]
+
+
 @pytest.mark.parametrize("features", [16, 64])
 def test_the_kernels_picture_says_its_sizes_and_names_its_lines(tmp_path, figures, features):
     row = {"F": features, "B": 4, "H": 12, "forward_ms": 0.2, "training_ms": 2.0}
