@@ -15,7 +15,8 @@ import torch
 from modeling_rebased.triton_rebased import triton_unavailable_reason
 
 from .arguments import HelpFormatter, with_dashes
-from .recipe import Options
+from .recipe import Options, Recipe
+from .run_results import read_results
 from .values import count, known_device, positive
 
 
@@ -87,12 +88,32 @@ def parse_with_preset(
     return parser.parse_args(argv)
 
 
-def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, examples: int, tokens: int) -> Options:
+def _check_results(parser: argparse.ArgumentParser, args: argparse.Namespace, runs: Sequence[Recipe]) -> None:
+    """End with an error if results of these runs would be taken for finished that were computed in another way."""
+    names = {run.name for run in runs}
+    for line in read_results(args.output):
+        if line.get("name") not in names:
+            continue
+        for option, asked, given in (
+            ("--fp32", args.fp32, not line.get("bf16")),
+            ("--deterministic", args.deterministic, line.get("deterministic")),
+        ):
+            if asked and not given:
+                parser.error(
+                    f"{option} is given, but {args.output} holds a result of {line['name']} without it. "
+                    "Give another --output"
+                )
+
+
+def options_of(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, runs: Sequence[Recipe], examples: int, tokens: int
+) -> Options:
     """Return what the runs share. End with an error where they cannot run or not be written.
 
     Args:
         parser: whose error it is.
         args: the command line.
+        runs: what is trained.
         examples: training examples of the run with the fewest.
         tokens: training tokens of the longest run. A CPU takes hours for many, and is told so.
     """
@@ -106,6 +127,7 @@ def options_of(parser: argparse.ArgumentParser, args: argparse.Namespace, exampl
     if args.take_turns and args.jobs == 1:
         parser.error("--take-turns is for --jobs above 1")
     _check_writable(parser, args)
+    _check_results(parser, args, runs)
     if not on_gpu and tokens > MANY_TOKENS:
         print("This needs a GPU: on a CPU it takes hours. --preset laptop is a task for two cores.", file=sys.stderr)
     return Options(

@@ -237,7 +237,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[ICLLRun], Options, argpar
     except ValueError as error:
         parser.error(str(error))
     fewest, most = min(args.train_examples), max(args.train_examples)
-    return runs, options_of(parser, args, examples=fewest, tokens=args.epochs * most * spec.length // 2), args
+    return runs, options_of(parser, args, runs, examples=fewest, tokens=args.epochs * most * spec.length // 2), args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -214,7 +214,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[MADRun], Options, argpars
         parser.error(str(error))
     fewest = min(run.train_examples for run in runs)
     most = max(run.epochs * run.train_examples * run.length for run in runs)
-    return runs, options_of(parser, args, examples=fewest, tokens=most), args
+    return runs, options_of(parser, args, runs, examples=fewest, tokens=most), args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -116,7 +116,11 @@ def parse(argv: list[str] | None = None) -> tuple[list[Run], Options, argparse.N
     if args.time_steps and not args.device.startswith("cuda"):
         parser.error(f"--time-steps needs a GPU, --device is {args.device}")
     options = options_of(
-        parser, args, args.train_examples, tokens=max(run.epochs * run.train_examples * run.length for run in runs)
+        parser,
+        args,
+        runs,
+        args.train_examples,
+        tokens=max(run.epochs * run.train_examples * run.length for run in runs),
     )
     return runs, replace(options, race_epoch=args.race), args
 

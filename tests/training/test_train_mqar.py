@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from modeling_rebased.eval.tasks import tasks_path
-from modeling_rebased.training import fast_loop, mqar, mqar_checkpoint, mqar_speed, sweep_arguments, train_mqar
+from modeling_rebased.training import (
+    fast_loop,
+    mqar,
+    mqar_checkpoint,
+    mqar_speed,
+    sweep_arguments,
+    train_icll,
+    train_mad,
+    train_mqar,
+)
 from modeling_rebased.training import sweep as sweep_module
 from modeling_rebased.training.arguments import with_dashes
 from modeling_rebased.training.fast_loop import FastTrainer
@@ -439,6 +448,20 @@ def test_results_are_json_lines(tmp_path):
         {"name": "x"},
         {"name": "y"},
     ]
+
+
+@pytest.mark.parametrize("train", [train_mqar, train_mad, train_icll])
+def test_a_result_computed_in_another_way_is_not_taken_for_one_that_is_asked_for(tmp_path, capsys, train):
+    argv = ["--preset", "laptop", "--output", str(tmp_path / "r.jsonl")]
+    name = train.parse(argv)[0][0].name
+    (tmp_path / "r.jsonl").write_text(json.dumps({"name": name, "bf16": True, "deterministic": False, "history": []}))
+    train.parse(argv)
+    for option in ("--fp32", "--deterministic"):
+        with pytest.raises(SystemExit):
+            train.parse([*argv, option])
+        assert f"{option} is given, but {tmp_path}/r.jsonl holds a result of {name} without" in capsys.readouterr().err
+    (tmp_path / "r.jsonl").write_text(json.dumps({"name": name, "bf16": False, "deterministic": True, "history": []}))
+    assert train.parse([*argv, "--fp32", "--deterministic"])[1].deterministic
 
 
 @pytest.fixture
