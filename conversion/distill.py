@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from modeling_rebased.training.arguments import check_paths, parse_dataclasses
+from modeling_rebased.training.arguments import check_length, check_paths, parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from modeling_rebased.training.folders import gathered_model, save_model, write_text, written
 from modeling_rebased.training.hub import open_repository, upload_finished
@@ -202,6 +202,7 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
         linear_layers(student)
     try:
         check_kernels(student, arguments)
+        check_length(student, distill.context_length)
     except ValueError as error:
         raise ConversionError(f"{str(error).rstrip('.')}.") from error
     # Anything else that is no folder is looked for on the Hub, where a misspelt path is not either.

@@ -154,7 +154,8 @@ def _open_source(source: Path) -> tuple[Path, dict[str, Any], PreTrainedConfig]:
     try:
         theirs = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # the library's errors about configurations are of many kinds
-        raise ConversionError(f"SOURCE {str(source)!r} has no configuration of a known model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"SOURCE {str(source)!r} has no configuration of a known model: {reason}") from error
     if is_gguf and theirs.model_type in FAMILY:
         check_gguf(source, theirs)
     return folder, options, theirs

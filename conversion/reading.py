@@ -183,7 +183,8 @@ def load_config(folder: Path) -> ReBasedConfig:
     try:
         return ReBasedConfig.from_pretrained(folder)
     except Exception as error:  # strict dataclasses raise errors of several kinds
-        raise ConversionError(f"{str(folder / 'config.json')!r} is not a possible configuration: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"{str(folder / 'config.json')!r} is not a possible configuration: {reason}") from error
 
 
 def read_weights(folder: Path, skip: str | None = None, skipped: list[str] | None = None) -> State:

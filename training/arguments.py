@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments, get_scheduler
 from transformers.utils import is_accelerate_available
 
 from .hub import wrong_hub_argument
@@ -193,14 +193,31 @@ def check_paths(files: Mapping[str, Sequence[str] | None], output_dir: str) -> N
         output_dir: a folder, or a new one.
 
     Raises:
-        ValueError: a file is missing, or `output_dir` is a file.
+        ValueError: a file is missing, or `output_dir` is or lies in a file.
     """
     for name, paths in files.items():
         missing = [path for path in paths or [] if not Path(path).exists()]
         if missing:
             raise ValueError(f"--{name}: there is no {', '.join(missing)}")
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file; it must be a folder, or a new one")
+    path = Path(output_dir).absolute()
+    nearest = next(each for each in (path, *path.parents) if each.exists())
+    if not nearest.is_dir():
+        which = "is a file" if nearest == path else f"would lie in the file {nearest}"
+        raise ValueError(f"--output_dir {output_dir} {which}; it must be a folder, or a new one")
+
+
+def check_length(config: PreTrainedConfig, length: int) -> None:
+    """Refuse examples that are longer than a model's learned positions.
+
+    Raises:
+        ValueError: `--context_length` is above the configuration's `max_position_embeddings`.
+    """
+    learned = getattr(config, "position_embedding_type", None) == "learned"
+    if learned and length > config.max_position_embeddings:
+        raise ValueError(
+            f"--context_length is {length}, but the model has learned positions for {config.max_position_embeddings} "
+            "tokens, its max_position_embeddings"
+        )
 
 
 def read_yaml(path: Path) -> Any:

@@ -58,7 +58,7 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
 
     Raises:
         RunError: FSDP wrote the checkpoint, this launch trains without it, or the other way round, and the checkpoint
-            cannot be rewritten. Or there is no whole batch to train on.
+            cannot be rewritten. Or it is of another model, or there is no whole batch to train on.
     """
     if checkpoint is not None:
         # Before the model is wrapped. The processes that wait find the checkpoint rewritten.
@@ -78,7 +78,13 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if checkpoint is None or "loading state_dict" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise RunError(f"--resume_from_checkpoint {checkpoint} holds another model: {reason}") from error
     if trainer.state.global_step == 0:  # the library only logs it
         raise RunError(
             "nothing was trained: the text holds less than a batch, and a smaller one is left out "

@@ -46,7 +46,7 @@ from modeling_rebased.configuration import config_names, config_path
 from modeling_rebased.modeling_rebased import ReBasedRMSNorm
 from modeling_rebased.triton_rebased import triton_unavailable_reason
 
-from .arguments import check_paths, command_line, parse_dataclasses, read_yaml
+from .arguments import check_length, check_paths, command_line, parse_dataclasses, read_yaml
 from .byte_tokenizer import byte_tokenizer
 from .card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from .context_parallel import ContextParallelTrainer
@@ -207,7 +207,10 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
             logger.warning(
                 f"--config {folder} trains a new model; --model {folder} would start from the weights there"
             )
-    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    try:
+        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    except (OSError, AttributeError) as error:
+        raise ValueError(f"{name} {folder} has no config.json that is a JSON object: {error}") from error
     if kind in PEERS:
         with contextlib.suppress(ImportError):
             import fla.models  # noqa: F401  makes transformers know its models
@@ -220,8 +223,9 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
             raise ValueError(f"{name} {folder} holds a model of type {kind!r}, which needs `{needed}`") from error
     try:
         config = AutoConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise ValueError(f"{name} {folder} has no configuration of a known model: {error}") from error
+    except Exception as error:  # strict dataclasses raise errors of several kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} {folder} has no configuration of a known and possible model: {reason}") from error
     if not isinstance(config, ReBasedConfig):
         raise ValueError(
             f"{folder} holds a model of type {config.model_type!r}; it must be {ReBasedConfig.model_type!r} "
@@ -438,6 +442,7 @@ def read_inputs(model_args: ModelArguments, data_args: DataArguments, args: LMTr
     config = load_config(model_args)
     check_kernels(config, args)
     length = _own_length(config) if data_args.context_length is None else data_args.context_length
+    check_length(config, length)
     tokenizer = load_tokenizer(model_args, config, length)
     with args.main_process_first(desc="tokenizing"):
         train_data = TokenBlocks(data_args.train_file, tokenizer, length, args.output_dir)

@@ -269,6 +269,7 @@ def test_an_unknown_or_impossible_argument_is_an_error_with_a_short_usage(
         (("--context_length", "0"), "--context_length is 0; it must be at least 2"),
         (("--tokenizer", "./nowhere"), "--tokenizer ./nowhere gives no tokenizer"),
         (("--output_dir", __file__), "--output_dir .* is a file"),
+        (("--output_dir", f"{__file__}/out"), "--output_dir .* would lie in the file .*test_train_lm.py; it must be"),
         (("--kernel_backend", "triton"), "--kernel_backend triton cannot run here: no GPU"),
     ],
 )
@@ -294,6 +295,30 @@ def test_too_little_text_leaves_no_folder(recipe, tmp_path):
     arguments = [str(recipe), "--output_dir", str(tmp_path / "out"), "--train_file", str(tmp_path / "short.txt")]
     with pytest.raises(SystemExit, match=r"--context_length is 64, but .*short.txt holds only 6 tokens"):
         train_lm.main(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "has no config.json that is a JSON object: "),
+        ("[]", "has no config.json that is a JSON object: "),
+        ({}, "has no configuration of a known and possible model: "),
+        ({"feature_dim": "x"}, "has no configuration of a known and possible model: .*'feature_dim'"),
+        ({"num_key_value_heads": 5}, "has no configuration of a known and possible model: .*`num_key_value_heads`"),
+        (
+            {"position_embedding_type": "learned", "max_position_embeddings": 8},
+            "--context_length is 64, but the model has learned positions for 8 tokens",
+        ),
+    ],
+)
+def test_a_wrong_configuration_is_an_error_and_leaves_no_folder(recipe, tmp_path, content, message):
+    if isinstance(content, dict):
+        content = json.dumps(content and {"model_type": "rebased", "vocab_size": 264, **content})
+    (tmp_path / "config.json").write_text(content)
+    arguments = [str(recipe), "--config", str(tmp_path), "--context_length", "64"]
+    with pytest.raises(SystemExit, match=f"rebased-train: error: .*{message}"):
+        train_lm.main([*arguments, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -352,6 +377,15 @@ def test_a_run_without_a_whole_batch_is_an_error_and_writes_no_model(recipe, tmp
     with pytest.raises(SystemExit, match="error: nothing was trained: the text holds less than a batch"):
         _again(recipe, output, "--dataloader_drop_last", "True", "--per_device_train_batch_size", "9999")
     assert not (output / "final").exists()
+
+
+def test_a_checkpoint_of_another_model_is_an_error(recipe, finished, tmp_path):
+    config = {"model_type": "rebased", "vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 2}))
+    checkpoint = latest_complete_checkpoint(str(finished))
+    arguments = ("--config", str(tmp_path), "--context_length", "64", "--resume_from_checkpoint", checkpoint)
+    with pytest.raises(SystemExit, match=r"--resume_from_checkpoint .* holds another model: .* size mismatch"):
+        _again(recipe, tmp_path / "out", *arguments, "--max_steps", "99")
 
 
 def test_push_to_hub_uploads_the_finished_model_alone(recipe, tmp_path, monkeypatch):
