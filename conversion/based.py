@@ -386,8 +386,8 @@ def _attention_fields(
                 "--window-size is needed: no tensor tells it, and there is no config.json with the window_size of the "
                 "sliding attention. The released configurations have 128 or 256."
             )
-        if not isinstance(window, int) or window < 0:
-            raise ConversionError(f"--window-size is {window!r}; it must be a whole number of at least 0.")
+        if not isinstance(window, int) or window < 2:
+            raise ConversionError(f"--window-size is {window!r}; it must be a whole number of at least 2.")
         fields |= {
             "sliding_window": window // 2 + 1,
             "position_embedding_type": "rope",

@@ -202,7 +202,11 @@ WRONG = {
     "heads_wrong": (lambda state: None, {"num_heads": 5}, "--num-heads is 5; it must divide hidden_size, 32"),
     "heads_rows": (lambda state: None, {"num_heads": 8}, "--num-heads is 8, but proj_q of layer 1 has 20 rows"),
     "window_needed": (lambda state: None, {"window_size": None}, "--window-size is needed"),
-    "window_wrong": (lambda state: None, {"window_size": -1}, "--window-size is -1"),
+    "window_wrong": (
+        lambda state: None,
+        {"window_size": 1},
+        "--window-size is 1; it must be a whole number of at least 2",
+    ),
     "eps": (lambda state: None, {"attention_eps": -1.0}, "attention_eps"),
     "unknown_tensor": (change("transformer.extra", torch.ones(2)), {}, "'transformer.extra'"),
     "positions": (change("transformer.embeddings.position_embeddings.weight", torch.ones(2, 32)), {}, "position_emb"),
