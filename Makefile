@@ -2,7 +2,7 @@
 #             install)
 # make test   the test suite on this machine's CPU, in two processes side by side (WORKERS=8 for eight, WORKERS=0 for
 #             none beside pytest itself); GPU tests run too where there is a GPU
-# make test-releases   the core of the suite on the oldest allowed, the pinned and the newest releases, each in an
+# make test-releases   the suite on the oldest allowed, the pinned and the newest releases, each in an
 #             environment of its own (RELEASES=newest for one of them); see tests/run_releases.py
 # make test-vllm   tests with vLLM and the kernels library on this machine's CPU, in an environment of its own
 # make lint   ruff's checks and formatting, and mypy's types

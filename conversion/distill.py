@@ -25,12 +25,14 @@ folder that holds another run is refused. A run writes:
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,13 +215,28 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
         )
 
 
+@contextlib.contextmanager
+def _each_process_loads_all() -> Iterator[None]:
+    """Load whole models in every process. Under FSDP, transformers before 5.23 gives all but the first zeros."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    given = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if given is not None:
+            os.environ[name] = given
+
+
 def load_pair(distill: DistillArguments, dtype: torch.dtype) -> tuple[PreTrainedModel, ReBasedForCausalLM]:
     """Return the teacher, in `dtype`, and the student, in float32.
 
     Raises:
         ConversionError: weights are missing, or the two do not fit each other.
     """
-    teacher = load_model(AutoModelForCausalLM, distill.teacher, f"--teacher {distill.teacher!r}", dtype=dtype)
+    with _each_process_loads_all():  # FSDP2 sends the student's weights to all processes, and not the teacher's
+        teacher = load_model(AutoModelForCausalLM, distill.teacher, f"--teacher {distill.teacher!r}", dtype=dtype)
     where = f"--student {distill.student!r}"
     student = load_model(
         ReBasedForCausalLM, distill.student, where, config=_student_config(distill), dtype=torch.float32

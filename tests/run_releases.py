@@ -1,8 +1,8 @@
-"""Run the core of the test suite in one environment per release and print a table of the results.
+"""Run the test suite in one environment per release and print a table of the results.
 
     python tests/run_releases.py                      # the three releases below
     python tests/run_releases.py newest               # one of them
-    python tests/run_releases.py oldest --tests tests # the whole suite instead of its core
+    python tests/run_releases.py oldest --tests tests/training   # a part of the suite
 
     oldest    every requirement of setup.cfg at the lower end of its range
     pinned    the releases of constraints.txt
@@ -26,7 +26,6 @@ from xml.etree import ElementTree
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = REPOSITORY / ".venv-releases"
 RELEASES = ("oldest", "pinned", "newest")
-CORE = ("tests/modeling_rebased", "tests/test_checkpoints.py", "tests/test_readme.py")
 SHOWN = ("torch", "transformers", "triton", "accelerate", "peft")
 VERSIONS = """
 import importlib.metadata as metadata, json, platform, sys
@@ -90,7 +89,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("releases", nargs="*", metavar="release", help=f"any of {', '.join(RELEASES)}; default: all")
-    parser.add_argument("--tests", nargs="+", default=CORE, help="files and folders; default: the core of the suite")
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="files and folders; default: the whole suite")
     parser.add_argument("--workers", default="2", help="processes that run tests side by side; default: 2")
     arguments = parser.parse_args()
     for release in arguments.releases:

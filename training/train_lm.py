@@ -209,7 +209,7 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
             )
     try:
         kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, TypeError) as error:
         raise ValueError(f"{name} {folder} has no config.json that is a JSON object: {error}") from error
     if kind in PEERS:
         with contextlib.suppress(ImportError):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -482,6 +483,21 @@ def test_the_recipe_of_smollm2_can_be_read():
     for stage in ("transfer", "logits", "long"):
         distill, arguments = parse_arguments([str(path), "--stage", stage])
         assert distill.stage == stage and arguments.output_dir == f"output/smollm2/{stage}"
+
+
+def test_every_process_loads_the_whole_teacher(folder, monkeypatch):
+    """FSDP2 sends the student's weights to other processes, which hold zeros before. Nothing sends the teacher's."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    saves_memory, load = [], distill.load_model
+
+    def recorded(*args, **kwargs):
+        saves_memory.append(os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(distill, "load_model", recorded)
+    teacher, student = str(folder / "teacher"), str(folder / "start")
+    distill.load_pair(DistillArguments("logits", teacher, student, []), torch.float32)
+    assert saves_memory == ["false", "true"]
 
 
 @pytest.mark.parametrize("stage", ["transfer", "logits"])
