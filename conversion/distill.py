@@ -62,11 +62,12 @@ from modeling_rebased.training.resume import (
 from modeling_rebased.training.shards import tokenizer_identity
 from modeling_rebased.training.text import TokenBlocks
 from modeling_rebased.training.train_lm import check_kernels
+from modeling_rebased.training.values import one_line
 
 from .distill_arguments import RECIPES, DistillArguments, DistillTrainingArguments, read_recipe
 from .distill_trainer import DistillTrainer, freeze_all_but_transferred, linear_layers, without_mlps
 from .reading import load_config, load_model
-from .report import ConversionError, progress
+from .report import ConversionError, progress, sentence
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[DistillArguments, DistillTrainingArguments]:
@@ -153,15 +154,14 @@ def read_texts(distill: DistillArguments) -> tuple[PreTrainedTokenizerBase, Toke
     try:
         tokenizer = AutoTokenizer.from_pretrained(distill.teacher)
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"--teacher {distill.teacher!r} gives no tokenizer: {reason}") from error
+        raise ConversionError(f"--teacher {distill.teacher!r} gives no tokenizer: {one_line(error)}") from error
     argument = "--context_length" if distill.eval_length is None else "--eval_length"
     lengths = distill.eval_length or [distill.context_length]
     try:
         held_out = read_held_out(distill.eval_file or [], tokenizer, lengths, argument)
         return tokenizer, TokenBlocks(distill.train_file, tokenizer, distill.context_length), held_out
     except ValueError as error:
-        raise ConversionError(f"{str(error).rstrip('.')}.") from error
+        raise ConversionError(sentence(error)) from error
 
 
 def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> None:
@@ -173,7 +173,7 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
     try:
         check_paths({"train_file": distill.train_file, "eval_file": distill.eval_file}, str(arguments.output_dir))
     except ValueError as error:
-        raise ConversionError(f"{str(error).rstrip('.')}.") from error
+        raise ConversionError(sentence(error)) from error
     if distill.eval_length is not None and not distill.eval_file:
         raise ConversionError("--eval_length is given, but no --eval_file to measure.")
     if distill.max_seconds is not None and not distill.max_seconds > 0:
@@ -206,7 +206,7 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
         check_kernels(student, arguments)
         check_length(student, distill.context_length)
     except ValueError as error:
-        raise ConversionError(f"{str(error).rstrip('.')}.") from error
+        raise ConversionError(sentence(error)) from error
     # Anything else that is no folder is looked for on the Hub, where a misspelt path is not either.
     if not Path(distill.teacher).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)", distill.teacher):
         raise ConversionError(
@@ -278,7 +278,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         try:
             record.check()
         except ValueError as error:
-            raise ConversionError(f"{str(error).rstrip('.')}.") from error
+            raise ConversionError(sentence(error)) from error
         repository = open_repository(arguments)
         if record.is_finished(arguments, distill.max_seconds) and summary.is_file():
             print(record)
@@ -305,7 +305,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
             distill=distill,
         )
     except ValueError as error:  # of the library's checks
-        raise ConversionError(f"{str(error).rstrip('.')}.") from error
+        raise ConversionError(sentence(error)) from error
     _check_parallelism(distill, trainer)
     newest = latest_complete_checkpoint(arguments.output_dir, record.fewest_processes)
     started = time.monotonic()

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from modeling_rebased.training.arguments import command_line, read_yaml
 
-from .report import ConversionError
+from .report import ConversionError, sentence
 
 
 # The published recipe, for which the command line can give other values.
@@ -96,7 +96,7 @@ def read_recipe(path: Path, stage: str | None) -> list[str]:
     try:
         content = read_yaml(path)
     except ValueError as error:
-        raise ConversionError(f"{error}.") from error
+        raise ConversionError(sentence(error)) from error
     if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
         raise ConversionError(f"{path} is no recipe: it must have a section `stages`.")
     sections = content.pop("stages")

@@ -23,6 +23,7 @@ from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
 from modeling_rebased.modeling_rebased import GATE_MEMORY
 from modeling_rebased.training.text import TokenBlocks
+from modeling_rebased.training.values import one_line
 
 from .distill_trainer import TRANSFERRED
 from .fit import fit_layers
@@ -154,8 +155,9 @@ def _open_source(source: Path) -> tuple[Path, dict[str, Any], PreTrainedConfig]:
     try:
         theirs = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # the library's errors about configurations are of many kinds
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"SOURCE {str(source)!r} has no configuration of a known model: {reason}") from error
+        raise ConversionError(
+            f"SOURCE {str(source)!r} has no configuration of a known model: {one_line(error)}"
+        ) from error
     if is_gguf and theirs.model_type in FAMILY:
         check_gguf(source, theirs)
     return folder, options, theirs

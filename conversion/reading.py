@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_rebased import ReBasedConfig
+from modeling_rebased.training.values import one_line
 
 from .layout import State, check_against, check_names
 from .report import ConversionError, progress, some
@@ -183,8 +184,9 @@ def load_config(folder: Path) -> ReBasedConfig:
     try:
         return ReBasedConfig.from_pretrained(folder)
     except Exception as error:  # strict dataclasses raise errors of several kinds
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{str(folder / 'config.json')!r} is not a possible configuration: {reason}") from error
+        raise ConversionError(
+            f"{str(folder / 'config.json')!r} is not a possible configuration: {one_line(error)}"
+        ) from error
 
 
 def read_weights(folder: Path, skip: str | None = None, skipped: list[str] | None = None) -> State:

@@ -15,6 +15,11 @@ class ConversionError(ValueError):
     """Signal an input or argument that cannot be converted: what it is, what was given and what is allowed."""
 
 
+def sentence(error: Exception) -> str:
+    """Return the message of an error of other code as a sentence, with one full stop."""
+    return f"{str(error).rstrip('.')}."
+
+
 def progress(items: Iterable[Item], what: str) -> Iterable[Item]:
     """Yield `items`, with a progress bar on a terminal."""
     return tqdm(items, desc=what, disable=None, leave=False)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .checkpoints import is_sharded, rewrite
 from .folders import write_text
+from .values import one_line
 
 
 logger = logging.get_logger(__name__)
@@ -83,8 +84,7 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
     except RuntimeError as error:
         if checkpoint is None or "loading state_dict" not in str(error):
             raise
-        reason = " ".join(str(error).split())
-        raise RunError(f"--resume_from_checkpoint {checkpoint} holds another model: {reason}") from error
+        raise RunError(f"--resume_from_checkpoint {checkpoint} holds another model: {one_line(error)}") from error
     if trainer.state.global_step == 0:  # the library only logs it
         raise RunError(
             "nothing was trained: the text holds less than a batch, and a smaller one is left out "

@@ -56,6 +56,7 @@ from .resume import RunError, RunRecord, latest_complete_checkpoint, train_from,
 from .shards import tokenizer_identity
 from .tensor_parallel import split_model, tensor_parallel_size
 from .text import TokenBlocks
+from .values import one_line
 
 
 logger = logging.get_logger(__name__)
@@ -224,8 +225,9 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # strict dataclasses raise errors of several kinds
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} {folder} has no configuration of a known and possible model: {reason}") from error
+        raise ValueError(
+            f"{name} {folder} has no configuration of a known and possible model: {one_line(error)}"
+        ) from error
     if not isinstance(config, ReBasedConfig):
         raise ValueError(
             f"{folder} holds a model of type {config.model_type!r}; it must be {ReBasedConfig.model_type!r} "
@@ -261,8 +263,7 @@ def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig, length:
         tokenizer = byte_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
     except (ValueError, OSError) as error:
         argument = "--model" if model_args.tokenizer is None else "--tokenizer"
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{argument} {name} gives no tokenizer: {reason}") from error
+        raise ValueError(f"{argument} {name} gives no tokenizer: {one_line(error)}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is only {config.vocab_size}")
     if config.vocab_size > 2 * len(tokenizer):

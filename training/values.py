@@ -1,6 +1,7 @@
 """Read the values of a command line: what `type=` of argparse takes.
 
-Where a value is not allowed, they say what is. argparse puts the argument's name before it.
+Where a value is not allowed, they say what is. argparse puts the argument's name before it. `one_line` shortens the
+errors of other code for such a message.
 """
 
 from __future__ import annotations
@@ -85,3 +86,8 @@ def new_folder(text: str) -> Path:
     if not os.access(nearest, os.W_OK):
         raise argparse.ArgumentTypeError(f"must be a folder to write into, but {nearest} cannot be written")
     return path
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error, which may have several lines, as one line."""
+    return " ".join(str(error).split())
