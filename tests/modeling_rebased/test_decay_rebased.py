@@ -12,11 +12,15 @@ from modeling_rebased.eager_rebased import feature_map, naive_rebased_attention
 
 
 BACKENDS = ["eager", "triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed_and_device():
+    """All tensors of a test are made on the GPU where there is one: Triton's kernels run there, not interpreted."""
     torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
 
 
 def make_inputs(batch=2, length=150, q_heads=4, kv_heads=2, feature_dim=8, head_dim=6, dtype=torch.float32):

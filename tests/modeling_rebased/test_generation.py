@@ -456,7 +456,7 @@ def test_text_generation_pipeline(tmp_path):
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     texts = generator(["w3 w4 w5 w6", "w7"], batch_size=2, **options)
-    expected = greedy_reference(model, torch.tensor([[7]]), 4)[0, 1:]
+    expected = greedy_reference(model, torch.tensor([[7]], device=model.device), 4)[0, 1:]  # on a GPU if there is one
     assert texts[1][0]["generated_text"] == "w7" + tokenizer.decode(expected)
 
 

@@ -1245,13 +1245,17 @@ def test_triton_is_started_once_while_its_files_are_hashed(monkeypatch):
 
 
 def test_a_model_compiles_attention_before_its_first_layer(monkeypatch):
-    """With just what the call launches: forward and backward in training, forward without gradients."""
+    """With just what the call launches: forward and backward in training, forward without gradients.
+
+    On a GPU, the convolution of the first layer hands over its own kernels, when it is called.
+    """
     handed, begun = [], []
     compiled = Future()
     compiled.set_result(None)
 
     def start_compiling(kernel, grid, arguments):
-        handed.append(kernel.fn.__name__)
+        if not kernel.fn.__name__.startswith("_conv"):
+            handed.append(kernel.fn.__name__)
         return compiled
 
     monkeypatch.setattr(triton_launch_rebased, "start_compiling", start_compiling)
