@@ -48,7 +48,7 @@ from transformers import (
 )
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
-from modeling_rebased.training.arguments import check_length, check_paths, parse_dataclasses
+from modeling_rebased.training.arguments import check_length, check_paths, gpu_defaults, parse_dataclasses
 from modeling_rebased.training.card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from modeling_rebased.training.folders import gathered_model, save_model, write_text, written
 from modeling_rebased.training.hub import open_repository, upload_finished
@@ -78,10 +78,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DistillArguments, DistillTrain
     recipe = RECIPES.get(stage, {})
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = [*read_recipe(Path(argv[0]), stage), *argv[1:]]
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     given = [
-        "--bf16",
-        str(bf16),
+        *gpu_defaults(argv),
         *(text for name, value in recipe.items() for text in (f"--{name}", str(value))),
         *argv,
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments, get_scheduler
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_accelerate_available
 
 from .hub import wrong_hub_argument
@@ -35,6 +36,26 @@ COMMON = (
     "bf16",
     "seed",
 )
+
+
+def gpu_defaults(argv: Sequence[str], *compile_options: str) -> list[str]:
+    """Return arguments that a Trainer on a GPU has by default, to be put before those of the command line `argv`.
+
+    They are `--bf16` where the GPU has bfloat16 and `argv` does not ask for `--fp16`, and the switches
+    `compile_options`. All are off without a GPU, and where `argv` has `--use_cpu`.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("use_cpu", "fp16"):
+        spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
+        parser.add_argument(*sorted(spellings), dest=name, type=string_to_bool, nargs="?", const=True, default=False)
+    try:
+        given = parser.parse_known_args(list(argv))[0]
+    except argparse.ArgumentError:  # a wrong value, of which the parser of all arguments says more
+        return []
+    on_gpu = torch.cuda.is_available() and not given.use_cpu
+    values = {"bf16": on_gpu and torch.cuda.is_bf16_supported() and not given.fp16}
+    values |= dict.fromkeys(compile_options, on_gpu)
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def parse_dataclasses(program: str, description: str, classes: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:

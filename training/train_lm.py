@@ -46,7 +46,7 @@ from modeling_rebased.configuration import config_names, config_path
 from modeling_rebased.modeling_rebased import ReBasedRMSNorm
 from modeling_rebased.triton_rebased import triton_unavailable_reason
 
-from .arguments import check_length, check_paths, command_line, parse_dataclasses, read_yaml
+from .arguments import check_length, check_paths, command_line, gpu_defaults, parse_dataclasses, read_yaml
 from .byte_tokenizer import byte_tokenizer
 from .card import file_size, hardware, model_card, training_section, typed_command, warm_up
 from .context_parallel import ContextParallelTrainer
@@ -172,13 +172,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, LMT
     Unless one of them says otherwise, training on a GPU compiles the layers, and it is in mixed precision in bfloat16
     where the GPU has it.
     """
-    recipe = ["--bf16", str(torch.cuda.is_available() and torch.cuda.is_bf16_supported())]
-    recipe += ["--compile_layers", str(torch.cuda.is_available())]
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        recipe += read_recipe(Path(argv[0]))
-        argv = argv[1:]
+        argv = [*read_recipe(Path(argv[0])), *argv[1:]]
     classes = (ModelArguments, DataArguments, LMTrainingArguments)
-    return parse_dataclasses("rebased-train", __doc__, classes, [*recipe, *argv])
+    return parse_dataclasses("rebased-train", __doc__, classes, [*gpu_defaults(argv, "compile_layers"), *argv])
 
 
 # ---------------------------------------------------------------- model and tokenizer

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
+from modeling_rebased.conversion import distill
 from modeling_rebased.training import train_lm
-from modeling_rebased.training.arguments import command_line
+from modeling_rebased.training.arguments import command_line, gpu_defaults
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint
 from modeling_rebased.training.text import TokenBlocks, read_documents
@@ -323,12 +324,26 @@ def test_a_wrong_configuration_is_an_error_and_leaves_no_folder(recipe, tmp_path
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_bf16_is_the_default_where_the_gpu_has_it(recipe, tmp_path, monkeypatch, has_bf16):
+def test_defaults_of_a_gpu(recipe, tmp_path, monkeypatch, has_bf16):
+    """They are off with `--use_cpu`, and bfloat16 where the command asks for float16."""
+    assert gpu_defaults([], "compile_layers") == ["--bf16", "False", "--compile_layers", "False"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: has_bf16)
-    arguments = [str(recipe), "--output_dir", str(tmp_path)]
-    assert parse_arguments(arguments)[2].bf16 is has_bf16
-    assert parse_arguments([*arguments, "--bf16", "False"])[2].bf16 is False
+    for given, bf16, compiled in (
+        ([], has_bf16, True),
+        (["--use_cpu", "false"], has_bf16, True),
+        (["--use_cpu"], False, False),
+        (["--use-cpu", "True", "--seed", "1"], False, False),
+        (["--fp16", "--seed", "1"], False, True),
+    ):
+        assert gpu_defaults(given, "compile_layers") == ["--bf16", str(bf16), "--compile_layers", str(compiled)]
+    assert gpu_defaults(["--use_cpu", "maybe"]) == []  # the parser of all arguments says what is wrong
+    arguments = [str(recipe), "--output_dir", str(tmp_path)]  # the recipe says `use_cpu: true`
+    args = parse_arguments(arguments)[2]
+    assert (args.use_cpu, args.bf16, args.compile_layers) == (True, False, False)
+    assert parse_arguments([*arguments, "--bf16", "True"])[2].bf16 is True
+    distilled = ["--stage", "logits", "--teacher", "t", "--student", "s", "--train_file", "f", "--use_cpu"]
+    assert distill.parse_arguments([*distilled, "--output_dir", str(tmp_path)])[1].bf16 is False
 
 
 def test_blocks_hold_the_text_in_order(tmp_path, finished):
