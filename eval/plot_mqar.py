@@ -3,12 +3,12 @@
     python -m modeling_rebased.eval.plot_mqar eval/results/mqar/*.jsonl --output eval/results/mqar
 
 A cell is one model at one length and hidden size. Of its learning rates those with the most seeds are compared, and
-the one with the highest mean accuracy counts. Runs of another recipe than the paper's, such as another batch size,
-are cells of their own: they stand in figure_1.md under a name that says so, and not in the
-picture of the paper's cells. A seed that was trained again, in another file, counts once, with the
-mean of its runs. A run that was cut off before it reached the paper's goal of 99% is drawn nowhere. Values read off
-the authors' figure stand beside these results. Runs that were planned for fewer epochs than the paper's 64 and did not
-reach the goal are marked: they do not reproduce a cell.
+the one with the highest mean accuracy counts. figure_1.md has the means of the other rates too. Runs of another recipe
+than the paper's, such as another batch size or another goal, are cells of their own: they stand in figure_1.md under a
+name that says so, and not in the picture of the paper's cells. A seed that was trained again, in another file, counts
+once, with the mean of its runs. A run that was cut off before it reached its goal, in the paper 99%, is drawn nowhere.
+Values read off the authors' figure stand beside these results. Runs that were planned for fewer epochs than the
+paper's 64 and did not reach the goal are marked: they do not reproduce a cell.
 
 Writes figure_1.png and figure_1.md (every cell), curves.png (accuracy by epoch where the task is hard) and
 differences.md (ReBased against Based with a confidence interval). table_1.md is the ablation in the paper's own cells.
@@ -22,7 +22,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ SEED_LINES = ("-", "--", ":", "-.", (0, (9, 3)))  # of the curves, by seed
 PAPER_EPOCHS = 64
 # The test of ReBased against Based, chosen before the cells of length 2,048 had five seeds: docs/associative-recall.md
 DECIDING_CELLS = ((512, 64), (1024, 64), (2048, 64), (2048, 128))  # length and hidden size
-DECIDING_SEEDS = 5
+DECIDING_SEEDS = (0, 1, 2, 3, 4)
+DECIDING_RATE = 1e-2  # one rate for both models, so that the choice of the rate is no part of the comparison
 DECIDING_LEVEL = 0.05 / len(DECIDING_CELLS)  # of the p value: 0.05 for all cells together
 PAPER_GOAL = 0.99  # the accuracy at which the authors stop a run
 # What runs of one cell have in common, with the paper's values and the words for another value
@@ -76,6 +77,7 @@ PAPER_RECIPE: dict[str, tuple[Any, str]] = {
     "dropout": (0.1, "dropout {}"),
     "weight_decay": (0.1, "weight decay {}"),
     "vocab_size": (8192, "vocabulary {}"),
+    "stop_at": (PAPER_GOAL, "goal {}"),
     "bf16": (True, "float32"),
 }
 
@@ -90,6 +92,7 @@ class Cell:
     pairs: int | None
     lr: float
     by_seed: dict[int, float]  # the accuracy of each seed, the mean of its runs
+    rates: dict[float, dict[int, float]]  # the same for every learning rate, the chosen one among them
     recipe: str  # what differs from the paper's recipe, empty where nothing does
     runs: int  # more than seeds where some were repeated
     epochs: int  # the most that a seed trained
@@ -106,6 +109,27 @@ class Cell:
         return statistics.fmean(self.accuracies)
 
     @property
+    def has_paper_task(self) -> bool:
+        """Return whether the length has as many pairs as in the paper's Figure 1."""
+        return self.pairs in (None, PAPER_PAIRS.get(self.length))
+
+    @property
+    def length_text(self) -> str:
+        """Return the length as a table shows it, with the pairs where the paper has another number of them."""
+        other = self.length in PAPER_PAIRS and not self.has_paper_task
+        return f"{self.length:,}, {self.pairs} pairs" if other else f"{self.length:,}"
+
+    @property
+    def is_deciding(self) -> bool:
+        """Return whether this is one of the cells of the test that was chosen beforehand."""
+        return (self.length, self.hidden) in DECIDING_CELLS and self.has_paper_task and not self.recipe
+
+    def at_rate(self, lr: float, seeds: Sequence[int]) -> Cell:
+        """Return this cell at another of its learning rates, with those of the seeds that it has."""
+        found = self.rates.get(lr, {})
+        return replace(self, lr=lr, by_seed={seed: found[seed] for seed in seeds if seed in found})
+
+    @property
     def label(self) -> str:
         """Return the model's name in a table, with what differs from the paper's recipe."""
         return ", ".join(filter(None, (label_of(self.model), self.recipe)))
@@ -113,7 +137,7 @@ class Cell:
     @property
     def paper(self) -> float | None:
         """Return the authors' number, where it was read off their figure, and task and recipe are theirs."""
-        if self.recipe or self.pairs not in (None, PAPER_PAIRS.get(self.length)):
+        if self.recipe or not self.has_paper_task:
             return None
         return PUBLISHED.get(self.model, {}).get((self.length, self.hidden))
 
@@ -123,8 +147,14 @@ class Cell:
         if self.paper is not None:
             return f"{self.paper:.2f}"
         theirs = not self.recipe and self.length in LENGTHS and self.hidden in HIDDEN
-        theirs = theirs and self.pairs in (None, PAPER_PAIRS[self.length])
-        return "≥ 0.97" if theirs and self.model in ("rebased", "based") else ""
+        theirs = theirs and self.has_paper_task and self.model in ("rebased", "based")
+        return "≥ 0.97" if theirs else ""
+
+    @property
+    def other_rates(self) -> str:
+        """Return the means of the rates that do not count, as a table shows them, with the numbers of seeds."""
+        others = sorted((lr, seeds.values()) for lr, seeds in self.rates.items() if lr != self.lr)
+        return "; ".join(f"{lr:g}: {statistics.fmean(values):.3f} ({len(values)})" for lr, values in others)
 
 
 def read_runs(paths: list[str | Path]) -> list[dict[str, Any]]:
@@ -164,8 +194,8 @@ def recipe_of(run: dict[str, Any]) -> str:
 
 
 def is_unfinished(run: dict[str, Any]) -> bool:
-    """Tell whether a run was cut off before it reached the paper's goal."""
-    return bool(run.get("stopped")) and run["accuracy"] < PAPER_GOAL
+    """Tell whether a run was cut off before it reached its goal."""
+    return bool(run.get("stopped")) and run["accuracy"] < run.get("stop_at", PAPER_GOAL)
 
 
 def seed_accuracies(runs: list[dict[str, Any]]) -> dict[int, float]:
@@ -194,16 +224,14 @@ def cells(runs: list[dict[str, Any]]) -> list[Cell]:
             if run["epochs"] == epochs:
                 by_rate[run["lr"]].append(run)
 
-        def worth(lr: float, by_rate=by_rate) -> tuple[int, float]:
-            accuracies = seed_accuracies(by_rate[lr])
-            return len(accuracies), statistics.fmean(accuracies.values())
-
-        lr = max(by_rate, key=worth)
+        rates = {lr: seed_accuracies(by_rate[lr]) for lr in sorted(by_rate)}
+        # of equal rates the lowest
+        _, _, lr = min((-len(seeds), -statistics.fmean(seeds.values()), lr) for lr, seeds in rates.items())
         chosen = by_rate[lr]
         complete = all(run["epochs_trained"] >= PAPER_EPOCHS or run["accuracy"] >= PAPER_GOAL for run in chosen)
         trained = max(run["epochs_trained"] for run in chosen)
-        accuracies = seed_accuracies(chosen)
-        result.append(Cell(model, length, hidden, pairs, lr, accuracies, recipe, len(chosen), trained, complete))
+        sizes = (model, length, hidden, pairs)
+        result.append(Cell(*sizes, lr, rates[lr], rates, recipe, len(chosen), trained, complete))
     return sorted(result, key=lambda cell: (cell.length, cell.hidden, _place(cell.model), cell.recipe))
 
 
@@ -215,8 +243,9 @@ def _place(model: str) -> tuple[int, str]:
 def markdown(found: list[Cell]) -> str:
     """Return the cells as a table in Markdown, the authors' number beside each."""
     lines = [
-        "| length | hidden | model | mean accuracy | lowest to highest seed | seeds | epochs | best rate | paper |",
-        "| --: | --: | --- | --: | --: | --: | --: | --: | --: |",
+        "| length | hidden | model | mean accuracy | lowest to highest seed | seeds | epochs | rate | paper "
+        "| other rates: mean (seeds) |",
+        "| --: | --: | --- | --: | --: | --: | --: | --: | --: | --- |",
     ]
     for cell in found:
         spread = f"{min(cell.accuracies):.3f} to {max(cell.accuracies):.3f}" if len(cell.accuracies) > 1 else ""
@@ -224,8 +253,8 @@ def markdown(found: list[Cell]) -> str:
         count = f"{seeds}" if cell.runs == seeds else f"{seeds} ({cell.runs} runs)"
         epochs = f"{cell.epochs}" if cell.complete else f"{cell.epochs} of {PAPER_EPOCHS}"
         lines.append(
-            f"| {cell.length:,} | {cell.hidden} | {cell.label} | {cell.mean:.3f} | {spread} | {count} "
-            f"| {epochs} | {cell.lr:g} | {cell.paper_text} |"
+            f"| {cell.length_text} | {cell.hidden} | {cell.label} | {cell.mean:.3f} | {spread} | {count} "
+            f"| {epochs} | {cell.lr:g} | {cell.paper_text} | {cell.other_rates} |"
         )
     return "\n".join(lines)
 
@@ -258,37 +287,49 @@ def welch(first: list[float], second: list[float]) -> Difference:
 def differences(found: list[Cell]) -> str:
     """Return a table in Markdown of ReBased less Based, for the sizes at which both have two seeds or more.
 
-    A size at which both reach the goal of 99% is left out. Their runs stopped there, so a difference means nothing.
-    The last column says which model is ahead by the rule of `DECIDING_CELLS`.
+    A size at which both reach the goal of 99% is left out. Their runs stopped there, so a difference means nothing. A
+    size at which every run of one model reached it has no interval, because that model's spread is cut off. The
+    deciding cells are compared at `DECIDING_RATE`, the others at the rate that counts for each model. The last column
+    says which model is ahead by the rule of `DECIDING_CELLS`.
     """
     lines = [
-        "| length | hidden | seeds | ReBased, mean ± standard deviation | Based, mean ± standard deviation "
+        "| length | hidden | rate | seeds | ReBased, mean ± standard deviation | Based, mean ± standard deviation "
         "| difference | in the paper | 95% interval | p | ahead |",
-        "| --: | --: | --: | --: | --: | --: | --: | --: | --: | --- |",
+        "| --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --- |",
     ]
     found = [cell for cell in found if not cell.recipe]
     by_size = {(cell.model, cell.length, cell.hidden, cell.pairs): cell for cell in found}
     for cell in found:
         other = by_size.get(("based", cell.length, cell.hidden, cell.pairs))
-        if cell.model != "rebased" or other is None or min(len(cell.accuracies), len(other.accuracies)) < 2:
+        if cell.model != "rebased" or other is None:
             continue
-        if min(*cell.accuracies, *other.accuracies) >= PAPER_GOAL:
+        if cell.is_deciding:
+            cell, other = (one.at_rate(DECIDING_RATE, DECIDING_SEEDS) for one in (cell, other))
+        if min(len(cell.by_seed), len(other.by_seed)) < 2:
+            continue
+        lowest = [min(one.accuracies) for one in (cell, other)]
+        if min(lowest) >= PAPER_GOAL:
             continue
         spread = [f"{one.mean:.3f} ± {statistics.stdev(one.accuracies):.3f}" for one in (cell, other)]
-        seeds = " and ".join(str(count) for count in dict.fromkeys((len(cell.accuracies), len(other.accuracies))))
-        measured = welch(cell.accuracies, other.accuracies)
+        rates = " and ".join(dict.fromkeys(f"{one.lr:g}" for one in (cell, other)))
+        seeds = " and ".join(dict.fromkeys(f"{len(one.by_seed)}" for one in (cell, other)))
         paper = "" if cell.paper is None or other.paper is None else f"{cell.paper - other.paper:+.2f}"
-        interval = f"{measured.low:+.2f} to {measured.high:+.2f}"
-        row = [f"{cell.length:,}", f"{cell.hidden}", seeds, *spread, f"{measured.mean:+.3f}", paper, interval]
-        lines.append(f"| {' | '.join([*row, f'{measured.p_value:.2g}', ahead(cell, other, measured)])} |")
+        row = [cell.length_text, f"{cell.hidden}", rates, seeds, *spread, f"{cell.mean - other.mean:+.3f}", paper]
+        if max(lowest) < PAPER_GOAL or cell.is_deciding:
+            measured = welch(cell.accuracies, other.accuracies)
+            row += [f"{measured.low:+.2f} to {measured.high:+.2f}", f"{measured.p_value:.2g}"]
+            row += [ahead(cell, other, measured)]
+        else:
+            row += ["", "", ""]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
 def ahead(cell: Cell, other: Cell, measured: Difference) -> str:
     """Return which of two cells' models is ahead by the rule that was chosen beforehand."""
-    if (cell.length, cell.hidden) not in DECIDING_CELLS:
+    if not cell.is_deciding:
         return ""
-    if min(len(cell.accuracies), len(other.accuracies)) < DECIDING_SEEDS:
+    if min(len(cell.by_seed), len(other.by_seed)) < len(DECIDING_SEEDS):
         return "too few seeds"
     if measured.p_value >= DECIDING_LEVEL:
         return "not decided"
@@ -337,7 +378,7 @@ def figure_cells(found: list[Cell]) -> list[Cell]:
         if cell.model in FIGURE_MODELS
         and not cell.recipe
         and (cell.length in LENGTHS and cell.hidden in HIDDEN)
-        and cell.pairs in (None, PAPER_PAIRS[cell.length])
+        and cell.has_paper_task
     ]
 
 
@@ -397,23 +438,30 @@ def plot(found: list[Cell], path: str | Path) -> None:
 
 
 def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw accuracy over epochs, a panel per length, hidden size, rate and recipe: models by colour, seeds by line.
+    """Draw accuracy over epochs: models by colour, seeds by line, and a panel per size, pairs, rate and recipe.
 
-    Sizes at which every run reached the goal are left out, and runs that were cut off before it.
+    All panels have the same axes. Sizes at which every run reached the goal are left out, and runs that were cut off
+    before it.
     """
     from matplotlib.lines import Line2D
 
     runs = [run for run in runs if not is_unfinished(run)]
     hard = {(run["length"], run["hidden"]) for run in runs if run["accuracy"] < PAPER_GOAL}
     runs = [run for run in runs if (run["length"], run["hidden"]) in hard] or runs
-    panels = sorted({(run["length"], run["hidden"], run["lr"], recipe_of(run)) for run in runs})
+
+    def panel_of(run: dict[str, Any]) -> tuple[int, int, int, float, str]:
+        pairs = run.get("pairs") or PAPER_PAIRS.get(run["length"], 0)
+        return run["length"], run["hidden"], pairs, run["lr"], recipe_of(run)
+
+    panels = sorted({panel_of(run) for run in runs})
+    last = max(entry["epoch"] for run in runs for entry in run["history"])
     columns = min(len(panels), 4 if len(panels) % 4 == 0 else 3)
     rows = math.ceil(len(panels) / columns)
     figure, axes = new_figure(rows, columns, 3.6, 3.0, sharey=True)
     for axis, panel in zip(axes.flat, panels):
-        length, hidden, lr, recipe = panel
+        length, hidden, pairs, lr, recipe = panel
         for run in runs:
-            if (run["length"], run["hidden"], run["lr"], recipe_of(run)) == panel:
+            if panel_of(run) == panel:
                 axis.plot(
                     [entry["epoch"] for entry in run["history"]],
                     [entry["accuracy"] for entry in run["history"]],
@@ -421,8 +469,9 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
                     color=color_of(run["model"]),
                     lw=1.3,
                 )
-        axis.set(xlabel="epoch", ylim=(-0.03, 1.03))
-        name = ", ".join(filter(None, (f"rate {lr:g}", recipe)))
+        axis.set(xlabel="epoch", xlim=(-0.03 * last, 1.03 * last), ylim=(-0.03, 1.03))
+        other_pairs = "" if pairs == PAPER_PAIRS.get(length, 0) else f"{pairs} pairs"
+        name = ", ".join(filter(None, (f"rate {lr:g}", other_pairs, recipe)))
         axis.set_title(f"length {length:,}, hidden size {hidden},\n{name}", fontsize=9)
         axis.grid(True, alpha=0.25)
     for axis in axes.flat[len(panels) :]:
@@ -434,7 +483,7 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
         for model in sorted({run["model"] for run in runs}, key=_place)
     ]
     handles += [
-        Line2D([], [], color="#666666", ls=SEED_LINES[seed % len(SEED_LINES)], label=f"seed {seed}")
+        Line2D([], [], color="black", lw=1, ls=SEED_LINES[seed % len(SEED_LINES)], label=f"seed {seed}")
         for seed in sorted({run["seed"] for run in runs})
     ]
     figure.legend(handles=handles, loc="outside right center", fontsize=9, handlelength=3.2)

@@ -94,6 +94,26 @@ def test_every_table_of_the_script_stands_in_a_page():
     assert sorted(used) == sorted(tables.TABLES)
 
 
+def test_tables_of_recall_leave_out_runs_that_are_not_the_papers(monkeypatch):
+    tables, recall = program("tables"), program("tables.recall")
+    named = ("figure", "differences", "coverage", "rates", "falls", "declines", "ablation", "variants")
+    made = {name: tables.TABLES[f"mqar-{name}"] for name in named}
+    before = {name: make() for name, make in made.items()}
+    runs = recall.every_mqar_run()
+    changes = [
+        {"stopped": "deadline", "epochs_trained": 3},
+        {"epochs": 20, "epochs_trained": 20},
+        {"stop_at": 0.5},
+        {"batch_size": 64},
+    ]
+    found = [*runs, *({**run, "accuracy": 0.7, **change} for run in runs for change in changes)]
+    monkeypatch.setattr(recall, "every_mqar_run", lambda: found)
+    assert {name: make() for name, make in made.items()} == before
+    found[:] = [*runs, *({**run, "accuracy": 0.7, "pairs": 2} for run in runs)]
+    del made["differences"]  # it compares them in rows of their own
+    assert {name: make() for name, make in made.items()} == {name: before[name] for name in made}
+
+
 def test_the_api_page_is_current():
     program("make_api").main(["--check"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from modeling_rebased.eval.plot_mqar import cells
+from modeling_rebased.eval.plot_mqar import cells, figure_cells
 
 from .conversion import mixed_text
 from .form import number, results, shown, table
@@ -16,7 +16,7 @@ from .recall import mqar_runs
 
 def recall_512() -> tuple[Any, Any]:
     """Return the cells of ReBased and Based at length 512 and hidden size 64."""
-    found = {(cell.model, cell.length, cell.hidden): cell for cell in cells(mqar_runs())}
+    found = {(cell.model, cell.length, cell.hidden): cell for cell in figure_cells(cells(mqar_runs()))}
     return found["rebased", 512, 64], found["based", 512, 64]
 
 

@@ -14,11 +14,14 @@ from modeling_rebased.eval.plot_mqar import (
     FIGURE_MODELS,
     HIDDEN,
     LENGTHS,
+    PAPER_EPOCHS,
     PAPER_GOAL,
+    PAPER_PAIRS,
     PUBLISHED,
     cells,
     differences,
     figure_cells,
+    is_unfinished,
     markdown,
     read_runs,
     recipe_of,
@@ -33,6 +36,15 @@ from .form import RESULTS, TABLES, across, down, shown, table
 def mqar_runs() -> list[dict[str, Any]]:
     """Return all runs of the paper's recipe, as the figure takes them."""
     return [run for run in every_mqar_run() if not recipe_of(run)]
+
+
+def whole_runs() -> list[dict[str, Any]]:
+    """Return the runs of the paper's task and recipe that were planned for its 64 epochs, and were not cut off."""
+    return [
+        run
+        for run in mqar_runs()
+        if run["pairs"] == PAPER_PAIRS.get(run["length"]) and run["epochs"] == PAPER_EPOCHS and not is_unfinished(run)
+    ]
 
 
 def every_mqar_run() -> list[dict[str, Any]]:
@@ -69,14 +81,30 @@ def mqar_figure() -> str:
     return table(head, rows)
 
 
+@shown("mqar-coverage")
+def mqar_coverage() -> str:
+    """Return how many seeds each model has at each of the two rates, for every size of Figure 1."""
+    models, rates = ("rebased", "based", "softmax"), (3e-3, 1e-2)
+    seeds: dict[tuple, set[int]] = defaultdict(set)
+    for run in whole_runs():
+        seeds[run["length"], run["hidden"], run["model"], run["lr"]].add(run["seed"])
+    rows = []
+    for length, hidden in itertools.product(LENGTHS, HIDDEN):
+        found = [len(seeds[length, hidden, model, lr]) for model in models for lr in rates]
+        trained = "whole" if min(found) >= 2 else "in part" if max(found) else "no"
+        rows.append([f"{length:,}", hidden, trained, *(count or "" for count in found)])
+    head = ["length", "hidden", "trained", *(f"{label_of(model)}, {lr:g}" for model in models for lr in rates)]
+    return table(head, rows)
+
+
 @shown("mqar-rates")
 def mqar_rates() -> str:
     """Return the accuracy of every finished run of the 12-head models where the task is hard, by rate and seed."""
     rows = []
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    finished_runs = [run for run in mqar_runs() if run["model"] in ("rebased", "based") and not run.get("stopped")]
-    hard = {(run["length"], run["hidden"]) for run in finished_runs if run["accuracy"] < PAPER_GOAL}
-    for run in finished_runs:
+    runs = [run for run in whole_runs() if run["model"] in ("rebased", "based")]
+    hard = {(run["length"], run["hidden"]) for run in runs if run["accuracy"] < PAPER_GOAL}
+    for run in runs:
         if (run["length"], run["hidden"]) in hard:
             groups[run["length"], run["hidden"], -len(run["model"]), run["lr"]].append(run)
     for (length, hidden, _, lr), runs in sorted(groups.items()):
@@ -97,8 +125,8 @@ def mqar_rates() -> str:
 def curves() -> list[tuple[list[Any], list[dict[str, Any]]]]:
     """Return what names each finished run, and its epochs."""
     found = []
-    for run in mqar_runs():
-        if run.get("history") and not run.get("stopped"):
+    for run in whole_runs():
+        if run.get("history"):
             name = [run["length"], run["hidden"], label_of(run["model"]), f"{run['lr']:g}", run["seed"]]
             found.append((name, run["history"]))
     return sorted(found, key=lambda pair: pair[0][:2])
@@ -154,7 +182,7 @@ def mqar_ablation() -> str:
         "rebased": "γ norm(x) + β",
         "based": "x, in 1 + q·k + (q·k)²/2",
     }
-    runs = [run for run in mqar_runs() if (run["length"], run["hidden"], run["lr"]) == (512, 64, 3e-3)]
+    runs = [run for run in whole_runs() if (run["length"], run["hidden"], run["lr"]) == (512, 64, 3e-3)]
     rows = []
     for model, formula in formulas.items():
         seeds = seed_accuracies([run for run in runs if run["model"] == model])
@@ -169,7 +197,7 @@ def mqar_variants() -> str:
     """Return the runs with wider heads or another kernel beside those of the paper's model, a row per rate."""
     variants = ("rebased_3_heads", "based_3_heads", "rebased_6_heads", "rebased_head_norm", "rebased_floor")
     order = ("rebased", "based", *variants)
-    runs = [run for run in mqar_runs() if run["model"] in order and not run.get("stopped")]
+    runs = [run for run in whole_runs() if run["model"] in order]
     sizes = {(run["length"], run["hidden"]) for run in runs if run["model"] in variants}
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:

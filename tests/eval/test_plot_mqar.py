@@ -32,6 +32,8 @@ def test_a_cell_is_the_rate_with_the_best_mean():
     runs += [run(lr=3e-3, seed=0, accuracy=0.7), run(lr=3e-3, seed=1, accuracy=0.6)]
     (cell,) = cells(runs)
     assert (cell.lr, cell.mean, cell.accuracies, cell.complete) == (3e-3, pytest.approx(0.65), [0.7, 0.6], True)
+    for rates in ((1e-3, 3e-3), (3e-3, 1e-3)):  # whatever the order of the files
+        assert cells([run(lr=lr) for lr in rates])[0].lr == 1e-3
 
 
 def test_runs_that_were_cut_off_below_the_goal_make_no_cell():
@@ -40,12 +42,14 @@ def test_runs_that_were_cut_off_below_the_goal_make_no_cell():
     assert cells([cut]) == []
     (cell,) = cells([{**cut, "accuracy": 0.993}])
     assert (cell.lr, cell.complete) == (1e-2, True)
+    assert cells([{**cut, "accuracy": 0.993, "stop_at": 0.999}]) == []  # below its own goal
 
 
 def test_rates_with_fewer_seeds_than_another_do_not_count():
     runs = [run(lr=3e-3, seed=0, accuracy=0.9)] + [run(lr=1e-2, seed=seed, accuracy=0.5) for seed in range(3)]
     (cell,) = cells(runs)
     assert (cell.lr, cell.by_seed) == (1e-2, {0: 0.5, 1: 0.5, 2: 0.5})
+    assert markdown([cell]).endswith("| 0.01 | 0.55 | 0.003: 0.900 (1) |")  # but the table has them
 
 
 def test_short_runs_are_marked_unless_they_reach_the_goal():
@@ -62,12 +66,14 @@ def test_runs_of_another_recipe_are_cells_of_their_own(tmp_path, figures):
         run(seed=0, accuracy=0.7, bf16=False, vocab_size=512),
         run("based", seed=0, accuracy=0.8, bf16=False),
         run("based", seed=1, accuracy=0.8, bf16=False),
+        run(seed=2, accuracy=0.31, stop_at=0.3, epochs_trained=9),
     ]
     (tmp_path / "all").write_text("\n".join(json.dumps(line) for line in [*own, *others]))  # runs of one name
     found = cells(read_runs([tmp_path / "all"]))
     assert [(cell.label, cell.paper_text, cell.mean) for cell in found] == [
         ("ReBased", "0.55", 0.5),
         ("ReBased, batch 64, dropout 0.0", "", 0.9),
+        ("ReBased, goal 0.3", "", 0.31),
         ("ReBased, vocabulary 512, float32", "", 0.7),
         ("Based, float32", "", 0.8),
     ]
@@ -76,11 +82,11 @@ def test_runs_of_another_recipe_are_cells_of_their_own(tmp_path, figures):
     plot_mqar.plot(found, tmp_path / "figure.png")
     assert [text.get_text() for text in figures[0].legends[0].get_texts()][:2] == ["ReBased", "mean"]
     plot_mqar.plot([cell for cell in found if cell.recipe], tmp_path / "figure.png")
-    names = [text.get_text() for text in figures[1].legends[0].get_texts()][:3]
+    names = [text.get_text() for text in figures[1].legends[0].get_texts()][:4]
     assert [name.replace("\n", " ") for name in names] == [cell.label for cell in found if cell.recipe]
     plot_mqar.plot_curves(read_runs([tmp_path / "all"]), tmp_path / "curves.png")
     titles = [axis.get_title().split("\n")[1] for axis in figures[2].axes]
-    assert titles[0] == "rate 0.001" and len(titles) == 4 and "rate 0.001, float32" in titles
+    assert titles[0] == "rate 0.001" and len(titles) == 5 and "rate 0.001, float32" in titles
     small = [run("x2", 256, hidden, pairs=32, batch_size=64) for hidden in (16, 24, 32, 48)]
     assert len(plot_mqar.ablation(cells(small)).splitlines()) == 2
 
@@ -95,7 +101,7 @@ def test_the_authors_numbers_stand_beside():
     assert rows["256", "64", "ReBased"] == "≥ 0.97" and rows["512", "128", "ReBased"] == "≥ 0.97"
     for nothing in (("1,024", "64", "γ x"), ("1,024", "64", "ReBased, 3 heads"), ("64", "32", "ReBased")):
         assert rows[nothing] == "", nothing  # the paper has no such model, or no such size
-    assert rows["512", "64", "ReBased"] == ""  # nor this size with 8 pairs
+    assert rows["512, 8 pairs", "64", "ReBased"] == ""  # nor this size with 8 pairs
     assert PUBLISHED["rebased"][2048, 128] - PUBLISHED["based"][2048, 128] == pytest.approx(0.17)
 
 
@@ -135,18 +141,27 @@ def test_welchs_interval_of_a_difference():
 def test_differences_want_two_seeds_of_both():
     runs = [run(seed=seed, accuracy=0.5 + 0.1 * seed) for seed in (0, 1)] + [run("based", accuracy=0.4)]
     assert len(plot_mqar.differences(cells(runs)).splitlines()) == 2  # the head alone
-    table = plot_mqar.differences(cells([*runs, run("based", seed=1, accuracy=0.2)]))
-    assert "| 1,024 | 64 | 2 | 0.550 ± 0.071 | 0.300 ± 0.141 | +0.250 | +0.22 |" in table
+    runs += [run("based", seed=1, accuracy=0.2)]
+    at_a_hundredth = [{**one, "lr": 1e-2} for one in runs]
+    table = plot_mqar.differences(cells(at_a_hundredth))
+    assert "| 1,024 | 64 | 0.01 | 2 | 0.550 ± 0.071 | 0.300 ± 0.141 | +0.250 | +0.22 |" in table
     assert table.endswith("| too few seeds |")
-    solved = [run(model, seed=seed, accuracy=0.995) for model in ("rebased", "based") for seed in (0, 1)]
+    assert len(plot_mqar.differences(cells(runs)).splitlines()) == 2  # not the rate of the rule
+    elsewhere = [{**one, "hidden": 128, "lr": one["lr"] * (3 if one["model"] == "based" else 1)} for one in runs]
+    table = plot_mqar.differences(cells(elsewhere))
+    assert "| 1,024 | 128 | 0.001 and 0.003 | 2 | 0.550 ± 0.071 | 0.300 ± 0.141 | +0.250 | +0.00 |" in table
+    solved = [run(model, 256, seed=seed, accuracy=0.995) for model in ("rebased", "based") for seed in (0, 1)]
     assert len(plot_mqar.differences(cells(solved)).splitlines()) == 2  # both stopped at the goal
+    solved[0]["accuracy"] = solved[1]["accuracy"] = 0.9
+    table = plot_mqar.differences(cells(solved))  # Based stopped there: its spread is cut off
+    assert table.endswith("| 0.900 ± 0.000 | 0.995 ± 0.000 | -0.095 |  |  |  |  |")
 
 
 def test_who_is_ahead_is_told_by_five_seeds_and_a_p_value_for_four_cells():
-    def last(shift, seeds=5, size=(1024, 64)):
-        runs = [run("based", *size, seed=seed, accuracy=0.3 + 0.01 * seed) for seed in range(seeds)]
-        runs += [run("rebased", *size, seed=seed, accuracy=0.3 + shift + 0.01 * seed) for seed in range(seeds)]
-        row = plot_mqar.differences(cells(runs)).splitlines()[-1].split("|")
+    def last(shift, seeds=range(5), size=(1024, 64), more=(), **extra):
+        runs = [run("based", *size, 1e-2, seed, 0.3 + 0.01 * seed, **extra) for seed in seeds]
+        runs += [run("rebased", *size, 1e-2, seed, 0.3 + shift + 0.01 * seed, **extra) for seed in seeds]
+        row = plot_mqar.differences(cells([*runs, *more])).splitlines()[-1].split("|")
         return row[-2].strip(), float(row[-3])
 
     # Both variances are 0.00025, so the error of the difference is 0.01, with 8 degrees of freedom:
@@ -155,19 +170,32 @@ def test_who_is_ahead_is_told_by_five_seeds_and_a_p_value_for_four_cells():
     assert last(0.04) == ("ReBased", pytest.approx(0.0039, abs=1e-4))
     assert last(-0.04) == ("Based", pytest.approx(0.0039, abs=1e-4))
     assert last(0.04, size=(1024, 128))[0] == ""
-    assert last(0.04, seeds=4)[0] == "too few seeds"
+    assert last(0.04, pairs=8)[0] == ""
+    both = [(model, seed) for model in ("based", "rebased") for seed in range(2)]
+    other_task = [run(model, 1024, 64, 1e-2, seed, 0.1 * seed, pairs=8) for model, seed in both]
+    assert "\n| 1,024, 8 pairs | 64 |" in plot_mqar.differences(cells(other_task))
+    assert last(0.04, seeds=range(4))[0] == "too few seeds"
+    # The rule names the rate and the seeds. Neither a better rate of one model nor more seeds enter.
+    better = [run("based", lr=3e-3, seed=seed, accuracy=0.9) for seed in range(5)]
+    assert last(0.04, more=better)[0] == "ReBased"
+    assert last(0.04, more=[*better, run("rebased", lr=1e-2, seed=5, accuracy=0.0)]) == last(0.04)
+    assert last(0.04, seeds=range(1, 6))[0] == "too few seeds"
 
 
 def test_the_curves_tell_models_seeds_and_rates_apart(tmp_path, figures):
     runs = [run(seed=0, lr=3e-3), run(seed=1, lr=3e-3), run("based", lr=1e-2), run(seed=2, stopped="deadline")]
-    runs += [run(length=128, accuracy=0.99)]  # solved: no panel
+    runs += [run(length=128, accuracy=0.99), run("x2", lr=3e-3, pairs=32, epochs_trained=64)]  # solved: no panel
+    runs[-1]["history"] = [{"epoch": 64, "accuracy": 0.5}]
     plot_mqar.plot_curves(runs, tmp_path / "curves.png")
     panels = {axis.get_title(): axis.get_lines() for axis in figures[0].axes}
-    assert [name.split("rate ")[1] for name in panels] == ["0.003", "0.01"]  # no panel for what was cut off
-    slow, fast = panels.values()
+    # no panel for what was cut off
+    assert [name.split("rate ")[1] for name in panels] == ["0.003, 32 pairs", "0.003", "0.01"]
+    assert len({axis.get_xlim() for axis in figures[0].axes}) == 1 and figures[0].axes[0].get_xlim()[1] > 64
+    _, slow, fast = panels.values()
     assert [line.get_linestyle() for line in slow] == ["-", "--"]
     assert {line.get_color() for line in slow} == {color_of("rebased")} and fast[0].get_color() == color_of("based")
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["ReBased", "Based", "seed 0", "seed 1"]
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert names == ["ReBased", "Based", "x²", "seed 0", "seed 1"]
 
 
 def test_figure_1_has_the_papers_panels_and_a_point_for_each_seed(tmp_path, figures):
