@@ -1259,8 +1259,6 @@ def test_a_model_compiles_attention_before_its_first_layer(monkeypatch):
         return compiled
 
     monkeypatch.setattr(triton_launch_rebased, "start_compiling", start_compiling)
-    monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
-    monkeypatch.setattr(triton_launch_rebased, "_VARIANTS", set())
     monkeypatch.setattr(modeling_rebased, "can_compile_ahead", lambda device: True)
     config = ReBasedConfig(
         hidden_size=16, num_attention_heads=2, feature_dim=4, head_dim=8, layer_types=["conv", "linear_attention"],
@@ -1270,6 +1268,8 @@ def test_a_model_compiles_attention_before_its_first_layer(monkeypatch):
     model.model.layers[0].register_forward_pre_hook(lambda *_: begun.append(list(handed)))
     ids = torch.randint(11, (1, 40), device=DEVICE)
     for training in (True, False):
+        monkeypatch.setattr(triton_launch_rebased, "_PREPARED", {})
+        monkeypatch.setattr(triton_launch_rebased, "_VARIANTS", set())
         for _ in range(2):  # the second call finds all
             model.train(training)
             with torch.set_grad_enabled(training):
