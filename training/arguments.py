@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments, get_scheduler
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_accelerate_available
+from transformers.utils.generic import strtobool
 
 from .hub import wrong_hub_argument
 
@@ -41,19 +43,23 @@ COMMON = (
 def gpu_defaults(argv: Sequence[str], *compile_options: str) -> list[str]:
     """Return arguments that a Trainer on a GPU has by default, to be put before those of the command line `argv`.
 
-    They are `--bf16` where the GPU has bfloat16 and `argv` does not ask for `--fp16`, and the switches
-    `compile_options`. All are off without a GPU, and where `argv` has `--use_cpu`.
+    They are `--bf16` where the GPU has bfloat16, and the switches `compile_options`. All are off without a GPU, with
+    `--use_cpu`, and under `accelerate launch --cpu`. `--fp16` and `accelerate launch --mixed_precision fp16` replace
+    the first.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("use_cpu", "fp16"):
+    for name in ("use_cpu", "bf16", "fp16"):
         spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
         parser.add_argument(*sorted(spellings), dest=name, type=string_to_bool, nargs="?", const=True, default=False)
     try:
         given = parser.parse_known_args(list(argv))[0]
     except argparse.ArgumentError:  # a wrong value, of which the parser of all arguments says more
         return []
-    on_gpu = torch.cuda.is_available() and not given.use_cpu
-    values = {"bf16": on_gpu and torch.cuda.is_bf16_supported() and not given.fp16}
+    # `accelerate launch` sets these variables, of which TrainingArguments reads the first.
+    uses_cpu = given.use_cpu or strtobool(os.environ.get("ACCELERATE_USE_CPU", "False"))
+    fp16 = given.fp16 or (not given.bf16 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16")
+    on_gpu = torch.cuda.is_available() and not uses_cpu
+    values = {"fp16": fp16, "bf16": on_gpu and torch.cuda.is_bf16_supported() and not fp16}
     values |= dict.fromkeys(compile_options, on_gpu)
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 

@@ -242,7 +242,7 @@ def check_kernels(config: PreTrainedConfig, args: TrainingArguments) -> None:
         ValueError: the configuration's kernel_backend is "triton", which cannot run here.
     """
     if getattr(config, "kernel_backend", None) == "triton":
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         sizes = config.feature_dim, config.head_dim
         reason = triton_unavailable_reason(args.device, dtype, *sizes, getattr(config, "decay", None) is not None)
         if reason is not None:

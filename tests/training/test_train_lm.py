@@ -325,18 +325,24 @@ def test_a_wrong_configuration_is_an_error_and_leaves_no_folder(recipe, tmp_path
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_defaults_of_a_gpu(recipe, tmp_path, monkeypatch, has_bf16):
-    """They are off with `--use_cpu`, and bfloat16 where the command asks for float16."""
-    assert gpu_defaults([], "compile_layers") == ["--bf16", "False", "--compile_layers", "False"]
+    """They are off on the CPU, and bfloat16 where the command or accelerate asks for float16."""
+
+    def defaults(*given, **environment):
+        with monkeypatch.context() as launched:
+            for name, value in environment.items():
+                launched.setenv(name, value)
+            _, fp16, _, bf16, _, compiled = gpu_defaults(given, "compile_layers")
+        return fp16 == "True", bf16 == "True", compiled == "True"
+
+    assert defaults() == (False, False, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: has_bf16)
-    for given, bf16, compiled in (
-        ([], has_bf16, True),
-        (["--use_cpu", "false"], has_bf16, True),
-        (["--use_cpu"], False, False),
-        (["--use-cpu", "True", "--seed", "1"], False, False),
-        (["--fp16", "--seed", "1"], False, True),
-    ):
-        assert gpu_defaults(given, "compile_layers") == ["--bf16", str(bf16), "--compile_layers", str(compiled)]
+    assert defaults() == defaults("--use_cpu", "false") == (False, has_bf16, True)
+    assert defaults("--use_cpu") == defaults("--use-cpu", "True", "--seed", "1") == (False, False, False)
+    assert defaults(ACCELERATE_USE_CPU="True") == (False, False, False)  # `accelerate launch --cpu`
+    assert defaults("--fp16") == defaults(ACCELERATE_MIXED_PRECISION="fp16") == (True, False, True)
+    assert defaults("--bf16", ACCELERATE_MIXED_PRECISION="fp16") == (False, has_bf16, True)
+    assert defaults(ACCELERATE_MIXED_PRECISION="no") == (False, has_bf16, True)  # also where nothing is asked for
     assert gpu_defaults(["--use_cpu", "maybe"]) == []  # the parser of all arguments says what is wrong
     arguments = [str(recipe), "--output_dir", str(tmp_path)]  # the recipe says `use_cpu: true`
     args = parse_arguments(arguments)[2]
