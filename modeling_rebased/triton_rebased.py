@@ -66,8 +66,6 @@ from .triton_language_rebased import HAS_TRITON, INTERPRETED
 from .triton_launch_rebased import compiles_backward, compiling_only, count_variants, on_gpu_of
 
 
-_WIDE_BYTES = 112 * 1024  # shared memory of the dk/dv kernel for F <= 16 and D > 128, which some GPUs do not have
-_MOST_OF_DECAY = 64, 128  # features and dims per value in bfloat16 on a GPU
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -261,6 +259,14 @@ def _register():
 OPS: Any = _register() if HAS_TRITON else None
 
 
+def _most_shared_memory(dtype: torch.dtype, feature_dim: int, head_dim: int, decays: bool) -> int:
+    """Return how many bytes of shared memory a block of some kernel takes: docs/kernels.md, "Other GPUs"."""
+    wide = head_dim > 128  # what is too much for GPUs with 99 KiB is the kernel of dk and dv, or with a decay of o
+    if dtype != torch.bfloat16:
+        return (128 if wide else 80) * 1024
+    return (112 if (wide and feature_dim <= 16) or (decays and feature_dim > 64) else 90) * 1024
+
+
 def triton_unavailable_reason(
     device: torch.device, dtype: torch.dtype, feature_dim: int, head_dim: int, decays: bool = False
 ) -> str | None:
@@ -279,17 +285,13 @@ def triton_unavailable_reason(
             major, minor = torch.cuda.get_device_capability(device)
             if major < 8:
                 return f"it needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
-            if dtype == torch.bfloat16 and feature_dim <= 16 and 128 < head_dim <= MAX_HEAD_DIM:
+            needed = _most_shared_memory(dtype, feature_dim, head_dim, decays)
+            if needed > 90 * 1024:
                 shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-                if shared < _WIDE_BYTES:
-                    needs = f"{_WIDE_BYTES:,} bytes of shared memory"
-                    return f"head_dim {head_dim} in bfloat16 needs {needs}, and this GPU has {shared:,} for a block"
-        # docs/kernels.md, "A decay in bfloat16": gradients were wrong, and larger sizes are not measured again.
-        features, dims = _MOST_OF_DECAY
-        if dtype == torch.bfloat16 and decays and (feature_dim > features or head_dim > dims):
-            most = f"the kernels take {features} and {dims} or less, or float32"
-            sizes = f"feature_dim {feature_dim} and head_dim {head_dim}"
-            return f"{sizes} in bfloat16 may have inexact gradients with a decay; {most}"
+                if shared < needed:
+                    sizes = f"feature_dim {feature_dim} and head_dim {head_dim} in {str(dtype).removeprefix('torch.')}"
+                    sizes += " with a decay" if decays else ""
+                    return f"{sizes} need {needed:,} bytes of shared memory, and this GPU has {shared:,} for a block"
     elif device.type == "cpu":
         if not INTERPRETED:
             return "the tensors are on the CPU (Triton kernels run there only with TRITON_INTERPRET=1, for tests)"

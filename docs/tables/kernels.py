@@ -326,7 +326,7 @@ def errors_with_a_decay(versions: dict[str, str]) -> str:
     dtypes = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     cases: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in results("kernels/decay.csv"):
-        size = "D = 256" if row["D"] > 128 else "F = 128" if row["F"] > 64 else "F up to 64, D up to 128"
+        size = "D above 128" if row["D"] > 128 else "F above 64" if row["F"] > 64 else "F up to 64, D up to 128"
         cases[row["version"], row["dtype"], size].append(row)
     rows = []
     for (version, dtype, size), found in cases.items():

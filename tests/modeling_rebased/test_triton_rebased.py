@@ -1009,16 +1009,21 @@ def test_reasons_of_a_gpu(monkeypatch):
     monkeypatch.setattr(triton_rebased, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert "101,376" in reason(device, torch.bfloat16, 16, 129)
-    assert reason(device, torch.bfloat16, 16, 128) is reason(device, torch.float32, 16, 256) is None
-    properties.shared_memory_per_block_optin = 232448
-    assert reason(device, torch.bfloat16, 16, 256) is None
-    assert reason(device, torch.bfloat16, 1, 32) is None
-    for sizes in ((65, 128), (64, 129)):
-        message = "feature_dim {} and head_dim {} in bfloat16 may have inexact gradients with a decay".format(*sizes)
-        assert message in reason(device, torch.bfloat16, *sizes, True)
-        assert reason(device, torch.float32, *sizes, True) is reason(device, torch.bfloat16, *sizes) is None
-    assert reason(device, torch.bfloat16, 64, 128, True) is None
+    too_much = [
+        (torch.bfloat16, 16, 129, False),
+        (torch.bfloat16, 65, 64, True),
+        (torch.float32, 16, 129, False),
+        (torch.float16, 128, 256, True),
+    ]
+    for needs in too_much:
+        assert "need 114,688" in reason(device, *needs) or "need 131,072" in reason(device, *needs)
+        assert "101,376" in reason(device, *needs)
+    assert reason(device, *too_much[1]).startswith("feature_dim 65 and head_dim 64 in bfloat16 with a decay need")
+    fits = [(torch.bfloat16, 16, 128, True), (torch.bfloat16, 17, 256, True), (torch.bfloat16, 128, 256, False)]
+    for fitting in (*fits, (torch.float32, 128, 128, True), (torch.float16, 16, 128, False)):
+        assert reason(device, *fitting) is None
+    properties.shared_memory_per_block_optin = 166912  # of 8.0
+    assert not any(reason(device, *needs) for needs in (*too_much, *fits))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "7.5" in reason(device, torch.float32, 16, 64)
 
