@@ -51,16 +51,17 @@ class StepClock(TrainerCallback):
         """Start the clock, or stop it and write the row."""
         if state.global_step not in (self.skip, state.max_steps):
             return
-        if torch.cuda.is_available():
+        on_gpu = args.device.type == "cuda"
+        if on_gpu:
             torch.cuda.synchronize()
         now = time.perf_counter()
         if state.global_step == self.skip:
             self.start = now
-            if torch.cuda.is_available():
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             return
         seconds = (now - self.start) / (state.max_steps - self.skip)
-        gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         figures = torch.tensor([seconds, gib], device=args.device)
         if dist.is_initialized():
             dist.all_reduce(figures, dist.ReduceOp.MAX)
@@ -75,7 +76,7 @@ class StepClock(TrainerCallback):
         rate = args.world_size * tokens / seconds
         one = not dist.is_initialized()
         row = {
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "gpu": torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU",
             "launch": "one" if one else "fsdp2" if hasattr(model, "unshard") else "ddp",
             "gpus": args.world_size,
             "parameters": parameters,
