@@ -776,7 +776,7 @@ def backward_pass(
             prepared, grad_final, q, k, v, dv, *scaled, mask, cu_seqlens, grad_initial, ranges, decays, key_part
         )
         if query_part is not None and key_part is not None:
-            d_log_decay = decay_gradient(query_part, key_part, cu_seqlens, final, grad_final)
+            d_log_decay = decay_gradient(query_part, key_part, cu_seqlens, has_initial, final, grad_final)
     return dq, dk, dv, d_initial, d_log_decay
 
 

@@ -19,6 +19,9 @@ The state of later queries works the other way round: a query is added with the 
 third. The gradient needs no kernel of its own. w is of degree two in q_i and in k_j, so by Euler's theorem
 
     dL/dG_i = sum_j w_ij dL/dw_ij - sum_l w_li dL/dw_li = (q_i . dq_i - k_i . dk_i) / 2.
+
+Over a sequence without an initial state these sum up to 0. The gradient by `log_decay` is their sum from a token on,
+in which rounding errors would add up. So `decay_gradient` makes them sum up to 0.
 """
 
 from __future__ import annotations
@@ -85,23 +88,34 @@ def sum_decays(log_decay: Tensor | None, segment: int, cu_seqlens: Tensor | None
 
 
 def decay_gradient(
-    query_part: Tensor, key_part: Tensor, cu_seqlens: Tensor | None, final: Tensor | None, grad_final: Tensor | None
-) -> Tensor:
+    query_part: Tensor, key_part: Tensor, cu_seqlens: Tensor | None, has_initial: bool, final: Tensor | None,
+    grad_final: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Return the gradient by log_decay, fp32 [B, T, H_kv]: the sum of dL/dG over the tokens from each one on.
+
+    Without an initial state the first decay of a sequence multiplies nothing, and its gradient is 0. What rounding
+    adds to it is taken from all tokens of the sequence alike: docs/kernels-log.md, "Rounding in the gradient of a
+    decay".
 
     Args:
         query_part: q . dq / 2, fp32 [B, H_q, T]; key_part: k . dk / 2, fp32 [B, H_kv, T].
         cu_seqlens: the bounds of packed sequences, or None.
+        has_initial: whether there is an initial state.
         final, grad_final: the final state, all of which decays with the last G, and its gradient; or None.
     """
     by_sum = (query_part.unflatten(1, (key_part.shape[1], -1)).sum(2) - key_part).double()
-    total = by_sum.cumsum(-1)
+    total, length = by_sum.cumsum(-1), by_sum.shape[-1]
     if cu_seqlens is None:
-        gradient = total[..., -1:] - total + by_sum
+        sequence, first, last = None, slice(1), slice(-1, None)
+        left = torch.arange(length, 0, -1, device=by_sum.device) / length  # 1 for the first token, 1 / T for the last
     else:
-        _, sequence = _sequence_of_tokens(cu_seqlens, by_sum.shape[-1])
-        gradient = total[..., cu_seqlens.long()[1:][sequence] - 1] - total + by_sum
+        tokens, sequence = _sequence_of_tokens(cu_seqlens, length)
+        first, end = cu_seqlens.long()[sequence], cu_seqlens.long()[1:][sequence]
+        last, left = end - 1, (end - tokens) / (end - first)
+    gradient = total[..., last] - total + by_sum
     if final is not None and grad_final is not None:
         by_last = (final * grad_final).sum((2, 3))  # [B or N, H_kv]
-        gradient += by_last[..., None] if cu_seqlens is None else by_last[sequence].T
+        gradient += by_last[..., None] if sequence is None else by_last[sequence].T
+    if not has_initial:
+        gradient -= gradient[..., first] * left
     return gradient.transpose(1, 2).float().contiguous()

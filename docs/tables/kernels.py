@@ -354,6 +354,26 @@ TABLES |= {
 }
 
 
+@shown("decay-rounding")
+def rounding_of_a_decay() -> str:
+    """Return the errors of the imitated gradient by log_decay, before and after it is made to sum up to 0."""
+    cases: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for row in results("kernels/decay_rounding.csv"):
+        cases[row["F"], row["D"], row["segment"]].append(row)
+    rows = []
+    for (width, dim, segment), found in cases.items():
+        rows.append({"F": width, "D": dim, "segment": segment, "cases": len(found)})
+        for when, column in (("before", "as_it_is"), ("now", "made_to_sum_up_to_0")):
+            errors = [row[column] for row in found]
+            rows[-1] |= {f"median_{when}": statistics.median(errors), f"most_{when}": max(errors)}
+    return down(
+        rows,
+        "F: {F} | D: {D} | tokens per segment: {segment:,} | cases: {cases} | median before: {median_before:.1e} | "
+        "largest before: {most_before:.1e} | median now: {median_now:.1e} | largest now: {most_now:.1e}",
+        words=0,
+    )
+
+
 @shown("decay-times")
 def times_with_a_decay() -> str:
     """Return the times of attention with and without a decay."""

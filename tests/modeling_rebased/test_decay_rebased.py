@@ -9,6 +9,7 @@ from modeling_rebased import ReBasedConfig, ReBasedForCausalLM, rebased_attentio
 from modeling_rebased.attention_rebased import rebased_attention_decode
 from modeling_rebased.configuration_rebased import n_features
 from modeling_rebased.eager_rebased import feature_map, naive_rebased_attention
+from modeling_rebased.triton_decay_rebased import decay_gradient
 
 
 BACKENDS = ["eager", "triton"]
@@ -151,6 +152,25 @@ def test_packed_sequences_equal_single_ones(with_states, backend):
     reference.backward()
     for actual, other in zip((q, k, v, log_decay), exact):
         assert error(actual.grad, other.grad) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_errors_of_the_gradient_do_not_add_up(packed):
+    """Without an initial state, the first decay of a sequence has no gradient: an error of all tokens is known."""
+    lengths = [3, 0, 5]
+    bounds = torch.tensor([0, 3, 3, 8]) if packed else None
+    counts = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)) if packed else torch.tensor(8)
+    query_part, key_part = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
+    final, grad_final = torch.randn(2, 3 if packed else 1, 2, 36, 7)
+    for states in ((None, None), (final, grad_final)):
+        gradient = decay_gradient(query_part, key_part, bounds, False, *states)
+        assert gradient[0, [0, 3] if packed else 0].abs().max() < 1e-5
+        wrong = decay_gradient(query_part + 10 / counts, key_part, bounds, False, *states)
+        torch.testing.assert_close(wrong, gradient, atol=1e-5, rtol=1e-5)
+        # With one, nothing is known.
+        known, wrong = (decay_gradient(x, key_part, bounds, True, *states) for x in (query_part, query_part + 1))
+        left = torch.tensor([3, 2, 1, 5, 4, 3, 2, 1] if packed else range(8, 0, -1))
+        torch.testing.assert_close(wrong - known, 2.0 * left[None, :, None].expand(1, 8, 2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
