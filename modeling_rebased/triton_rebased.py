@@ -259,12 +259,14 @@ def _register():
 OPS: Any = _register() if HAS_TRITON else None
 
 
-def _most_shared_memory(dtype: torch.dtype, feature_dim: int, head_dim: int, decays: bool) -> int:
-    """Return how many bytes of shared memory a block of some kernel takes: docs/kernels.md, "Other GPUs"."""
-    wide = head_dim > 128  # what is too much for GPUs with 99 KiB is the kernel of dk and dv, or with a decay of o
+def _much_shared_memory(dtype: torch.dtype, feature_dim: int, head_dim: int, decays: bool) -> int:
+    """Return the bytes of shared memory for a block of the largest kernel, 0 if all GPUs have them.
+
+    docs/kernels.md, "Other GPUs", has the sizes that need more than the 99 KiB of some.
+    """
     if dtype != torch.bfloat16:
-        return (128 if wide else 80) * 1024
-    return (112 if (wide and feature_dim <= 16) or (decays and feature_dim > 64) else 90) * 1024
+        return 128 * 1024 if head_dim > 128 else 0
+    return 112 * 1024 if (head_dim > 128 and feature_dim <= 16) or (decays and feature_dim > 64) else 0
 
 
 def triton_unavailable_reason(
@@ -285,13 +287,6 @@ def triton_unavailable_reason(
             major, minor = torch.cuda.get_device_capability(device)
             if major < 8:
                 return f"it needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
-            needed = _most_shared_memory(dtype, feature_dim, head_dim, decays)
-            if needed > 90 * 1024:
-                shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-                if shared < needed:
-                    sizes = f"feature_dim {feature_dim} and head_dim {head_dim} in {str(dtype).removeprefix('torch.')}"
-                    sizes += " with a decay" if decays else ""
-                    return f"{sizes} need {needed:,} bytes of shared memory, and this GPU has {shared:,} for a block"
     elif device.type == "cpu":
         if not INTERPRETED:
             return "the tensors are on the CPU (Triton kernels run there only with TRITON_INTERPRET=1, for tests)"
@@ -303,6 +298,13 @@ def triton_unavailable_reason(
         return f"feature_dim is {feature_dim}, and the kernels take 1 to {MAX_FEATURE_DIM}"
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"head_dim is {head_dim}, and the kernels take 1 to {MAX_HEAD_DIM}"
+    needed = _much_shared_memory(dtype, feature_dim, head_dim, decays)
+    if needed and device.type == "cuda" and torch.version.hip is None:
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if shared < needed:
+            sizes = f"feature_dim {feature_dim} and head_dim {head_dim} in {str(dtype).removeprefix('torch.')}"
+            sizes += " with a decay" if decays else ""
+            return f"{sizes} need {needed:,} bytes of shared memory, and this GPU has {shared:,} for a block"
     return None
 
 

@@ -1022,6 +1022,8 @@ def test_reasons_of_a_gpu(monkeypatch):
     fits = [(torch.bfloat16, 16, 128, True), (torch.bfloat16, 17, 256, True), (torch.bfloat16, 128, 256, False)]
     for fitting in (*fits, (torch.float32, 128, 128, True), (torch.float16, 16, 128, False)):
         assert reason(device, *fitting) is None
+    assert "head_dim is 300" in reason(device, torch.float32, 16, 300)  # which no GPU can have
+    assert "dtype torch.float64" in reason(device, torch.float64, 16, 256)
     properties.shared_memory_per_block_optin = 166912  # of 8.0
     assert not any(reason(device, *needs) for needs in (*too_much, *fits))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
