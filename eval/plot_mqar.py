@@ -441,11 +441,13 @@ def plot_curves(runs: list[dict[str, Any]], path: str | Path) -> None:
     """Draw accuracy over epochs: models by colour, seeds by line, and a panel per size, pairs, rate and recipe.
 
     All panels have the same axes. Sizes at which every run reached the goal are left out, and runs that were cut off
-    before it.
+    before it. A run without accuracies by epoch has no curve. Nothing is drawn if no run has one.
     """
     from matplotlib.lines import Line2D
 
-    runs = [run for run in runs if not is_unfinished(run)]
+    runs = [run for run in runs if run["history"] and not is_unfinished(run)]
+    if not runs:
+        return
     hard = {(run["length"], run["hidden"]) for run in runs if run["accuracy"] < PAPER_GOAL}
     runs = [run for run in runs if (run["length"], run["hidden"]) in hard] or runs
 

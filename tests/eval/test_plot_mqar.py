@@ -196,6 +196,8 @@ def test_the_curves_tell_models_seeds_and_rates_apart(tmp_path, figures):
     assert {line.get_color() for line in slow} == {color_of("rebased")} and fast[0].get_color() == color_of("based")
     names = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert names == ["ReBased", "Based", "x²", "seed 0", "seed 1"]
+    plot_mqar.plot_curves([{**one, "history": []} for one in runs], tmp_path / "none.png")  # known from a log alone
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_figure_1_has_the_papers_panels_and_a_point_for_each_seed(tmp_path, figures):
