@@ -46,6 +46,7 @@ from modeling_rebased.training.arguments import HelpFormatter, with_dashes
 from modeling_rebased.training.values import count, natural, new_folder
 
 from .plots import plot_context_parallel
+from .profiling import kernel_times
 from .timing import write_csv
 
 
@@ -155,17 +156,8 @@ def count_bytes(name: str, device: str, group: dist.ProcessGroup) -> dict[str, i
     }
 
 
-# Parts of the names of kernels, by the column of profile.csv that has their time.
-KINDS = {"all_gather_ms": "AllGather", "all_reduce_ms": "AllReduce", "copy_ms": "Mem"}
-
-
 def profile_row(step: Callable[[], None]) -> dict[str, Any]:
-    """Return what a step consists of on this GPU, in milliseconds, by torch.profiler.
-
-    `busy_ms` is the time in which at least one kernel runs, `compute_ms` that in which one other than a collective
-    does. A collective also waits for the slower GPUs. `gap_ms` is the largest time without a kernel, and `gap_before`
-    the kernel that ends it.
-    """
+    """Return what a step consists of on this GPU, in milliseconds, by torch.profiler (`eval.profiling`)."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -174,31 +166,7 @@ def profile_row(step: Callable[[], None]) -> dict[str, Any]:
         host = 1e3 * (time.perf_counter() - start)
         torch.cuda.synchronize()
         wall = 1e3 * (time.perf_counter() - start)
-    kernels = sorted(
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-    )
-    row: dict[str, Any] = {"wall_ms": wall, "host_ms": host, "kernels": len(kernels)}
-    collective = [kernel for kernel in kernels if "nccl" in kernel[2].lower()]
-    for key, chosen in (("busy_ms", kernels), ("compute_ms", [each for each in kernels if each not in collective])):
-        end, total, gap, before = kernels[0][0], 0.0, 0.0, ""
-        for first, last, name in chosen:
-            if first - end > gap:
-                gap, before = first - end, name
-            total += max(0.0, last - max(first, end))
-            end = max(end, last)
-        row |= {key: total / 1e3}
-        if key == "busy_ms":
-            row |= {"gap_ms": gap / 1e3, "gap_before": before[:60]}
-    for key, part in KINDS.items():
-        row[key] = sum(last - first for first, last, name in kernels if part in name) / 1e3
-    longest: dict[str, float] = {}
-    for first, last, name in kernels:
-        longest[name] = longest.get(name, 0.0) + (last - first) / 1e3
-    best = sorted(longest.items(), key=lambda item: -item[1])[:12]
-    row["longest"] = "; ".join(f"{name[:50]} {ms:.2f}" for name, ms in best)
-    return row
+    return {"wall_ms": wall, "host_ms": host} | kernel_times(profiler)
 
 
 def time_step(
