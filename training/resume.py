@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,16 @@ def latest_complete_checkpoint(output_dir: str | os.PathLike, processes: int = 1
 
     Trainer writes into the folder's final name, trainer_state.json after the weights, the optimizer and the schedule.
     A process killed meanwhile leaves a folder without that file or with a torn one: it is passed over, with a warning.
-    So is a folder with the random states of fewer than `processes` processes. A run of one process writes only one, in
-    a file of another name, which is there before trainer_state.json.
+    So is a folder with whole random states of fewer than `processes` processes, of which all but the first may write
+    later. Their files are archives, which end with an index. A run of one process writes one file of another name,
+    before trainer_state.json.
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             alone = (folder / "rng_state.pth").exists()
-            if not alone and len(list(folder.glob("rng_state_*.pth"))) < processes:
+            if not alone and sum(map(zipfile.is_zipfile, folder.glob("rng_state_*.pth"))) < processes:
                 raise ValueError("the states of some processes' random number generators are missing")
             if state["global_step"] == int(folder.name.split("-")[1]):
                 return str(folder)

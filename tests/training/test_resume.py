@@ -28,7 +28,7 @@ def make_checkpoint(folder, step=3, text=None, states=("rng_state.pth",)):
     text = json.dumps({"global_step": step}) if text is None else text
     (folder / "trainer_state.json").write_text(text)
     for name in states:
-        (folder / name).touch()
+        torch.save({"cpu": torch.get_rng_state()}, folder / name)
     return str(folder)
 
 
@@ -52,6 +52,11 @@ def test_random_states_of_all_processes(tmp_path, caplog):
     assert caplog.records[-1].message == (
         f"{two} is incomplete and is ignored: the states of some processes' random number generators are missing"
     )
+    torn = tmp_path / "checkpoint-3" / "rng_state_1.pth"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:-100])
+    assert latest_complete_checkpoint(tmp_path, 2) is None
+    torn.write_bytes(whole)
     one = make_checkpoint(tmp_path / "one" / "checkpoint-3", states=("rng_state_0.pth",))
     assert latest_complete_checkpoint(tmp_path / "one") == one
     alone = make_checkpoint(tmp_path / "checkpoint-4", 4)

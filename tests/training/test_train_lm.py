@@ -151,7 +151,7 @@ def test_latest_complete_checkpoint(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        (folder / "rng_state.pth").touch()
+        torch.save({}, folder / "rng_state.pth")
     assert latest_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-200")
     (tmp_path / "checkpoint-200" / "trainer_state.json").write_text("")
     assert latest_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
@@ -161,7 +161,7 @@ def test_latest_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoint-10" / "rng_state.pth").rename(tmp_path / "checkpoint-10" / "rng_state_0.pth")
     (tmp_path / "checkpoint-9" / "rng_state.pth").unlink()
     assert latest_complete_checkpoint(str(tmp_path), processes=2) is None
-    (tmp_path / "checkpoint-10" / "rng_state_1.pth").touch()
+    torch.save({}, tmp_path / "checkpoint-10" / "rng_state_1.pth")
     assert latest_complete_checkpoint(str(tmp_path), processes=2) == str(tmp_path / "checkpoint-10")
 
 
