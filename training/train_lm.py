@@ -54,7 +54,7 @@ from .folders import gathered_model, save_model, written
 from .hub import HubError, open_repository, upload_finished
 from .resume import RunError, RunRecord, latest_complete_checkpoint, train_from, weights_identity
 from .shards import tokenizer_identity
-from .tensor_parallel import split_model, tensor_parallel_size
+from .tensor_parallel import TensorParallelTrainer, split_model, tensor_parallel_size
 from .text import TokenBlocks
 from .values import one_line
 
@@ -327,7 +327,7 @@ def narrow_activations(model: PreTrainedModel) -> None:
             module.register_forward_hook(narrow)
 
 
-class LMTrainer(ContextParallelTrainer):
+class LMTrainer(TensorParallelTrainer, ContextParallelTrainer):
     """Train as the library does, and report bits per byte, which compare models whatever their tokenizers.
 
     With `label_smoothing_factor` only the training loss is smoothed, so that the evaluation stays one in bits.
@@ -387,9 +387,7 @@ def _main(argv: list[str]) -> None:
         f"{model.num_parameters() / 1e6:.2f}M parameters, {len(inputs.train_data.tokens):,} training tokens in blocks "
         f"of {length}, {args.world_size} process(es) on {args.device.type}"
     )
-    newest = None
-    if trainer.get_tp_size() == 1:  # with tensor parallelism a run writes no checkpoints, and continues from none
-        newest = latest_complete_checkpoint(args.output_dir, inputs.record.fewest_processes)
+    newest = latest_complete_checkpoint(args.output_dir, inputs.record.fewest_processes)
     try:
         train_from(trainer, args.resume_from_checkpoint or newest)
     except RunError as error:
