@@ -60,6 +60,7 @@ from modeling_rebased.training.resume import (
     weights_identity,
 )
 from modeling_rebased.training.shards import tokenizer_identity
+from modeling_rebased.training.tensor_parallel import split_model, tensor_parallel_size
 from modeling_rebased.training.text import TokenBlocks
 from modeling_rebased.training.train_lm import check_kernels
 from modeling_rebased.training.values import one_line
@@ -193,6 +194,8 @@ def check_arguments(distill: DistillArguments, arguments: TrainingArguments) -> 
                 raise ConversionError(f"--{name} is for stages logits and long; stage transfer reads no logits.")
     if arguments.label_smoothing_factor:
         raise ConversionError("--label_smoothing_factor has no place: the loss is the distance to the teacher.")
+    if distill.lora_rank and tensor_parallel_size() > 1:
+        raise ConversionError("--lora_rank cannot be used with tp_size above 1: the weights to merge with are split.")
     if distill.stage == "transfer" and distill.lora_rank:
         raise ConversionError("--lora_rank is for stage logits; stage transfer trains few weights as it is.")
     if distill.stage == "transfer" and arguments.gradient_checkpointing:
@@ -288,12 +291,12 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
         record.write()
 
     _fit_arguments(distill, arguments)
-    trained = _part_to_train(distill, student)
     rows: list[dict[str, Any]] = [{"file": Path(name).stem, "length": length} for name, length in held_out]
     before = student.to(arguments.device)
     for row, blocks in zip(rows, held_out.values()):
         row["before"] = perplexity(before, blocks)
     try:
+        trained = _part_to_train(distill, student, arguments)
         trainer = DistillTrainer(
             model=trained,
             args=arguments,
@@ -302,7 +305,7 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
             teacher=teacher,
             distill=distill,
         )
-    except ValueError as error:  # of the library's checks
+    except ValueError as error:  # of the library's checks, or the student cannot be split
         raise ConversionError(sentence(error)) from error
     _check_parallelism(distill, trainer)
     newest = latest_complete_checkpoint(arguments.output_dir, record.fewest_processes)
@@ -333,7 +336,8 @@ def run(distill: DistillArguments, arguments: TrainingArguments, command: str = 
 def _figures(distill: DistillArguments, trainer: DistillTrainer, seconds: float) -> dict[str, Any]:
     """Return what perplexity.json says of the training."""
     args, steps = trainer.args, trainer.state.global_step
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batches = args.world_size // trainer.get_tp_size()  # processes that do not share one
+    batch = args.train_batch_size * args.gradient_accumulation_steps * batches
     tokens = steps * batch * distill.context_length
     return {"stage": distill.stage, "steps": steps, "tokens": tokens, "seconds": round(seconds, 1)}
 
@@ -358,20 +362,29 @@ def _fit_arguments(distill: DistillArguments, arguments: TrainingArguments) -> N
         arguments.dataloader_drop_last = True  # a last, smaller batch would be compiled for by itself
 
 
-def _part_to_train(distill: DistillArguments, student: ReBasedForCausalLM) -> Any:
-    """Return what the stage trains: the attention of a student's linear layers, adapters to it, or all of it."""
+def _part_to_train(distill: DistillArguments, student: ReBasedForCausalLM, arguments: TrainingArguments) -> Any:
+    """Return what the stage trains: the attention of a student's linear layers, adapters to it, or all of it.
+
+    With tensor parallelism that is a copy, which is split over the processes.
+
+    Raises:
+        ValueError: it cannot be split.
+    """
+    part = without_mlps(student) if distill.stage == "transfer" else student
+    if tensor_parallel_size() > 1:
+        student.to("cpu")
+        part = split_model(part, arguments)
     if distill.stage == "transfer":
-        attention = without_mlps(student)
-        freeze_all_but_transferred(attention)
-        return attention
+        freeze_all_but_transferred(part)
+        return part
     if distill.lora_rank:
         from peft import LoraConfig, get_peft_model
 
         adapters = LoraConfig(
             r=distill.lora_rank, lora_alpha=2 * distill.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        return get_peft_model(student, adapters)
-    return student
+        return get_peft_model(part, adapters)
+    return part
 
 
 def _check_parallelism(distill: DistillArguments, trainer: DistillTrainer) -> None:
@@ -382,8 +395,6 @@ def _check_parallelism(distill: DistillArguments, trainer: DistillTrainer) -> No
     """
     if trainer.get_cp_size() > 1:
         raise ConversionError("cp_size is above 1, but a teacher's sequences cannot be split over processes.")
-    if trainer.get_tp_size() > 1:
-        raise ConversionError("tp_size is above 1, but no student is trained with tensor parallelism. Use FSDP2.")
     if distill.lora_rank and trainer.is_fsdp_enabled:
         raise ConversionError("--lora_rank cannot be used with FSDP, which would have to merge sharded weights.")
 
@@ -401,9 +412,9 @@ def _finished_student(
         student = whole
     else:
         if distill.stage != "transfer":  # the model that was trained may be sharded
-            student = ReBasedForCausalLM(whole.config).to(trainer.args.device)
+            student = ReBasedForCausalLM(whole.config)
             student.generation_config = whole.generation_config
-        student.load_state_dict(whole.state_dict(), strict=distill.stage != "transfer")
+        student.to(trainer.args.device).load_state_dict(whole.state_dict(), strict=distill.stage != "transfer")
     student.requires_grad_(True)
     student.config.kernel_backend = load_config(Path(distill.student)).kernel_backend
     return student

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.configuration_rebased import LINEAR_LAYER_TYPES
+from modeling_rebased.training.tensor_parallel import TensorParallelTrainer
 
 from .clock import Clock, StopByClock
 from .distill_arguments import DistillArguments
@@ -67,7 +69,7 @@ class AttentionTap:
         return hook
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(TensorParallelTrainer):
     """Train a student with the Trainer of transformers and a teacher.
 
     Args:
@@ -98,7 +100,8 @@ class DistillTrainer(Trainer):
         if distill.compile:
             torch._dynamo.config.optimize_ddp = False  # as `compile_layers` of train_lm
             # Layer by layer: layers of a kind share their code, which is then compiled once.
-            for layer in student.model.layers:
+            # What splits a layer are hooks, which stand in the way of torch.compile.
+            for layer in student.model.layers if self.get_tp_size() == 1 else []:
                 if distill.stage == "transfer":
                     layer.self_attn.forward = torch.compile(layer.self_attn.forward, dynamic=False)
                 else:
@@ -146,7 +149,8 @@ class DistillTrainer(Trainer):
             if self.expected is None:
                 return plain(hidden_states)
             states, weight, labels = self.expected
-            return logits_loss(hidden_states, head.weight, states, weight, labels, *settings)
+            own = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight  # split by tokens
+            return logits_loss(hidden_states, own, states, weight, labels, *settings)
 
         head.forward = forward
 

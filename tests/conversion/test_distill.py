@@ -362,6 +362,11 @@ def test_wrong_arguments(folder, tmp_path, capsys, monkeypatch):
     ):
         assert main([*command(folder, "transfer", tmp_path / "out"), *more]) == 1
         assert message in capsys.readouterr().err
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        launched.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+        assert main(command(folder, "logits", tmp_path / "out", "--lora_rank", "2")) == 1
+        assert "--lora_rank cannot be used with tp_size above 1" in capsys.readouterr().err
     other = ReBasedForCausalLM(ReBasedConfig(vocab_size=11, hidden_size=32, num_hidden_layers=2))
     with pytest.raises(ConversionError, match="vocab_size must be the same"):
         check_pair(LlamaForCausalLM.from_pretrained(folder / "teacher"), other)
@@ -509,3 +514,32 @@ def test_stages_under_fsdp2(folder, tmp_path, stage):
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+
+
+@pytest.mark.parametrize("stage, layers", [("transfer", "pure"), ("logits", "linear_attention,hybrid_sliding")])
+def test_stages_under_tensor_parallelism(folder, tmp_path, stage, layers):
+    """Two processes that share every layer train the same student as one, which goes on from their checkpoint.
+
+    The heads of a pure student share the gains of their norms, and each process has one head.
+    """
+    window = None if layers == "pure" else 4
+    linearize(folder / "teacher", tmp_path / "start", layers=layers, feature_dim=4, window=window)
+    saving = ("--student", str(tmp_path / "start"), "--save_strategy", "steps", "--save_steps", "1")
+    saving += ("--lr_scheduler_type", "constant", "--per_device_train_batch_size", "4")
+    saving += ("--gradient_accumulation_steps", "2")
+    for name in ("one", "two", "on"):
+        given = command(folder, stage, tmp_path / name, *saving, steps=2)
+        if name == "two":
+            run_with_processes(2, LAUNCH_ON_CPU, "tp", "modeling_rebased.conversion.distill", *given)
+            shutil.copytree(tmp_path / "two" / "checkpoint-1", tmp_path / "on" / "checkpoint-1")
+        else:
+            assert main(given) == 0
+    one, *others = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two", "on"))
+    for other in others:
+        assert one.keys() == other.keys()
+        assert max((one[name] - other[name]).abs().max() for name in one) < 1e-5
+    said = [json.loads((tmp_path / name / "perplexity.json").read_text()) for name in ("one", "two")]
+    rows = [each["perplexity"][0] for each in said]
+    assert said[0]["tokens"] == said[1]["tokens"]
+    for name in ("before", "teacher", "student"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-4)
