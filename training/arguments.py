@@ -17,11 +17,13 @@ import torch
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments, get_scheduler
 from transformers.hf_argparser import string_to_bool
-from transformers.utils import is_accelerate_available
+from transformers.utils import is_accelerate_available, logging
 from transformers.utils.generic import strtobool
 
 from .hub import wrong_hub_argument
 
+
+logger = logging.get_logger(__name__)
 
 # Of the Trainer's options, those that nearly every run sets.
 COMMON = (
@@ -115,6 +117,12 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
     has_held_out = any(getattr(each, "eval_file", None) for each in parsed)
     if wrong := _wrong_value(parsed[-1]) or _wrong_evaluation(parsed[-1], has_held_out) or _wrong_tool(parsed[-1]):
         parser.error(wrong)
+    if (gpus := parsed[-1].n_gpu) > 1:  # of one process, in which the Trainer would use the slow nn.DataParallel
+        parsed[-1]._n_gpu = 1
+        logger.warning(
+            f"One process trains on one GPU, and there are {gpus}. `accelerate launch --multi_gpu "
+            f"--num_processes {gpus}` uses all of them, each with a batch of its own."
+        )
     return tuple(parsed)
 
 
@@ -122,6 +130,9 @@ def _wrong_value(args: TrainingArguments) -> str | None:
     """Return what is wrong with values that the Trainer takes until it begins to train, or for good."""
     if args.use_liger_kernel:  # the library would pass over a model that Liger does not know without a word
         return "--use_liger_kernel has no kernels for ReBased, whose loss on a GPU is fused without it"
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched > args.world_size == 1:  # accelerate does not join processes without a GPU unasked
+        return f"{launched} processes would each train alone into one folder; processes on a CPU need --use_cpu"
     if wrong := wrong_hub_argument(args):
         return wrong
     for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
 from modeling_rebased import ReBasedConfig, ReBasedForCausalLM
 from modeling_rebased.conversion import distill
 from modeling_rebased.training import train_lm
-from modeling_rebased.training.arguments import command_line, gpu_defaults
+from modeling_rebased.training.arguments import _wrong_value, command_line, gpu_defaults
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.resume import RunRecord, latest_complete_checkpoint
 from modeling_rebased.training.text import TokenBlocks, read_documents
@@ -106,7 +106,7 @@ def test_the_finished_folder_is_what_a_user_loads(finished):
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(final / "model.safetensors").values())
     # A process that does not know the package, in a folder where it cannot be imported.
     code = f"""
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 model = AutoModelForCausalLM.from_pretrained({str(final)!r}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({str(final)!r}, trust_remote_code=True)
 output = model.generate(**tokenizer("The quick", return_tensors="pt"), max_new_tokens=5, do_sample=False)
@@ -350,6 +350,23 @@ def test_defaults_of_a_gpu(recipe, tmp_path, monkeypatch, has_bf16):
     assert parse_arguments([*arguments, "--bf16", "True"])[2].bf16 is True
     distilled = ["--stage", "logits", "--teacher", "t", "--student", "s", "--train_file", "f", "--use_cpu"]
     assert distill.parse_arguments([*distilled, "--output_dir", str(tmp_path)])[1].bf16 is False
+
+
+def test_one_process_uses_one_gpu(recipe, tmp_path, monkeypatch, caplog):
+    """The Trainer would use all of a machine by nn.DataParallel, which cannot run compiled layers."""
+    gpus = property(lambda args: vars(args).get("_n_gpu") or 4)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", gpus)
+    args = parse_arguments([str(recipe), "--output_dir", str(tmp_path)])[2]
+    assert (args.n_gpu, args.train_batch_size) == (1, args.per_device_train_batch_size)
+    assert "accelerate launch --multi_gpu --num_processes 4" in caplog.text
+
+
+def test_processes_on_a_cpu_that_would_each_train_alone(recipe, tmp_path, monkeypatch):
+    args = parse_arguments([str(recipe), "--output_dir", str(tmp_path)])[2]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _wrong_value(args) is None  # a variable of another program
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "2 processes would each train alone into one folder" in _wrong_value(args)
 
 
 def test_blocks_hold_the_text_in_order(tmp_path, finished):
