@@ -29,6 +29,7 @@ from modeling_rebased.eval.plot_mqar import (
 )
 from modeling_rebased.eval.plot_style import label_of
 from modeling_rebased.training.mqar_runs import Run
+from modeling_rebased.training.peers import PEERS
 
 from .form import RESULTS, TABLES, across, down, shown, table
 
@@ -216,6 +217,24 @@ def mqar_variants() -> str:
         rows.append([*row, f"{lr:g}", len(seeds), f"{statistics.fmean(seeds):.3f}", spread])
     head = ["length", "hidden", "model", "heads", "parameters", "numbers in the state", "rate", "seeds", "mean"]
     return table([*head, "lowest to highest seed"], rows, 3)
+
+
+@shown("mqar-peers")
+def mqar_peers() -> str:
+    """Return the peers beside the figure's models, at the sizes and the rates at which a peer was trained."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for run in whole_runs():
+        if run["model"] in FIGURE_MODELS:
+            groups[run["length"], run["hidden"], run["lr"], run["model"]].append(run)
+    models = [model for model in FIGURE_MODELS if any(model == key[3] for key in groups)]
+    rows = []
+    for place in sorted({key[:3] for key in groups if key[3] in PEERS}):
+        values = []
+        for model in models:
+            seeds = seed_accuracies(groups.get((*place, model), []))
+            values.append(f"{statistics.fmean(seeds.values()):.3f} ({len(seeds)})" if seeds else "")
+        rows.append([f"{place[0]:,}", place[1], f"{place[2]:g}", *values])
+    return table(["length", "hidden", "rate", *map(label_of, models)], rows)
 
 
 @shown("mqar-speed")

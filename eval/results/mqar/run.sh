@@ -5,7 +5,7 @@
 # A worker takes the next line of the list that fits into the time that is left, by the estimate of its first column. A
 # run that is cut off stays in OUTPUT_DIR/work, and the same command goes on from there. Runs that
 # OUTPUT_DIR/results.jsonl holds are not trained again, so that with
-#     cat eval/results/mqar/{figure-1,triton-*}.jsonl > OUTPUT_DIR/results.jsonl
+#     cat eval/results/mqar/{figure-1,printed,peers,triton-*}.jsonl > OUTPUT_DIR/results.jsonl
 # before it, this script trains what is missing here.
 #
 # WORKERS=3 gives each GPU three workers. It pays for short runs, which spend most of their time with compiling.
