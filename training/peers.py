@@ -66,7 +66,8 @@ def scan(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Compute a Mamba-2 layer of flash-linear-attention with the kernels of that library alone.
 
     The layer itself needs the package mamba_ssm, or else a form that is quadratic in memory. Its recurrence is linear
-    attention with a decay per head and token (Dao and Gu, 2024, arXiv 2405.21060, section 5).
+    attention with a decay per head and token (Dao and Gu, 2024, arXiv 2405.21060, section 5). Where the library
+    refuses the gradient of its chunked kernel, this takes the kernel that goes through the tokens one by one.
 
     Args:
         layer: a `Mamba2` with one group.
@@ -76,7 +77,7 @@ def scan(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         [B, T, hidden].
     """
     from fla.modules.convolution import causal_conv1d
-    from fla.ops.simple_gla import chunk_simple_gla
+    from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
     inner, state, heads = layer.intermediate_size, layer.ssm_state_size, layer.num_heads
     gate, mixed, step = layer.in_proj(hidden_states).split([inner, layer.conv_dim, heads], dim=-1)
@@ -89,7 +90,8 @@ def scan(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     decay = -layer.A_log.float().exp() * step
     key, query = (one[:, :, None].expand(-1, -1, heads, -1).contiguous() for one in (b, c))
     value = (x * step[..., None]).to(query.dtype).contiguous()
-    y, _ = chunk_simple_gla(q=query, k=key, v=value, g=decay, scale=1.0)
+    attention = fused_recurrent_simple_gla if _refuses_chunked_gradient() else chunk_simple_gla
+    y, _ = attention(q=query, k=key, v=value, g=decay, scale=1.0)
     y = y + x * layer.D[:, None]
     return layer.out_proj(layer.norm(y.flatten(-2).to(gate.dtype), gate))
 
@@ -128,6 +130,36 @@ def check_peers(
         _layers(peers[0])
     except ImportError as error:
         parser.error(f"--models: {error}")
+    if reason := why_untrainable(peers):
+        parser.error(f"--models: {reason}")
+
+
+def why_untrainable(peers: Sequence[str]) -> str | None:
+    """Return why one of these peers cannot be trained on this machine, and `None` where all can."""
+    if "gated_deltanet" not in peers or not _refuses_chunked_gradient():
+        return None
+    import triton
+    from fla.ops.common.backends.tilelang import CommonTileLangBackend
+
+    if CommonTileLangBackend.can_use():
+        return None
+    return (
+        f"gated_deltanet cannot be trained on a Hopper GPU with Triton {triton.__version__}, which computes wrong "
+        "gradients for it: install Triton 3.7.1 or newer, or tilelang beside CUDA's nvcc (pip install tilelang)"
+    )
+
+
+def _refuses_chunked_gradient() -> bool:
+    """Tell whether flash-linear-attention raises an error in the backward pass of its chunked kernels with a decay.
+
+    Triton 3.4 to 3.7.0 computes wrong gradients there on Hopper GPUs. With tilelang the library has other kernels,
+    which serve Gated DeltaNet. They do not serve `chunk_simple_gla`, whose states are in float32.
+    """
+    try:
+        from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+    except ImportError:  # a release that does not know this fault
+        return False
+    return IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
 
 
 def _layers(name: str) -> Any:

@@ -109,6 +109,89 @@ def test_peers_need_their_package(command, tmp_path, capsys):
     assert "the model 'rwkv7' needs flash-linear-attention: pip install" in capsys.readouterr().err
 
 
+def stand_in(monkeypatch, name, **contents):
+    """Put a module with these contents where `import` finds it."""
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def machine(monkeypatch, hopper, above_3_4, above_3_7_1):
+    """Let flash-linear-attention say that it runs on such a machine."""
+    found = {"IS_NVIDIA_HOPPER": hopper, "TRITON_ABOVE_3_4_0": above_3_4, "TRITON_ABOVE_3_7_1": above_3_7_1}
+    stand_in(monkeypatch, "fla.utils", **found)
+
+
+# Hopper, Triton 3.4 or newer, Triton 3.7.1 or newer; the first is the only one whose chunked gradient is refused
+MACHINES = [(True, True, False), (True, False, False), (True, True, True), (False, True, False)]
+
+
+@pytest.mark.parametrize("hopper, above_3_4, above_3_7_1", MACHINES)
+def test_mamba2_takes_the_kernel_whose_gradient_is_right(hopper, above_3_4, above_3_7_1, fla, monkeypatch):
+    """The scan of a layer with stand-ins for the kernels, against its recurrence written down."""
+    taken = []
+
+    def kernel(name):
+        def attention(q, k, v, g, scale):
+            taken.append(name)
+            state, out = 0, []
+            for t in range(q.shape[1]):
+                state = g[:, t, :, None, None].exp() * state + k[:, t, :, :, None] * v[:, t, :, None]
+                out.append((q[:, t, :, None] @ state)[:, :, 0] * scale)
+            return torch.stack(out, 1), None
+
+        return attention
+
+    machine(monkeypatch, hopper, above_3_4, above_3_7_1)
+    names = ("chunk_simple_gla", "fused_recurrent_simple_gla")
+    stand_in(monkeypatch, "fla.ops.simple_gla", **{name: kernel(name) for name in names})
+    stand_in(monkeypatch, "fla.modules.convolution", causal_conv1d=lambda x, **_: (x, None))
+    torch.manual_seed(0)
+    layer = types.SimpleNamespace(intermediate_size=8, ssm_state_size=4, num_heads=2, head_dim=4, conv_dim=16)
+    layer.in_proj, layer.out_proj = nn.Linear(8, 26, bias=False), nn.Identity()
+    layer.conv1d = nn.Conv1d(16, 16, 4, groups=16)
+    layer.dt_bias, layer.A_log, layer.D = torch.randn(2), torch.randn(2), torch.randn(2)
+    layer.norm = lambda y, gate: y * gate
+    inputs = torch.randn(1, 3, 8)
+    found = peers.scan(layer, inputs)
+    assert taken == [names[(hopper, above_3_4, above_3_7_1) == (True, True, False)]]
+
+    gate, x, b, c, step = layer.in_proj(inputs).split([8, 8, 4, 4, 2], dim=-1)
+    step, x = nn.functional.softplus(step + layer.dt_bias), x.unflatten(-1, (2, 4))
+    state, rows = torch.zeros(2, 4, 4), []  # heads, state, head
+    for t in range(3):
+        state = torch.exp(-layer.A_log.exp() * step[0, t])[:, None, None] * state
+        state = state + step[0, t, :, None, None] * b[0, t, :, None] * x[0, t, :, None]
+        rows.append((c[0, t] @ state + layer.D[:, None] * x[0, t]).flatten() * gate[0, t])
+    torch.testing.assert_close(found, torch.stack(rows)[None])
+
+
+@pytest.mark.parametrize("hopper, above_3_4, above_3_7_1", MACHINES)
+@pytest.mark.parametrize("command", [train_mqar, train_mad, train_icll])
+def test_gated_deltanet_is_refused_where_its_gradient_is_wrong(
+    command, hopper, above_3_4, above_3_7_1, fla, monkeypatch, tmp_path, capsys
+):
+    machine(monkeypatch, hopper, above_3_4, above_3_7_1)
+    stand_in(monkeypatch, "triton", __version__="3.6.0")
+    tilelang = "fla.ops.common.backends.tilelang"
+    argv = ["--device", "cpu", "--output", str(tmp_path / "r"), "--models"]
+    stand_in(monkeypatch, tilelang, CommonTileLangBackend=types.SimpleNamespace(can_use=lambda: False))
+    command.parse([*argv, "rebased,mamba2,rwkv7"])
+    if (hopper, above_3_4, above_3_7_1) == (True, True, False):
+        with pytest.raises(SystemExit):
+            command.parse([*argv, "rebased,mamba2,gated_deltanet"])
+        error = " ".join(capsys.readouterr().err.split())
+        assert "--models: gated_deltanet cannot be trained on a Hopper GPU with Triton 3.6.0" in error
+        assert "install Triton 3.7.1 or newer, or tilelang beside CUDA's nvcc (pip install tilelang)" in error
+        stand_in(monkeypatch, tilelang, CommonTileLangBackend=types.SimpleNamespace(can_use=lambda: True))
+    command.parse([*argv, "rebased,mamba2,gated_deltanet"])
+
+
+def test_another_release_of_flash_linear_attention_is_taken_as_right(fla, monkeypatch):
+    stand_in(monkeypatch, "fla.utils", IS_NVIDIA_HOPPER=True)
+    assert peers.why_untrainable(peers.PEERS) is None
+
+
 @pytest.mark.gpu
 def test_mamba2_is_the_layer_of_flash_linear_attention():
     """The scan by its kernels for linear attention against the layer's own form, which is quadratic in memory."""
@@ -128,6 +211,8 @@ def test_mamba2_is_the_layer_of_flash_linear_attention():
 @pytest.mark.parametrize("peer", peers.PEERS)
 def test_graph_and_compiled_code_train_a_peer_as_eager_code_does(peer):
     pytest.importorskip("fla.layers", reason="needs flash-linear-attention")
+    if reason := peers.why_untrainable([peer]):
+        pytest.skip(reason)
     run = dataclasses.replace(MQAR, model=peer, train_examples=160, epochs=2, length=128, pairs=16)
     losses = {}
     for name, options in {
