@@ -117,7 +117,7 @@ def state_of_head(head: int) -> int:
 def check_peers(
     parser: argparse.ArgumentParser, models: Sequence[str], hidden: Sequence[int], state: int, save: str | None
 ) -> None:
-    """End with an error if one of the models cannot be saved, or is a peer that cannot be built."""
+    """End with an error if one of the models cannot be saved, or is a peer that cannot be built or trained here."""
     peers = [name for name in models if name in PEERS]
     if save and (others := [name for name in models if name in (*PEERS, "rebased_floor")]):
         parser.error(f"--save: only models of this package can be saved, not {', '.join(others)}")
