@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 
 from modeling_rebased.eval.tasks import tasks_path
 
 
+datasets = pytest.importorskip("datasets")
 lm_eval = pytest.importorskip("lm_eval")
 
 LETTERS = ["A", "B", "C", "D"]

@@ -10,12 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_rebased  # noqa: F401  registers the model
 from modeling_rebased.eval.tasks import tasks_path
-from modeling_rebased.eval.tasks.rebased_ppl import load_heldout, load_heldout_stories, load_text, process_results
 from modeling_rebased.training.byte_tokenizer import byte_tokenizer
 from modeling_rebased.training.write_stories import story
 
 
 lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("datasets")
+
+from modeling_rebased.eval.tasks import rebased_ppl  # noqa: E402  which needs it
+
 
 WINDOW = 64
 
@@ -37,7 +40,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_the_held_out_documents():
-    documents = load_heldout()["test"]
+    documents = rebased_ppl.load_heldout()["test"]
     titles = documents["title"]
     assert len(titles) == len(set(titles)) == 8
     assert 100_000 < sum(len(text.encode()) for text in documents["text"]) < 300_000
@@ -45,7 +48,7 @@ def test_the_held_out_documents():
 
 def test_the_held_out_stories():
     """They are the first stories of the command whose persons do not meet in the training text."""
-    texts = load_heldout_stories()["test"]["text"]
+    texts = rebased_ppl.load_heldout_stories()["test"]["text"]
     composed = (story(number) for number in itertools.count())
     held_out = (each.text for each in composed if each.is_held_out)
     assert len(texts) > 200 and texts[:100] == list(itertools.islice(held_out, 100))
@@ -54,17 +57,17 @@ def test_the_held_out_stories():
 def test_a_text_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.delenv("REBASED_PPL_TEXT", raising=False)
     with pytest.raises(ValueError, match="needs a text file"):
-        load_text()
+        rebased_ppl.load_text()
     plain = tmp_path / "plain.txt"
     plain.write_text("<|endoftext|>one\n<|endoftext|>two\n")
-    assert load_text(text_file=str(plain), pretrained="ignored")["test"]["text"] == ["one\n", "two\n"]
+    assert rebased_ppl.load_text(text_file=str(plain), pretrained="ignored")["test"]["text"] == ["one\n", "two\n"]
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "three"}\n\n{"text": "four"}\n')
     monkeypatch.setenv("REBASED_PPL_TEXT", str(lines))
-    assert load_text()["test"]["text"] == ["three", "four"]
+    assert rebased_ppl.load_text()["test"]["text"] == ["three", "four"]
     plain.write_text("\n")
     with pytest.raises(ValueError, match="holds no text"):
-        load_text(text_file=str(plain))
+        rebased_ppl.load_text(text_file=str(plain))
 
 
 @pytest.mark.parametrize(
@@ -80,16 +83,16 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, name, content, words):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"text_file .*{name} of the task rebased_ppl.*{words}"):
-        load_text(text_file=str(tmp_path / name))
+        rebased_ppl.load_text(text_file=str(tmp_path / name))
 
 
 def test_a_text_file_must_be_a_path():
     with pytest.raises(ValueError, match=r"text_file .* must be a path, got 5"):
-        load_text(text_file=5)
+        rebased_ppl.load_text(text_file=5)
 
 
 def test_metrics_count_words_and_bytes():
-    metrics = process_results({"text": " naïve  words\nhere \n"}, (-7.0,))
+    metrics = rebased_ppl.process_results({"text": " naïve  words\nhere \n"}, (-7.0,))
     assert metrics == {
         "word_perplexity": (-7.0, 3),
         "byte_perplexity": (-7.0, 21),
