@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import csv
 import itertools
-import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,29 +27,19 @@ SIZES: tuple[tuple[int, int], ...] = (
 
 def main() -> None:
     """Print a row per dtype and size, without and with a decay: the largest of all kernels."""
-    targets = runpy.run_path(str(ROOT / "tests/modeling_rebased/test_triton_targets.py"))
-    sys.argv = sys.argv[:1]  # no kinds of GPU: the script then only defines what it would do
-    names: dict[str, Any] = {"capability": 86}
-    exec(targets["SCRIPT"], names)
-    names["TYPES"][torch.float16] = "*fp16"
+    sys.path.insert(0, str(ROOT))
     import triton
 
-    from modeling_rebased import triton_launch_rebased, triton_rebased
+    from tests.modeling_rebased import kernel_targets
 
+    kernel_targets.record_for(86)
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["triton", "dtype", "F", "D", "decay", "kib"])
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for dtype, (width, dim), decays in itertools.product(dtypes, SIZES, (0, 1)):
-        triton_launch_rebased._PREPARED.clear()
-        names["launches"].clear()
-        q, k, v = (
-            torch.zeros(1, 8400, heads, n, dtype=dtype, requires_grad=True)
-            for heads, n in ((2, width), (1, width), (1, dim))
-        )
         decay = torch.zeros(1, 8400, 1, requires_grad=True) if decays else None
-        rebased = (0.0, 0.0, 1.0, 0.25, 1e-12, False, None, decay)
-        triton_rebased._Attention.apply(q, k, v, None, None, None, *rebased)[0].sum().backward()
-        most = max(names["compile"](*launch).metadata.shared for launch in names["launches"])
+        launches = kernel_targets.launches_of(8400, width, dim, dtype=dtype, decay=decay)
+        most = max(kernel_targets.compile_kernel(launch, 86).metadata.shared for launch in launches)
         table.writerow([triton.__version__, str(dtype).removeprefix("torch."), width, dim, decays, most / 1024])
         sys.stdout.flush()
 
