@@ -24,7 +24,7 @@ from transformers.utils import is_tracing
 from .attention_rebased import EAGER, TRITON, _check_mask, _check_tensors, choose_backend
 from .batch_rebased import Packing, find_packing
 from .configuration_rebased import PURELY_RECURRENT
-from .eager_rebased import computation_dtype, feature_map, segment_ids_of
+from .eager_rebased import computation_dtype, feature_map, segment_ids_of, without_autocast
 from .triton_context_rebased import factors_of_rows
 from .triton_inputs_rebased import needs_range
 from .triton_rebased import OPS, bring_into_range
@@ -251,7 +251,7 @@ def _sum_state(
 ) -> torch.Tensor:
     """Return sum_j phi(k_j) [v_j, 1]^T, [B, H_kv, n_features, D + 1], in PyTorch."""
     dtype = computation_dtype(k)
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k.device):
         values = torch.cat([v.to(dtype), torch.ones_like(v[..., :1], dtype=dtype)], dim=-1).transpose(1, 2)
         if kept is not None:
             values = values * kept[:, None, :, None].to(dtype)

@@ -13,6 +13,7 @@ With a decay, w_ij is multiplied by exp(G_i - G_j), where G_i is the sum of `log
 between a token and an earlier one are exponentiated, so no exponent is positive.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -178,6 +179,12 @@ def computation_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context that keeps a mixed-precision region from turning float32 sums into bfloat16 ones."""
+    # Tensors on the meta device have shapes only. PyTorch has no autocast for them.
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def _chunk_size(features: int) -> int:
     """Return how many tokens meet pairwise: per token, pairs cost O(chunk) and the state O(features / chunk)."""
     chunk = 64
@@ -207,8 +214,7 @@ def eager_rebased_attention(
         `tuple[torch.Tensor, torch.Tensor | None]`: output [B, T, H_q, D] in q's dtype and, if asked for, the state
         [B or N, H_kv, n_features, D + 1] after the last token in the computation's dtype.
     """
-    # A mixed-precision region must not turn the fp32 sums into bf16 ones.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         compute = functools.partial(
             _chunked, coefficients=coefficients, scale=scale, eps=eps, output_final_state=output_final_state
         )
@@ -471,7 +477,7 @@ def eager_rebased_decode(
     batch, _, kv_heads, feature_dim = k.shape
     head_dim, dtype = v.shape[3], state.dtype
     c0, c1, c2 = coefficients
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         queries = q.reshape(batch, kv_heads, -1, feature_dim).to(dtype) * scale  # [B, H_kv, G, F]
         keys = k.reshape(batch, kv_heads, 1, feature_dim).to(dtype)
         values = v.reshape(batch, kv_heads, 1, head_dim).to(dtype)

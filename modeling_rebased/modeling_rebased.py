@@ -1406,9 +1406,10 @@ class ReBasedForCausalLM(ReBasedPreTrainedModel, GenerationMixin):
         if needs_no_mask:
             del inputs["attention_mask"]
         if inputs.get(CACHE_NAME) is not None:
-            # PEFT looks for the older name, on every release, and would put virtual tokens before each new token.
-            inputs["past_key_values"] = inputs[CACHE_NAME]
-        cache, masks = inputs.get(CACHE_NAME), inputs.get("attention_mask")
+            # PEFT looks for the older name, on every release, and would put virtual tokens before each new token. In
+            # prefix tuning it puts another cache there.
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
+        cache, masks = inputs.get("past_key_values"), inputs.get("attention_mask")
         if cache is None or not self.config.is_recurrent:
             return inputs
         if kwargs.get("is_first_iteration"):

@@ -3,7 +3,6 @@
 Expectations are lone rows or lone sequences, run by themselves without a mask, positions or a cache.
 """
 
-import contextlib
 import inspect
 import itertools
 import re
@@ -578,13 +577,40 @@ def test_prompt_tuning_generates(name, kind):
 
 
 @torch.no_grad()
+def test_prefix_tuning_of_a_softmax_model_generates():
+    """PEFT puts a cache of its own in the place of the one that `generate` made."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model, ids = make_model("softmax"), make_ids()
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 3)
+    out = tuned.generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    for _ in range(5):
+        ids = torch.cat([ids, tuned(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, ids) and not torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step_on_the_meta_device(name):
+    """As programs do that count operations or memory before there are weights."""
+    with torch.device("meta"):
+        model, ids = ReBasedForCausalLM(make_config(name)).train(), make_ids()
+    output = model(ids.to("meta"), labels=ids.to("meta"))
+    output.loss.backward()
+    assert output.logits.shape == (2, LENGTH, 50)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_decoding_step_never_waits_for_the_device(name, masked, monkeypatch):
+def test_a_decoding_step_never_waits_for_the_device(name, masked):
     """Tensors on the meta device have no values, so reading one on the host fails."""
     if masked and "full_attention" in make_config(name).layer_types:
         pytest.skip("the library itself asks whether a mask for full attention has padding")
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # unknown to that device
     model, ids = make_model(name).to("meta"), make_ids().to("meta")
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
