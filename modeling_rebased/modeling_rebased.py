@@ -74,7 +74,7 @@ from .context_parallel_rebased import (
     send_inputs,
     send_state,
 )
-from .eager_rebased import is_plain
+from .eager_rebased import computation_dtype, is_plain
 from .loss_rebased import can_fuse_loss, fused_causal_lm_loss
 from .triton_launch_rebased import can_compile_ahead, compiling_only
 from .triton_rebased import triton_short_conv, triton_unavailable_reason
@@ -627,13 +627,14 @@ def eager_attention_forward(
     """Compute softmax attention by its definition and return its weights too (`attn_implementation="eager"`).
 
     It maps query [B, H, T, D], key and value [B, H_kv, S, D] to [B, T, H, D] and weights [B, H, T, S], in query's
-    dtype. The mask [B or 1, 1, T, S] is added to the scores. The softmax is in float32.
+    dtype. The mask [B or 1, 1, T, S] is added to the scores. The softmax is in float32, or in float64 for float64
+    inputs, whose masks have numbers beyond the range of float32.
     """
     key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(weights, dim=-1, dtype=computation_dtype(query)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
