@@ -495,6 +495,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConversionError, RunError, OSError) as error:
         print(f"rebased-distill: error: {error}", file=sys.stderr)
         return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     for row in found:
         if "student" in row:  # on the main process
             print(
