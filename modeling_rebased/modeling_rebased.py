@@ -1163,7 +1163,8 @@ class ReBasedModel(ReBasedPreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         if length == 0:
             raise ValueError("`input_ids` or `inputs_embeds` must have at least one token per row, but it has 0.")
-        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+        # `!=`, since torch.compile takes a dynamic size for one that is not `in` a tuple of equal sizes
+        if position_ids is not None and position_ids.shape != (batch, length) and position_ids.shape != (1, length):
             raise ValueError(
                 f"`position_ids` must be [batch, tokens] = ({batch}, {length}) or (1, {length}), but its shape is "
                 f"{tuple(position_ids.shape)}."

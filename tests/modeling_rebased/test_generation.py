@@ -137,6 +137,19 @@ def test_stopping_and_streaming(capsys):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_positions_of_a_model_compiled_for_any_batch(rows):
+    """Earlier calls with other batches make the batch of `input_ids` a dynamic size, and not that of `position_ids`."""
+    model, ids = make_small_model("paper"), make_ids(2, 5)
+    expected = model(ids).logits
+    torch._dynamo.reset()
+    torch._dynamo.maybe_mark_dynamic(ids, 0)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, position_ids=torch.arange(5).expand(rows, -1)).logits, expected)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["paper", "every_type"])
 def test_static_cache_compiled(name):
     model, ids = make_small_model(name), make_ids()
