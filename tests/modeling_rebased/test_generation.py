@@ -139,7 +139,7 @@ def test_stopping_and_streaming(capsys):
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2])
 def test_positions_of_a_model_compiled_for_any_batch(rows):
-    """Earlier calls with other batches make the batch of `input_ids` a dynamic size, and not that of `position_ids`."""
+    """Earlier calls with other batches make that of `input_ids` a dynamic size, and not that of `position_ids`."""
     model, ids = make_small_model("paper"), make_ids(2, 5)
     expected = model(ids).logits
     torch._dynamo.reset()
