@@ -117,7 +117,7 @@ def parse_dataclasses(program: str, description: str, classes: Sequence[type], a
     has_held_out = any(getattr(each, "eval_file", None) for each in parsed)
     if wrong := _wrong_value(parsed[-1]) or _wrong_evaluation(parsed[-1], has_held_out) or _wrong_tool(parsed[-1]):
         parser.error(wrong)
-    if (gpus := parsed[-1].n_gpu) > 1:  # of one process, in which the Trainer would use the slow nn.DataParallel
+    if (gpus := parsed[-1].n_gpu) > 1:  # of one process, for which the Trainer would take nn.DataParallel
         parsed[-1]._n_gpu = 1
         logger.warning(
             f"One process trains on one GPU, and there are {gpus}. `accelerate launch --multi_gpu "

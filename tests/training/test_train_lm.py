@@ -353,7 +353,7 @@ def test_defaults_of_a_gpu(recipe, tmp_path, monkeypatch, has_bf16):
 
 
 def test_one_process_uses_one_gpu(recipe, tmp_path, monkeypatch, caplog):
-    """The Trainer would use all of a machine by nn.DataParallel, which cannot run compiled layers."""
+    """The Trainer would use all of a machine by nn.DataParallel."""
     gpus = property(lambda args: vars(args).get("_n_gpu") or 4)
     monkeypatch.setattr(TrainingArguments, "n_gpu", gpus)
     args = parse_arguments([str(recipe), "--output_dir", str(tmp_path)])[2]
