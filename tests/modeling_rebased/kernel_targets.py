@@ -50,8 +50,9 @@ def record_for(capability: int) -> None:
         return collections.defaultdict(object)  # launchers by grid, none of which is called
 
     triton.JITFunction.__getitem__ = lambda kernel, grid: lambda **arguments: record(kernel, grid, **arguments)
-    triton_plan_rebased._is_hopper = lambda device: capability == 90
-    triton_plan_rebased._is_blackwell = lambda device: capability == 100
+    plans: Any = triton_plan_rebased
+    plans._is_hopper = lambda device: capability == 90
+    plans._is_blackwell = lambda device: capability == 100
     triton_launch_rebased._PREPARED.clear()  # plans for another kind of GPU
     launches.clear()
 
@@ -119,7 +120,8 @@ def disassemble(cubin: Path) -> str:
 
 def sums_of_one_register(cubin: Path) -> list[str]:
     """Return additions of 64-bit numbers whose halves come from one register, which ptxas 12.8 did, and wrongly."""
-    found, low = [], {}  # the register of the lower half by the predicate that takes the carry
+    found: list[str] = []
+    low: dict[str, str] = {}  # the register of the lower half by the predicate that takes the carry
     for line in re.findall(r"\*/ +([^;]*?) *;", disassemble(cubin)):
         operation, *registers = re.split(r"[ ,]+", line.replace(".reuse", ""))
         if operation in ("UIADD3.X", "IADD3.X"):
@@ -155,7 +157,8 @@ def overwritten_operands(cubin: Path) -> list[str]:
     one of its registers. Such a register was last written by one of several instructions, and these write it for
     different products. (The same instruction in two branches writes it for one product.)
     """
-    code, labels = [], {}
+    code: list[tuple[Any, ...]] = []
+    labels: dict[str, int] = {}
     for line in disassemble(cubin).replace(".reuse", "").splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
@@ -213,15 +216,15 @@ def launches_of_all_kernels(capability: int, feature_dim: int, head_dim: int, le
     # A kernel with a decay has all that one without it has, and more.
     launches_of(length, feature_dim, head_dim, kv_heads=2, decay=torch.zeros(1, length, 2, requires_grad=True))
     # Those below have no matrix products, for which kinds of GPU differ.
-    token = [torch.zeros(3, 1, 2, n, dtype=torch.bfloat16) for n in (feature_dim, feature_dim, head_dim)]
+    q, k, v = (torch.zeros(3, 1, 2, n, dtype=torch.bfloat16) for n in (feature_dim, feature_dim, head_dim))
     state = torch.zeros(5, 2, feature_dim * (feature_dim + 1) // 2, head_dim + 1)
     options: dict[str, Any] = {"coefficients": (0.0, 0.0, 1.0), "scale": 0.25, "eps": 1e-12}
     for indices in (None, torch.zeros(3, dtype=torch.int32)):
         rows = state if indices is not None else state[:3]
         of_token = torch.zeros(3, 1, 2)
-        triton_rebased.triton_rebased_decode(*token, rows, state_indices=indices, log_decay=of_token, **options)
-    alone = [x[:1, :, :1] for x in token]  # one program, of several warps
-    triton_rebased.triton_rebased_decode(*alone, state[:1, :1], **options)
+        triton_rebased.triton_rebased_decode(q, k, v, rows, state_indices=indices, log_decay=of_token, **options)
+    q, k, v = (x[:1, :, :1] for x in (q, k, v))  # one program, of several warps
+    triton_rebased.triton_rebased_decode(q, k, v, state[:1, :1], **options)
     x, gate = (torch.zeros(1, 300, 96, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     weight, bias = torch.zeros(96, 3, dtype=torch.bfloat16), torch.zeros(96, dtype=torch.bfloat16)
     triton_rebased.triton_short_conv(x, weight, bias, gate, torch.zeros(1, 300, dtype=torch.int64)).sum().backward()
