@@ -5,6 +5,7 @@ python examples/finetune_lora.py --train_file README.md --output output/lora --s
 
 import argparse
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
@@ -40,7 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True)
+    dtype = "auto" if torch.cuda.is_available() else torch.float32  # on many CPUs bfloat16 is far slower
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=dtype)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=TARGETS))
     model.print_trainable_parameters()
     with open(arguments.train_file, encoding="utf-8") as file:
