@@ -669,7 +669,9 @@ def shard_sequence(batch: Mapping[str, Any], group: Any) -> dict[str, Any]:
         raise ValueError(f"`batch` has keys that cannot be split over ranks: {unknown}.")
     given = {key: batch[key] for key in SPLIT if batch.get(key) is not None}
     for key, value in given.items():
-        if value.shape[:2] not in ((rows, length), (1, length)) or (key != "inputs_embeds" and value.ndim != 2):
+        # `==`, since torch.compile takes a dynamic size for one that is not `in` a tuple of equal sizes
+        fits = value.shape[:2] == (rows, length) or value.shape[:2] == (1, length)
+        if not fits or (key != "inputs_embeds" and value.ndim != 2):
             raise ValueError(
                 f"`{key}` must be [batch, tokens] = ({rows}, {length}), but its shape is {tuple(value.shape)}."
             )
