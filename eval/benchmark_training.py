@@ -53,7 +53,7 @@ class StepClock(TrainerCallback):
 
     def __init__(self, skip: int, table: Path, profile: Path | None = None) -> None:
         self.skip, self.table, self.profile = skip, table, profile
-        self.start, self.profiler = 0.0, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self.start = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that there are steps to measure."""
@@ -84,6 +84,7 @@ class StepClock(TrainerCallback):
                 seconds, gib = figures.tolist()
                 self._write(args, kwargs["model"], seconds, gib, kwargs["train_dataloader"].dataset.length)
             if self.profile:
+                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profiler.start()
         elif self.profile:
             self.profiler.stop()
