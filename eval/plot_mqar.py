@@ -390,9 +390,9 @@ def line_of(recipe: str) -> str:
 def plot(found: list[Cell], path: str | Path) -> None:
     """Draw a panel per length with the hidden sizes side by side, as the authors do.
 
-    A line joins the means of a model, and each seed is a point. The authors' values stand behind as stars on a dashed
-    line. Those that were only seen to be 0.97 or above are drawn at 0.985. A cell whose runs were planned for fewer
-    epochs than the paper's, and did not reach its goal, is drawn pale.
+    A line joins the means of a model at neighbouring sizes, and each seed is a point. The authors' values stand behind
+    as stars on a dashed line. Those that were only seen to be 0.97 or above are drawn at 0.985. A cell whose runs were
+    planned for fewer epochs than the paper's, and did not reach its goal, is drawn pale.
     """
     from matplotlib.lines import Line2D
 
@@ -414,7 +414,10 @@ def plot(found: list[Cell], path: str | Path) -> None:
                 axis.plot(range(len(sizes)), theirs, "*--", color=color, mfc="white", ms=9, lw=1, alpha=0.45, zorder=1)
             ours = [cell for cell in shown if (cell.model, cell.recipe, cell.length) == (model, recipe, length)]
             places = [sizes.index(cell.hidden) + shift for cell in ours]
-            axis.plot(places, [cell.mean for cell in ours], line_of(recipe), color=color, lw=1.8, zorder=3)
+            means = {cell.hidden: cell.mean for cell in ours}
+            joined = [means.get(hidden, math.nan) for hidden in sizes]  # no line passes over a missing cell
+            all_places = [place + shift for place in range(len(sizes))]
+            axis.plot(all_places, joined, line_of(recipe), color=color, lw=1.8, zorder=3)
             for place, cell in zip(places, ours):
                 alpha = 0.9 if cell.complete else 0.35
                 axis.plot([place - 0.07, place + 0.07], [cell.mean] * 2, color=color, lw=4, alpha=alpha, zorder=4)

@@ -1,6 +1,7 @@
 """Figure 1 from results files: which runs make a cell, and that the files come out."""
 
 import json
+import math
 
 import pytest
 
@@ -215,6 +216,13 @@ def test_figure_1_has_the_papers_panels_and_a_point_for_each_seed(tmp_path, figu
     assert list(stars.get_ydata()) == [PUBLISHED["rebased"][1024, 64], 0.98, 0.985, 0.985]
     assert not any(line.get_marker() == "." for line in panels["length 512"].get_lines())  # that one is another task
     assert [text.get_text() for text in figures[0].legends[0].get_texts()][:2] == ["ReBased", "softmax"]
+
+
+def test_no_line_passes_over_a_cell_that_is_missing(tmp_path, figures):
+    plot_mqar.plot(cells([run(hidden=hidden, accuracy=0.5) for hidden in (64, 128, 512)]), tmp_path / "figure.png")
+    (axis,) = (axis for axis in figures[0].axes if axis.get_title() == "length 1,024")
+    (line,) = (line for line in axis.get_lines() if line.get_linewidth() == 1.8)
+    assert list(line.get_ydata()) == pytest.approx([0.5, 0.5, math.nan, 0.5], nan_ok=True)
 
 
 def test_sizes_that_the_paper_does_not_have_are_drawn_alone(tmp_path, figures):
