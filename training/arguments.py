@@ -45,9 +45,9 @@ COMMON = (
 def gpu_defaults(argv: Sequence[str], *compile_options: str) -> list[str]:
     """Return arguments that a Trainer on a GPU has by default, to be put before those of the command line `argv`.
 
-    They are `--bf16` where the GPU has bfloat16, and the switches `compile_options`. All are off without a GPU, with
-    `--use_cpu`, and under `accelerate launch --cpu`. `--fp16` and `accelerate launch --mixed_precision fp16` replace
-    the first.
+    They are `--bf16` where the GPU has bfloat16, the switches `compile_options`, and copies of batches to the GPU that
+    do not make the host wait for the step before. All are off without a GPU, with `--use_cpu`, and under `accelerate
+    launch --cpu`. `--fp16` and `accelerate launch --mixed_precision fp16` replace the first.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("use_cpu", "bf16", "fp16"):
@@ -63,7 +63,8 @@ def gpu_defaults(argv: Sequence[str], *compile_options: str) -> list[str]:
     on_gpu = torch.cuda.is_available() and not uses_cpu
     values = {"fp16": fp16, "bf16": on_gpu and torch.cuda.is_bf16_supported() and not fp16}
     values |= dict.fromkeys(compile_options, on_gpu)
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return [*words, "--accelerator_config", '{"non_blocking": true}'] if on_gpu else words
 
 
 def parse_dataclasses(program: str, description: str, classes: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:

@@ -331,7 +331,8 @@ def test_defaults_of_a_gpu(recipe, tmp_path, monkeypatch, has_bf16):
         with monkeypatch.context() as launched:
             for name, value in environment.items():
                 launched.setenv(name, value)
-            _, fp16, _, bf16, _, compiled = gpu_defaults(given, "compile_layers")
+            _, fp16, _, bf16, _, compiled, *more = gpu_defaults(given, "compile_layers")
+        assert more == (["--accelerator_config", '{"non_blocking": true}'] if compiled == "True" else [])
         return fp16 == "True", bf16 == "True", compiled == "True"
 
     assert defaults() == (False, False, False)
@@ -347,6 +348,7 @@ def test_defaults_of_a_gpu(recipe, tmp_path, monkeypatch, has_bf16):
     arguments = [str(recipe), "--output_dir", str(tmp_path)]  # the recipe says `use_cpu: true`
     args = parse_arguments(arguments)[2]
     assert (args.use_cpu, args.bf16, args.compile_layers) == (True, False, False)
+    assert args.accelerator_config.non_blocking is False
     assert parse_arguments([*arguments, "--bf16", "True"])[2].bf16 is True
     distilled = ["--stage", "logits", "--teacher", "t", "--student", "s", "--train_file", "f", "--use_cpu"]
     assert distill.parse_arguments([*distilled, "--output_dir", str(tmp_path)])[1].bf16 is False
@@ -668,6 +670,19 @@ def test_two_models_see_the_same_batches_in_the_same_order(recipe, tmp_path):
         loader = LMTrainer(model=ReBasedForCausalLM(config), args=args, train_dataset=data).get_train_dataloader()
         orders.append(torch.cat([batch["input_ids"] for batch in loader]))
     assert torch.equal(*orders) and not torch.equal(orders[0], data.blocks(0, len(data))[: len(orders[0])])
+
+
+def test_batches_that_the_host_does_not_wait_for_are_the_same(recipe, tmp_path):
+    """The option that `gpu_defaults` gives reaches accelerate's loader, and changes nothing else of it."""
+    data = TokenBlocks([str(recipe.parent / "train.txt")], byte_tokenizer(), 64)
+    config = ReBasedConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=2)
+    orders = []
+    for given in ([], ["--accelerator_config", '{"non_blocking": true}']):
+        args = parse_arguments([str(recipe), "--output_dir", str(tmp_path), *given])[2]
+        loader = LMTrainer(model=ReBasedForCausalLM(config), args=args, train_dataset=data).get_train_dataloader()
+        assert loader._non_blocking is bool(given)
+        orders.append(torch.cat([batch["input_ids"] for batch in loader]))
+    assert torch.equal(*orders)
 
 
 def test_a_peer_is_trained_and_saved_like_a_model_of_this_package(recipe, tmp_path):
