@@ -145,6 +145,22 @@ def static_cache() -> str:
     )
 
 
+@shown("quiet")
+def quiet_machine() -> str:
+    """Return `generate()` at batch 1 on a quiet machine with one H100, with all runs of a case in one row."""
+    found: dict[tuple, list[str]] = defaultdict(list)
+    for row in results("generation/h100/quiet.csv"):
+        found[row["cache"], row["context"], row["model"].removeprefix("150m-")].append(f"{row['ms_per_token']:.2f}")
+    return down(
+        [
+            {"cache": cache, "context": context, "rebased": ", ".join(times), "softmax": ", ".join(twin)}
+            for (cache, context, model), times in sorted(found.items(), reverse=True, key=lambda each: each[0][0])
+            if model == "rebased" and (twin := found[cache, context, "softmax"])
+        ],
+        "cache: {cache} | context: {context:,} | ReBased, ms per token: {rebased} | softmax, ms per token: {softmax}",
+    )
+
+
 @shown("cpu-generation")
 def cpu_generation() -> str:
     """Return `generate()` of small models on a CPU."""

@@ -36,6 +36,21 @@ def ddp_options() -> str:
     )
 
 
+@shown("ddp-profile")
+def ddp_profile() -> str:
+    """Return what a step of `train_lm` consists of on each GPU, alone and with DDP."""
+    rows = [
+        {key: None if value == "" else value for key, value in row.items()}
+        for row in results("several_gpus/h200/profile.csv")
+    ]
+    return down(
+        rows,
+        "launch: {launch} | examples per GPU: {examples} | step, ms: {ms:.1f} | "
+        "tokens per second: {tokens_per_s:,.0f} | GPU: {gpu} | busy, ms: {busy_ms:.1f} | "
+        "compute, ms: {compute_ms:.1f} | all-reduce, ms: {all_reduce_ms:.1f} | kernels: {kernels:,}",
+    )
+
+
 @shown("context-parallel")
 def context_parallel() -> str:
     """Return the training steps whose sequence is split over GPUs, against one GPU with as many tokens per GPU."""
