@@ -39,12 +39,8 @@ def ddp_options() -> str:
 @shown("ddp-profile")
 def ddp_profile() -> str:
     """Return what a step of `train_lm` consists of on each GPU, alone and with DDP."""
-    rows = [
-        {key: None if value == "" else value for key, value in row.items()}
-        for row in results("several_gpus/h200/profile.csv")
-    ]
     return down(
-        rows,
+        results("several_gpus/h200/profile.csv"),
         "launch: {launch} | examples per GPU: {examples} | step, ms: {ms:.1f} | "
         "tokens per second: {tokens_per_s:,.0f} | GPU: {gpu} | busy, ms: {busy_ms:.1f} | "
         "compute, ms: {compute_ms:.1f} | all-reduce, ms: {all_reduce_ms:.1f} | kernels: {kernels:,}",
